@@ -1,0 +1,191 @@
+"""The only file where a name becomes an object."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium.compose import Component, component
+from trivium.data.config import BPEConfig
+from trivium.data.source import Source
+from trivium.data.tokenizer import Tokenizer
+from trivium.disk import make_folder
+from trivium.errors import CheckpointError, ConfigError
+from trivium.inference.protocol import Backend
+from trivium.lineage import manifest
+from trivium.models.protocol import CausalLM
+from trivium.models.weights import load_weights
+from trivium.objectives.protocol import Objective
+from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra
+from trivium.training.checkpoint import RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
+from trivium.training.schedule import Schedule
+
+
+def cache_folder() -> Path:
+    """Where things made once are kept between runs: $TRIVIUM_CACHE, else ~/.cache/trivium."""
+    return Path(os.environ.get("TRIVIUM_CACHE") or Path.home() / ".cache" / "trivium")
+
+
+def build(registry: Registry, chosen: Component, *args: Any, **kwargs: Any) -> Any:
+    """The object that `chosen` names, built from its typed settings."""
+    return registry.load(chosen.name)(chosen.config, *args, **kwargs)
+
+
+def build_source(chosen: Component | None, phase: str, split: str | None = None) -> Source:
+    """A source, checked to feed `phase`; split replaces the configured one."""
+    if chosen is None:
+        raise ConfigError(f"phase={phase} needs data; choose data= or domain=")
+    if split:
+        chosen = Component(chosen.name, dataclasses.replace(chosen.config, split=split))
+    source = build(SOURCES, chosen)
+    if phase not in source.phases:
+        raise ConfigError(f"data={chosen.name} does not feed phase={phase}; it feeds {', '.join(sorted(source.phases))}")
+    return source
+
+
+def build_objective(chosen: Component, phase: str) -> Objective:
+    """An objective, checked to train in `phase`."""
+    objective = build(OBJECTIVES, chosen)
+    if phase not in objective.phases:
+        raise ConfigError(f"objective={chosen.name} is not for phase={phase}; it is for {', '.join(sorted(objective.phases))}")
+    return objective
+
+
+def build_model(chosen: Component, vocab_size: int, seed: int) -> CausalLM:
+    """A freshly initialised model."""
+    model: CausalLM = build(MODELS, chosen, vocab_size)
+    model.init_weights(seed)
+    return model
+
+
+def build_backend(chosen: Component, model: CausalLM, pad_id: int) -> Backend:
+    """An inference backend over a model's own weights, on the best device here."""
+    return build(BACKENDS, chosen, model.to(best_device()), pad_id=pad_id)
+
+
+def build_optimizer(chosen: Component, model: CausalLM) -> torch.optim.Optimizer:
+    """The one optimizer of a run."""
+    return build(extra("optimizers"), chosen, model)
+
+
+def build_schedule(chosen: Component, max_steps: int) -> Schedule:
+    """The learning-rate factor as a function of the step."""
+    return build(extra("schedules"), chosen, max_steps)
+
+
+def best_device() -> torch.device:
+    """CUDA, then Apple's GPU, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str]:
+    """The tokenizer of these settings for this data, and how it was had: loaded, trained, or trained earlier."""
+    settings: BPEConfig = chosen.config
+    if settings.path:
+        return Tokenizer.load(Path(settings.path)), f"tokenizer from {settings.path}"
+    key = manifest.digest_of([chosen.name, dataclasses.asdict(settings), source.fingerprint])
+    folder = cache_folder() / "tokenizers" / key
+    if (folder / "tokenizer_config.json").is_file():  # written last
+        return Tokenizer.load(folder), f"tokenizer trained earlier on this data ({folder})"
+    tokenizer = train_tokenizer(chosen, source)
+    tokenizer.save(make_folder(folder))
+    return tokenizer, f"tokenizer trained on this data: {tokenizer.vocab_size:,} tokens ({folder})"
+
+
+def train_tokenizer(chosen: Component, source: Source) -> Tokenizer:
+    """Train on everything a source says."""
+    return build(extra("tokenizers"), chosen, (_said(source[i]) for i in range(len(source))))
+
+
+def _said(example: Any) -> str:
+    if "text" in example:
+        return example["text"]
+    if "messages" in example:
+        return "\n".join(m["content"] for m in example["messages"])
+    return example["prompt"] + example["completion"]
+
+
+@dataclass
+class Artifact:
+    """What `init_from` named: a checkpoint (model and tokenizer) or a tokenizer alone."""
+
+    path: Path
+    sha256: str
+    tokenizer: Tokenizer
+    checkpoint: Path | None = None
+    phase: str = ""
+    run: Path | None = None
+
+    def model(self, wanted: Component | None) -> tuple[CausalLM, dict[str, Any]]:
+        """The checkpoint's model, and its record. wanted: refuse it unless its architecture is this one."""
+        if self.checkpoint is None:
+            raise CheckpointError(f"{self.path} holds a tokenizer and no model; name a trained run in init_from=")
+        record = read_checkpoint_json(self.checkpoint, "model.json")
+        here = component("model", {"name": record["name"], **record["config"]})
+        assert here is not None
+        if wanted is not None:
+            here = self._agreeing(wanted, here)
+        model = build(MODELS, here, record["vocab_size"])
+        load_weights(model, model_tensors(self.checkpoint), str(self.checkpoint))
+        return model, model_record(here, record["vocab_size"])
+
+    def _agreeing(self, wanted: Component, here: Component) -> Component:
+        free = getattr(type(here.config), "runtime_fields", ())
+        ours, theirs = dataclasses.asdict(wanted.config), dataclasses.asdict(here.config)
+        differ = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
+        if wanted.name != here.name or differ:
+            shown = ", ".join(f"{k}={theirs.get(k)} there and {ours[k]} here" for k in differ[:4])
+            raise CheckpointError(
+                f"{self.checkpoint} is of another architecture: model={here.name} there, model={wanted.name} here"
+                f"{'; ' + shown if shown else ''}. Leave model= away to take the checkpoint's own"
+            )
+        return wanted
+
+
+def model_record(chosen: Component, vocab_size: int) -> dict[str, Any]:
+    """What a checkpoint says of its model."""
+    return {"name": chosen.name, "config": dataclasses.asdict(chosen.config), "vocab_size": vocab_size}
+
+
+def load_artifact(init_from: str) -> Artifact:
+    """Find and check what `init_from` names: a run, a pipeline's run, a checkpoint, or a tokenizer's run.
+
+    Of a run that kept its best checkpoint (checkpoint.keep_best) the best is taken, else the newest.
+    """
+    path = Path(init_from)
+    if not path.exists():
+        raise CheckpointError(f"init_from={init_from} does not exist{_runs_nearby(path)}")
+    facts = manifest.read(path)
+    if facts.get("phase") == "pipeline":
+        trained = [s for s in facts.get("stages", []) if (path / s["path"] / "checkpoints").is_dir()]
+        if not trained:
+            raise CheckpointError(f"{path} has no trained stage yet")
+        return load_artifact(str(path / trained[-1]["path"]))
+    store = CheckpointStore(path / "checkpoints")
+    checkpoint = path if (path / RECORD).is_file() else store.best() or store.latest()
+    if checkpoint is not None:
+        verify(checkpoint)
+        record = (checkpoint / RECORD).read_bytes()
+        phase = json.loads((checkpoint / "state.json").read_text())["phase"]
+        return Artifact(path, hashlib.sha256(record).hexdigest(), Tokenizer.load(checkpoint / "tokenizer"), checkpoint, phase)
+    if (path / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(path)
+        return Artifact(path, tokenizer.fingerprint, tokenizer)
+    if (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path} has no complete checkpoint yet; run its phase again to continue it")
+    raise CheckpointError(f"init_from={init_from} is neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}")
+
+
+def _runs_nearby(path: Path) -> str:
+    parent = path.parent
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
+    return f"; {parent} has {', '.join(names[:8])}" if names else ""

@@ -1,0 +1,40 @@
+"""Everything core ships, by name, on one screen; itself a plugin, registered like any other."""
+
+from trivium.plugin import Plugin
+from trivium.registry import Entry
+
+CATALOG = Plugin(
+    name="trivium",
+    help="what core ships",
+    models={
+        "llama": Entry("trivium.models.llama:Llama", "trivium.models.config:LlamaConfig", "RMSNorm, RoPE, GQA, SwiGLU"),
+    },
+    sources={
+        "files": Entry("trivium.data.files:Files", "trivium.data.config:FilesConfig", "your own text, chats and pairs"),
+    },
+    objectives={
+        "next_token": Entry(
+            "trivium.objectives.next_token:NextToken", "trivium.objectives.config:NextTokenConfig", "cross-entropy on all"
+        ),
+        "sft": Entry("trivium.objectives.next_token:SFT", "trivium.objectives.config:SFTConfig", "on assistant tokens only"),
+    },
+    backends={
+        "native": Entry(
+            "trivium.inference.native.engine:NativeBackend", "trivium.inference.config:NativeConfig", "our own engine"
+        ),
+    },
+    extras={
+        "tokenizers": {
+            "bpe": Entry("trivium.data.tokenizer:train_bpe", "trivium.data.config:BPEConfig", "byte-level BPE"),
+        },
+        "optimizers": {
+            "adamw": Entry("trivium.training.optim:adamw", "trivium.training.config:AdamWConfig", "AdamW"),
+        },
+        "schedules": {
+            "cosine": Entry("trivium.training.schedule:cosine", "trivium.training.config:ScheduleConfig", "half a cosine"),
+            "linear": Entry("trivium.training.schedule:linear", "trivium.training.config:ScheduleConfig", "a straight line"),
+            "constant": Entry("trivium.training.schedule:constant", "trivium.training.config:ConstantConfig", "the peak"),
+            "wsd": Entry("trivium.training.schedule:wsd", "trivium.training.config:WSDConfig", "stable, then decay"),
+        },
+    },
+)

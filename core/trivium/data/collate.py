@@ -1,0 +1,40 @@
+"""Documents to a batch: the only place where labels, positions and segments are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from trivium.data.packing import TokenTable
+from trivium.types import IGNORE, TokenBatch
+
+
+def collate(table: TokenTable, rows: Sequence[Sequence[int]], length: int, pad_id: int) -> TokenBatch:
+    """Rows of document numbers -> (B, length) TokenBatch.
+
+    Positions restart at 0 in each document; the first label of each document is -100; padding has segment 0, label
+    -100 and position 0. `segments` is None when every row is one whole document, the fast path of attention.
+    """
+    shape = (len(rows), length)
+    tokens, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
+    positions, segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, d in enumerate(row, start=1):
+            ids, trained = table.document(d)
+            here = slice(start, start + len(ids))
+            tokens[b, here] = ids
+            labels[b, here] = np.where(trained, ids, IGNORE)
+            labels[b, start] = IGNORE
+            positions[b, here] = np.arange(len(ids))
+            segments[b, here] = number
+            start += len(ids)
+    plain = bool((segments == 1).all())
+    return TokenBatch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(positions),
+        None if plain else torch.from_numpy(segments),
+    )

@@ -1,0 +1,68 @@
+"""Settings of sources and tokenizers. No torch here: `explain`, `--help` and validation read these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trivium.errors import ConfigError
+from trivium.registry import near_misses
+
+SPLITS = ("train", "validation", "test")
+
+
+def one_of(owner: object, field: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value of `owner.field` outside `allowed`; used by every Config's `__post_init__`."""
+    value = getattr(owner, field)
+    if value not in allowed:
+        raise ConfigError(
+            f"{field}={value!r} is not one of {', '.join(allowed)}.{near_misses(str(value), allowed)}"
+        )
+
+
+def positive(owner: object, *names: str) -> None:
+    """Refuse zero and negative values of the named fields."""
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ConfigError(f"{name}={getattr(owner, name)} must be greater than 0")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """What every source can be told."""
+
+    split: str = "train"  # train | validation | test; a source cuts them by content hash, so they never overlap
+    seed: int = 0  # of what the source makes itself (generated tasks); order has the run's own seed
+
+    def __post_init__(self) -> None:
+        one_of(self, "split", SPLITS)
+
+
+@dataclass(frozen=True)
+class FilesConfig(SourceConfig):
+    """A user's own files: .txt and .md, .jsonl and .json, .csv, .parquet and .arrow."""
+
+    path: str = ""  # a file, a folder or a glob
+    validation_path: str = ""  # held-out files; without it a share of `path` is held out
+    validation_share: float = 0.02  # held out by content hash when there is no validation_path
+    schema: str = "auto"  # auto | text | messages | prompt_completion; auto recognises the columns
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "schema", ("auto", "text", "messages", "prompt_completion"))
+        if not 0 <= self.validation_share < 1:
+            raise ConfigError(f"data.validation_share={self.validation_share} must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class BPEConfig:
+    """Byte-level BPE trained on the data: every string has tokens, every token sequence has bytes."""
+
+    vocab_size: int = 4096  # more makes texts shorter and the embedding larger
+    path: str = ""  # a folder with tokenizer.json to use instead of training one
+    split_digits: bool = True  # one token a digit: numbers of any length read the same way
+    max_bytes: int = 20_000_000  # of text read for training; more changes little and takes longer
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 300:
+            raise ConfigError(f"tokenizer.vocab_size={self.vocab_size} must be at least 300 (256 bytes and special tokens)")
+        positive(self, "max_bytes")

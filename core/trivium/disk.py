@@ -1,0 +1,66 @@
+"""Files that are whole or not there: synced writes, atomic replacement. A refused write names the path and the bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trivium.errors import CheckpointError
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write and sync one file. Raises CheckpointError naming path and size when the disk refuses."""
+    try:
+        with open(path, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path} ({len(data):,} bytes) cannot be written: {error.strerror}") from error
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old one or the new one, never half of either."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        write_file(temporary, data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """`replace_file` with readable JSON."""
+    replace_file(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new names inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder and its parents. Raises CheckpointError naming it when the disk refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"the folder {path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that may end in half a line (a kill while it was written); none if it is missing."""
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+    return found

@@ -1,0 +1,35 @@
+"""Every error a person can meet; the message says what was asked, what was found and what to set."""
+
+
+class TriviumError(Exception):
+    """Base of every error that is the caller's to mend; printed without a stack trace unless `--debug`."""
+
+    exit_code = 1
+
+
+class ConfigError(TriviumError):
+    """A wrong option, value or combination: nothing has run yet."""
+
+    exit_code = 2
+
+
+class PluginError(TriviumError):
+    """A plugin that cannot be imported, clashes with another, or speaks another API level."""
+
+    exit_code = 2
+
+
+class DataError(TriviumError):
+    """A file or example that is missing, empty, unreadable, malformed or of the wrong schema."""
+
+
+class CheckpointError(TriviumError):
+    """A checkpoint that is damaged, incomplete, or of another architecture, tokenizer or data set."""
+
+
+class TrainingError(TriviumError):
+    """A number that must never reach the weights, such as a loss of NaN."""
+
+
+class BackendError(TriviumError):
+    """A request that an inference backend cannot honour."""

@@ -1,0 +1,60 @@
+"""How well a model predicts held-out text: bits per byte, comparable across tokenizers.
+
+bits per byte = sum of nats over all tokens / (ln 2 * bytes). Windows overlap so that every token but the first few has
+at least `context - stride` tokens before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from trivium.data.tokenizer import Tokenizer
+from trivium.evaluation.intervals import Estimate, ratio_interval
+from trivium.models.protocol import CausalLM
+
+ROWS = 16
+
+
+@torch.no_grad()
+def document_nats(model: CausalLM, documents: Sequence[Sequence[int]], stride: int = 0) -> list[float]:
+    """Total negative log-likelihood of each document's tokens after its first, in nats."""
+    context, device = model.context, next(model.parameters()).device
+    stride = stride or context // 2
+    windows = []  # (document, tokens, how many leading targets were scored by the window before)
+    for d, ids in enumerate(documents):
+        start, scored = 0, 1
+        while scored < len(ids):
+            piece = ids[start : start + context]
+            windows.append((d, piece, scored - start))
+            scored = start + len(piece)
+            start += stride
+    windows.sort(key=lambda w: len(w[1]))  # rows of like length waste little padding
+    totals = [0.0] * len(documents)
+    model.eval()
+    for i in range(0, len(windows), ROWS):
+        part = windows[i : i + ROWS]
+        longest = max(len(w[1]) for w in part)
+        tokens = torch.zeros(len(part), longest, dtype=torch.long)
+        for row, (_, piece, _) in enumerate(part):
+            tokens[row, : len(piece)] = torch.tensor(piece)
+        tokens = tokens.to(device)
+        positions = torch.arange(longest, device=device).expand(len(part), -1)
+        logits = model.head(model(tokens, positions)[:, :-1]).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(part), -1)
+        for row, (d, piece, first) in enumerate(part):
+            totals[d] += nats[row, first - 1 : len(piece) - 1].sum().item()
+    return totals
+
+
+def bits_per_byte(
+    model: CausalLM, tokenizer: Tokenizer, texts: Sequence[str], *, stride: int, resamples: int, confidence: float
+) -> Estimate:
+    """Bits per byte of `texts`, every byte counted, with a bootstrap interval over documents."""
+    documents = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+    nats = document_nats(model, documents, stride)
+    bits = [n / math.log(2) for n in nats]
+    return ratio_interval(bits, [len(t.encode()) for t in texts], resamples=resamples, confidence=confidence)

@@ -1,0 +1,51 @@
+"""Verifiable tasks: ask, answer greedily, let the source judge."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trivium.data.chat import Chat
+from trivium.data.source import Example, Source
+from trivium.data.tokenizer import Tokenizer
+from trivium.evaluation.generation import complete
+from trivium.evaluation.intervals import Estimate, ratio_interval
+from trivium.inference.protocol import Backend
+from trivium.types import SamplingParams, Score
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One example with what the model said and how it was judged."""
+
+    example: Example
+    completion: str
+    score: Score
+
+
+def answer_tasks(
+    backend: Backend, tokenizer: Tokenizer, source: Source, examples: Sequence[Example], *, max_tokens: int
+) -> list[Answer]:
+    """Answer each example's question (its messages but the last) greedily and score it."""
+    chat = Chat(tokenizer)
+    params = SamplingParams(max_tokens=max_tokens, stop_ids=(tokenizer.eot_id, tokenizer.eos_id))
+    prompts = [chat.prompt_ids(e["messages"][:-1]) for e in examples]
+    texts = complete(backend, tokenizer, prompts, params)
+    return [Answer(e, text, source.score(e, text)) for e, text in zip(examples, texts, strict=True)]
+
+
+def accuracy(answers: Sequence[Answer], *, resamples: int, confidence: float) -> dict[str, Estimate]:
+    """"accuracy": the mean over tasks' accuracies; "accuracy/TASK": each task's, with bootstrap intervals."""
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for answer in answers:
+        by_task[answer.example["task"]].append(float(answer.score.correct))
+
+    def mean(values: list[float], weights: list[float]) -> Estimate:
+        return ratio_interval(values, weights, resamples=resamples, confidence=confidence)
+
+    found = {f"accuracy/{task}": mean(values, [1.0] * len(values)) for task, values in sorted(by_task.items())}
+    # each answer weighs 1 / its task's size, so a task with more examples does not count more
+    values = [v / len(vs) for vs in by_task.values() for v in vs]
+    weights = [1 / len(vs) for vs in by_task.values() for _ in vs]
+    return {"accuracy": mean(values, weights), **found}

@@ -1,0 +1,85 @@
+"""A conversation: turns in, streamed answers out, history kept as the ids that were really read and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from trivium.data.chat import Chat
+from trivium.data.tokenizer import Tokenizer
+from trivium.errors import BackendError
+from trivium.inference.config import SamplingConfig
+from trivium.inference.protocol import Backend
+from trivium.inference.text import TextStream
+from trivium.types import Request, SamplingParams
+
+HELP = "/reset forgets the conversation, /exit leaves, /help shows this"
+
+
+def sampling_params(config: SamplingConfig, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """Settings of a run -> parameters of a request."""
+    return SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        stop_ids=stop_ids,
+    )
+
+
+class Conversation:
+    """Messages and their exact ids. A turn that fails leaves both as they were."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, sampling: SamplingConfig, system: str = "") -> None:
+        self.backend, self.tokenizer, self.sampling = backend, tokenizer, sampling
+        self.chat = Chat(tokenizer)
+        self.system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.ids: list[int] = []
+
+    def ask(self, content: str) -> Iterator[str]:
+        """Answer one user turn, as text pieces. The turn is kept when the answer is complete."""
+        messages = [*self.messages, {"role": "user", "content": content}]
+        prompt = self.chat.prompt_ids(messages, self.ids)
+        room = self.backend.capabilities().context - len(prompt)
+        if room < 1:
+            raise BackendError(f"the conversation fills the model's context ({len(prompt)} tokens); /reset starts anew")
+        params = sampling_params(self.sampling, (self.tokenizer.eot_id, self.tokenizer.eos_id))
+        if params.max_tokens > room:
+            params = SamplingParams(**{**params.__dict__, "max_tokens": room})
+        turn = sum(m["role"] == "user" for m in messages)
+        stream, drawn = TextStream(self.tokenizer), []
+        for event in self.backend.generate([Request(f"turn-{turn}", tuple(prompt), params)]):
+            drawn.append(event.token_id)
+            if event.finish_reason != "stop":
+                yield stream.push(event.token_id)
+        yield stream.finish()
+        if drawn[-1] != self.tokenizer.eot_id:  # cut short: close the turn, as every turn in training is closed
+            drawn = [*drawn[: -1 if drawn[-1] == self.tokenizer.eos_id else None], self.tokenizer.eot_id]
+        answer = self.tokenizer.decode(drawn)
+        self.messages = [*messages, {"role": "assistant", "content": answer or " "}]
+        self.ids = [*prompt, *drawn]
+
+
+def talk(conversation: Conversation, read: Callable[[], str | None], write: Callable[[str], None]) -> None:
+    """Read turns until the end of input or /exit. A turn that cannot be answered says why, and the talk goes on."""
+    while (line := read()) is not None:
+        line = line.strip()
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/reset":
+            conversation.reset()
+            write("(forgotten)\n")
+        elif line.startswith("/"):
+            write(HELP + "\n")
+        elif line:
+            try:
+                for piece in conversation.ask(line):
+                    write(piece)
+            except BackendError as error:
+                write(f"({error})")
+            write("\n")

@@ -1,0 +1,72 @@
+"""MANIFEST.json: what a run was, what it came from and what it reached. Rewritten whole at each change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trivium.disk import replace_json
+
+FILE = "MANIFEST.json"
+PACKAGES = ("trivium-llm", "torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "datasets", "safetensors")
+SECRET = ("api_key", "secret", "password", "access_token")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a bare clone
+            continue
+    return found
+
+
+def masked(config: Any) -> Any:
+    """`config` with the values of secret-looking keys replaced by ***."""
+    if isinstance(config, Mapping):
+        return {k: "***" if v and str(k).lower().endswith(SECRET) else masked(v) for k, v in config.items()}
+    return [masked(v) for v in config] if isinstance(config, list) else config
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain data, by its canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder; empty if it has none or half of one."""
+    try:
+        return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+class Manifest:
+    """The manifest of one run, kept on disk as it grows. Time of earlier starts of the same run is added up."""
+
+    def __init__(self, folder: Path, key: str, **facts: Any) -> None:
+        self.folder = folder
+        before = read(folder)
+        self.was_done = before.get("status") == "done" and before.get("key") == key
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        same = before.get("key") == key
+        self._earlier = float(before.get("seconds", 0.0)) if same else 0.0
+        self._began = time.monotonic()
+        self.facts: dict[str, Any] = (before if same else {}) | {"started": now, "versions": versions(), **facts, "key": key}
+        if same and "started" in before:
+            self.facts["started"] = before["started"]
+
+    def update(self, status: str = "running", **facts: Any) -> None:
+        """Add facts and write."""
+        seconds = self._earlier + time.monotonic() - self._began
+        self.facts |= {"status": status, "seconds": round(seconds, 3), **facts}
+        replace_json(self.folder / FILE, self.facts)

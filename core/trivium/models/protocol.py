@@ -1,0 +1,67 @@
+"""What every language model is here: tokens to hidden states, and a head apart from them.
+
+`hidden` and `head` are apart so that losses can choose which positions (and how many at once) meet the vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from trivium.models.cache import KVCache
+
+
+class CausalLM(nn.Module, ABC):
+    """Built as `cls(config, vocab_size)`; building allocates but does not initialise (`init_weights` does).
+
+    embed: the token embedding. head: hidden -> logits, a module of its own.
+    """
+
+    supports_packing: ClassVar[bool] = False
+    """Whether `segments` is honoured; packing is refused where it is not."""
+
+    embed: nn.Embedding
+    head: nn.Linear
+
+    def __init__(self, config: Any, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+
+    @abstractmethod
+    def forward(
+        self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(B, T) token ids at (B, T) positions -> (B, T, C) hidden states, after the last norm.
+
+        segments: (B, T) document numbers of packed rows; attention never crosses them.
+        cache: keys and values of earlier positions; the call writes its own at `positions`. None in training.
+        """
+
+    @abstractmethod
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from `seed`, the same on every device and whatever was drawn before."""
+
+    @abstractmethod
+    def flops_per_token(self, context: int) -> float:
+        """Training FLOPs a token: 6 x parameters in matrix products + 12 L C context/2 for causal attention."""
+
+    @abstractmethod
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache for `rows` sequences of up to `length` tokens, on the model's device."""
+
+    @abstractmethod
+    def hf_names(self) -> dict[str, str]:
+        """Our parameter names -> the names of the same tensors in a Hugging Face checkpoint of this family."""
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, in tokens."""
+        return self.config.context
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, a tied one counted once."""
+        return sum(p.numel() for p in self.parameters())

@@ -1,0 +1,49 @@
+"""Weights in and out: safetensors only, every name, shape and value checked on the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trivium.errors import CheckpointError
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter by name, a tied one once (under its first name), contiguous and on the CPU."""
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError naming it when it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Copy `tensors` into `model`; refuses missing, unknown, wrongly shaped and non-finite ones, by name, before any copy."""
+    parameters = dict(model.named_parameters())
+    missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing or unknown:
+        parts = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(unknown)}"] * bool(unknown)
+        raise CheckpointError(f"{origin} is of another architecture: it {' and '.join(parts)}")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{origin} is of another size: {name} is {tuple(tensors[name].shape)}, the model's {tuple(parameter.shape)}"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise CheckpointError(f"{origin}: {name} holds values that are not finite")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,439 @@
+"""What each phase does: from a typed RunConfig to a finished run folder. `run` dispatches, `run_pipeline` chains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from trivium.build import (
+    Artifact,
+    build_backend,
+    build_model,
+    build_objective,
+    build_optimizer,
+    build_schedule,
+    build_source,
+    cached_tokenizer,
+    load_artifact,
+    model_record,
+    train_tokenizer,
+)
+from trivium.compose import as_dict, compose, options, run_config
+from trivium.data.chat import Chat
+from trivium.data.datamodule import StepDataset, validation_batches
+from trivium.data.packing import TokenTable, tokenise
+from trivium.data.source import Source
+from trivium.data.tokenizer import Tokenizer
+from trivium.disk import make_folder, replace_file
+from trivium.errors import ConfigError, DataError
+from trivium.evaluation.generation import complete
+from trivium.evaluation.perplexity import bits_per_byte
+from trivium.evaluation.probes import accuracy, answer_tasks
+from trivium.inference.chat import HELP, Conversation, sampling_params, talk
+from trivium.inference.config import SamplingConfig
+from trivium.inference.protocol import Backend
+from trivium.lineage.manifest import Manifest, digest_of, masked
+from trivium.lineage.report import summary_table, write_report
+from trivium.models.protocol import CausalLM
+from trivium.schema import TRAINING_PHASES, RunConfig
+from trivium.training.objective_module import ObjectiveModule, StepSettings
+from trivium.training.stop import EXIT_CODE
+from trivium.training.trainer import Job, autocast_dtype, fit
+
+ASIDE = ("name", "runs", "debug", "pipeline", "init_from")
+"""Settings that change no result: init_from is replaced by the hash of what it named."""
+RESULTS_OF = {
+    "tokenizer": ("data", "tokenizer", "phase", "domain"),
+    "evaluate": ("data", "evaluation", "inference", "system", "phase", "domain"),
+    "generate": ("prompt", "prompts", "prompt_format", "system", "inference", "phase"),
+    "chat": ("prompts", "system", "inference", "phase"),
+}
+UNGUARDED = ("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts",
+             "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE)  # fmt: skip
+"""Settings that may change between the starts of one training run, since no weight depends on them."""
+
+
+class Run:
+    """One run's folder, manifest, parent and console: what every phase needs."""
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self.name = config.name or f"{config.phase}-{config.domain}"
+        self.config = config = dataclasses.replace(config, name=self.name)
+        self.console = console
+        self.folder = make_folder(Path(config.runs) / self.name)
+        self.parent = load_artifact(config.init_from) if config.init_from else None
+        plain = as_dict(config)
+        replace_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(plain))).encode())
+        keys = RESULTS_OF.get(config.phase, tuple(plain))
+        key = digest_of([{k: plain[k] for k in keys if k not in ASIDE}, self.parent.sha256 if self.parent else "", config.seed])
+        parents = []
+        if self.parent is not None:
+            parents = [{"role": "init_from", "path": str(self.parent.checkpoint or self.parent.path), "sha256": self.parent.sha256}]
+        self.manifest = Manifest(
+            self.folder, key, name=self.name, phase=config.phase, domain=config.domain, seed=config.seed,
+            config=masked(plain), parents=parents,
+        )  # fmt: skip
+
+    def say(self, text: str) -> None:
+        """A line under the phase's header, on the console and in log.txt."""
+        self.console.print(f"  {text}", highlight=False, markup=False)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def needs_parent(self) -> Artifact:
+        """The parent of a phase that cannot start from nothing."""
+        if self.parent is None:
+            raise ConfigError(f"phase={self.config.phase} needs a trained model: set init_from=runs/...")
+        return self.parent
+
+    def write_samples(self, rows: Sequence[dict]) -> None:
+        """samples.jsonl, whole."""
+        replace_file(self.folder / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+
+
+def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
+    """Run one phase; returns the exit code. skip_done: a finished run with the same settings is left as it is."""
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    this = Run(config, console)
+    config = this.config
+    console.rule(f"[bold]{config.phase}[/] on {config.domain} -> {this.folder}", align="left", style="dim")
+    if this.manifest.was_done and (skip_done or config.phase in ("tokenizer", "evaluate")):
+        this.say("done already; the same settings and inputs")
+        return 0
+    this.manifest.update("running")
+    code = PHASES[config.phase](this)
+    this.manifest.update("done" if code == 0 else "stopped")
+    write_report(this.folder)
+    return code
+
+
+def run_tokenizer(this: Run) -> int:
+    """Train a tokenizer on the domain's text."""
+    source = build_source(this.config.data, "tokenizer")
+    tokenizer = train_tokenizer(this.config.tokenizer, source)
+    tokenizer.save(this.folder)
+    said = [source[i] for i in range(0, len(source), max(1, len(source) // 200))]
+    texts = [e["text"] for e in said if "text" in e] or [m["content"] for e in said for m in e.get("messages", ())]
+    per_token = sum(len(t.encode()) for t in texts) / max(1, sum(map(len, tokenizer.encode_batch(texts))))
+    this.say(f"{tokenizer.vocab_size:,} tokens, {per_token:.2f} bytes a token")
+    results = {"vocab_size": tokenizer.vocab_size, "bytes_per_token": round(per_token, 4)}
+    this.manifest.update(tokenizer=tokenizer.fingerprint, data={"train": source.fingerprint}, results=results)
+    return 0
+
+
+def run_training(this: Run) -> int:
+    """Pretraining and tuning: the same path, another objective."""
+    config = this.config
+    objective = build_objective(config.objective, config.phase)
+    source = build_source(config.data, config.phase)
+    model, record, tokenizer = _model_and_tokenizer(this, source)
+    if config.batch.length > model.context:
+        raise ConfigError(f"batch.length={config.batch.length} is longer than the model's context of {model.context}")
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
+    chats = config.phase != "pretrain"
+    train_on = getattr(objective.config, "train_on", "all")
+
+    def table_of(split_source: Source) -> TokenTable:
+        return tokenise(split_source, tokenizer, config.batch.length, chats=chats, train_on=train_on)
+
+    table = table_of(source)
+    validation = []
+    data = {"train": table.fingerprint}
+    if config.validation.every_steps:
+        held_out = table_of(build_source(config.data, config.phase, "validation"))
+        data["validation"] = held_out.fingerprint
+        validation = validation_batches(
+            held_out, max_rows=config.validation.max_rows, micro_size=config.batch.micro_size,
+            length=config.batch.length, pad_id=tokenizer.pad_id,
+        )  # fmt: skip
+    steps = StepDataset(
+        table, size=config.batch.size, micro_size=config.batch.micro_size, length=config.batch.length,
+        pad_id=tokenizer.pad_id, seed=config.seed,
+    )  # fmt: skip
+    dtype = autocast_dtype(config.precision, config.trainer.accelerator)
+    module = ObjectiveModule(
+        model,
+        objective,
+        lambda m: build_optimizer(config.optim, m),
+        build_schedule(config.schedule, config.trainer.max_steps),
+        StepSettings(config.trainer.grad_clip, config.seed, dtype),
+    )
+    if config.trainer.compile:
+        module.compile_model()
+    backend = build_backend(config.inference, model, tokenizer.pad_id)
+    guard = _guard(this, table, tokenizer, dtype)
+    _header(this, model, table, steps, dtype)
+    job = Job(config, this.folder, module, steps, validation, tokenizer, record, guard,
+              lambda: _sample_rows(this, backend, tokenizer), this.console)  # fmt: skip
+    this.manifest.update(
+        model={"name": record["name"], "parameters": model.num_parameters}, data=data, tokenizer=tokenizer.fingerprint
+    )
+    fitted = fit(job)
+    results = {k: v for k, v in fitted.figures.items() if k in ("train/loss", "val/loss", "train/nll")}
+    this.manifest.update(steps=fitted.steps, tokens_seen=fitted.tokens, results=results)
+    if fitted.signal:
+        this.say(f"stopped by signal {fitted.signal} after step {fitted.steps}, saved; the same command continues")
+        return EXIT_CODE
+    early = " (early: the validation loss no longer falls)" if fitted.stopped_early else ""
+    held = f", val loss {fitted.figures['val/loss']:.3f}" if "val/loss" in fitted.figures else ""
+    already = "was done already" if fitted.resumed_from == fitted.steps else "done"
+    this.say(f"{already}: step {fitted.steps}{early}, train loss {fitted.figures.get('train/loss', float('nan')):.3f}{held}")
+    return 0
+
+
+def _model_and_tokenizer(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokenizer]:
+    config, parent = this.config, this.parent
+    if parent is not None and parent.checkpoint is not None:
+        if config.tokenizer.config.path and Tokenizer.load(Path(config.tokenizer.config.path)).fingerprint != parent.tokenizer.fingerprint:
+            raise ConfigError(f"tokenizer.path={config.tokenizer.config.path} is not the tokenizer of {parent.checkpoint}")
+        model, record = parent.model(config.model)
+        this.say(f"starts from {parent.checkpoint}")
+        return model, record, parent.tokenizer
+    if config.model is None:
+        raise ConfigError(f"phase={config.phase} needs a model: set init_from=runs/... to tune one, or model= to start anew")
+    if parent is not None:
+        tokenizer = parent.tokenizer
+        this.say(f"tokenizer from {parent.path}")
+    else:
+        tokenizer, how = cached_tokenizer(config.tokenizer, source)
+        this.say(how)
+    if config.phase != "pretrain":
+        this.say("warning: tunes a model that starts from random weights; init_from=runs/... tunes a pretrained one")
+    model = build_model(config.model, tokenizer.vocab_size, config.seed)
+    return model, model_record(config.model, tokenizer.vocab_size), tokenizer
+
+
+def _guard(this: Run, table: TokenTable, tokenizer: Tokenizer, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What must be the same when this run is continued: settings, data, tokenizer, parent."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if prefix in UNGUARDED:
+            return
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(f"{prefix}.{k}" if prefix else k, v)
+        else:
+            flat[prefix] = value
+
+    walk("", as_dict(this.config))
+    flat |= {"data fingerprint": table.fingerprint, "tokenizer fingerprint": tokenizer.fingerprint}
+    flat |= {"precision": str(dtype), "parent": this.parent.sha256 if this.parent else ""}
+    return flat
+
+
+def _header(this: Run, model: CausalLM, table: TokenTable, steps: StepDataset, dtype: torch.dtype | None) -> None:
+    config = this.config
+    per_step = config.batch.size * config.batch.length
+    total = per_step * config.trainer.max_steps
+    epochs = total * steps.utilisation / max(1, len(table.tokens))
+    memory = model.num_parameters * 16 + config.batch.micro_size * config.batch.length * model.vocab_size * 4 // 8
+    this.say(
+        f"{model.num_parameters / 1e6:.2f} M parameters, {'bf16' if dtype else 'fp32'}; "
+        f"{config.trainer.max_steps} steps of {per_step:,} tokens ({epochs:.1f} epochs of {len(table.tokens) / 1e6:.2f} M)"
+    )
+    this.say(
+        f"rows {steps.utilisation:.1%} full, about {memory / 1e9 + 0.5:.1f} GB of memory"
+        + (f"; {table.truncated} conversations cut at {config.batch.length} tokens, {table.lost_ends} without their end" if table.truncated else "")
+    )
+
+
+def _sample_rows(this: Run, backend: Backend, tokenizer: Tokenizer) -> list[dict]:
+    samples = this.config.samples
+    params = dataclasses.replace(
+        sampling_params(SamplingConfig(), (tokenizer.eot_id, tokenizer.eos_id)), max_tokens=samples.max_tokens
+    )
+    prompts = _prompt_ids(this, tokenizer, samples.prompts, chat=this.config.phase != "pretrain")
+    texts = complete(backend, tokenizer, prompts, params)
+    return [{"prompt": p, "completion": t} for p, t in zip(samples.prompts, texts, strict=True)]
+
+
+def _prompt_ids(this: Run, tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    if not chat:
+        return [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+    system = [{"role": "system", "content": this.config.system}] if this.config.system else []
+    talker = Chat(tokenizer)
+    return [talker.prompt_ids([*system, {"role": "user", "content": p}]) for p in prompts]
+
+
+def run_evaluate(this: Run) -> int:
+    """Bits per byte on held-out text and accuracy on held-out tasks, each with an interval."""
+    config, settings = this.config, this.config.evaluation
+    parent = this.needs_parent()
+    source = build_source(config.data, "evaluate")
+    model, _ = parent.model(config.model)
+    examples = [source[i] for i in range(len(source))]
+    random.Random(0).shuffle(examples)  # a cap must not read one book or one task only
+    texts = [e["text"] for e in examples if "text" in e][: settings.max_texts]
+    tasks = _balanced([e for e in examples if "task" in e], settings.max_tasks)
+    if not texts and not tasks:
+        raise DataError(f"data={config.data.name if config.data else ''} has neither text nor verifiable tasks to evaluate on")
+    bootstrap = {"resamples": settings.resamples, "confidence": settings.confidence}
+    found = {}
+    backend = build_backend(config.inference, model, parent.tokenizer.pad_id)
+    if texts:
+        found["bits_per_byte"] = bits_per_byte(model, parent.tokenizer, texts, stride=settings.stride, **bootstrap)
+    if tasks:
+        answers = answer_tasks(backend, parent.tokenizer, source, tasks, max_tokens=min(32, model.context // 4))
+        this.write_samples(
+            [
+                {"kind": "evaluate", "task": a.example["task"], "prompt": a.example["messages"][-2]["content"],
+                 "completion": a.completion, "answer": a.example["answer"], "correct": a.score.correct}
+                for a in answers
+            ]  # fmt: skip
+        )
+        found |= accuracy(answers, **bootstrap)
+    for name, e in found.items():
+        this.say(f"{name:<20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]  n={e.count}")
+    this.manifest.update(results={k: dataclasses.asdict(e) for k, e in found.items()}, data={"test": source.fingerprint})
+    return 0
+
+
+def _balanced(tasks: list, limit: int) -> list:
+    """At most `limit` examples, as many of each task as can be."""
+    by_task: dict[str, list] = {}
+    for example in tasks:
+        by_task.setdefault(example["task"], []).append(example)
+    share = max(1, limit // max(1, len(by_task)))
+    return [e for _, examples in sorted(by_task.items()) for e in examples[:share]]
+
+
+def run_generate(this: Run) -> int:
+    """Answer prompts."""
+    config = this.config
+    parent = this.needs_parent()
+    prompts = [config.prompt] if config.prompt else config.prompts
+    if not prompts:
+        raise ConfigError("phase=generate needs prompt='...' or prompts=['...','...']")
+    model, _ = parent.model(config.model)
+    tokenizer = parent.tokenizer
+    backend = build_backend(config.inference, model, tokenizer.pad_id)
+    chat = config.prompt_format == "chat" or (config.prompt_format == "auto" and parent.phase != "pretrain")
+    params = sampling_params(config.inference.config.sampling, (tokenizer.eot_id, tokenizer.eos_id))
+    texts = complete(backend, tokenizer, _prompt_ids(this, tokenizer, prompts, chat=chat), params)
+    for prompt, text in zip(prompts, texts, strict=True):
+        this.console.print(f"  [bold]{_plain(prompt)}[/]{'' if not chat else ' ->'} {_plain(text)}", highlight=False)
+    this.write_samples([{"kind": "generate", "prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)])
+    return 0
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[").strip("\n")
+
+
+def run_chat(this: Run) -> int:
+    """Talk in the terminal, or hold the conversation that `prompts` scripts."""
+    config = this.config
+    parent = this.needs_parent()
+    if parent.phase == "pretrain":
+        this.say("warning: this model was not tuned on conversations; expect book text")
+    model, _ = parent.model(config.model)
+    backend = build_backend(config.inference, model, parent.tokenizer.pad_id)
+    conversation = Conversation(backend, parent.tokenizer, config.inference.config.sampling, config.system)
+    script = iter(config.prompts)
+    interactive = sys.stdin.isatty() and not config.prompts
+
+    def read() -> str | None:
+        if config.prompts:
+            line = next(script, None)
+            if line is not None:
+                sys.stdout.write(f"  you: {line}\n  model: ")
+            return line
+        try:
+            return input("you: " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    if interactive:
+        this.say(HELP)
+    talk(conversation, read, write)
+    turns = [m for m in conversation.messages if m["role"] != "system"]
+    this.write_samples(
+        [{"kind": "chat", "prompt": q["content"], "completion": a["content"]} for q, a in zip(turns[::2], turns[1::2], strict=True)]
+    )
+    return 0
+
+
+PHASES: dict[str, Callable[[Run], int]] = {
+    "tokenizer": run_tokenizer,
+    "evaluate": run_evaluate,
+    "generate": run_generate,
+    "chat": run_chat,
+    **dict.fromkeys(TRAINING_PHASES, run_training),
+}
+
+
+def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) -> int:
+    """Run a pipeline's stages in one process, each from the newest stage that made what it needs."""
+    pipeline = config.pipeline
+    name = config.name or f"{pipeline.name}-{config.domain}"
+    folder = make_folder(Path(config.runs) / name)
+    replace_file(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(as_dict(config)))).encode())
+    record = Manifest(folder, digest_of(list(overrides)), name=name, phase="pipeline", domain=config.domain, seed=config.seed)
+    done: list[dict[str, str]] = []
+    trained = config.init_from
+    for stage, settings in pipeline.stages.items():
+        origin = f"{config.runs}/{name}/{settings.init_from}" if settings.init_from else trained
+        stage_config = stage_run_config(overrides, settings.phase, settings.overrides, f"{name}/{stage}", origin)
+        entry = {"name": stage, "phase": settings.phase, "path": stage}
+        if origin and settings.phase in ("evaluate", "generate", "chat"):
+            entry["of"] = Path(origin).name
+        done.append(entry)
+        record.update("running", stages=done)
+        code = run(stage_config, console, skip_done=True)
+        if code:
+            record.update("stopped")
+            write_report(folder)
+            return code
+        if settings.phase in ("tokenizer", *TRAINING_PHASES):
+            trained = f"{config.runs}/{name}/{stage}"
+    commands = next_commands(trained)
+    record.update("done", next_commands=commands)
+    report = write_report(folder)
+    console.print(summary_table(folder))
+    console.print(f"report: {report}", highlight=False)
+    console.print("next:")
+    for command in commands:
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def stage_run_config(
+    overrides: Sequence[str], phase: str, stage_overrides: Sequence[str], name: str, init_from: str
+) -> RunConfig:
+    """The settings of one stage: its own overrides, then the command line's, which beat them.
+
+    `data.*` of the command line goes to the stages that have data.
+    """
+    aside = ("phase=", "pipeline=", "pipeline.", "name=", "init_from=")
+    given = [o for o in overrides if not o.startswith(aside)]
+    domain = next((o.split("=", 1)[1] for o in [*stage_overrides, *given][::-1] if o.startswith("domain=")), None)
+    if f"{domain or compose([]).domain}/{phase}" not in options("data"):
+        given = [o for o in given if not o.startswith(("data.", "data="))]
+    fixed = [f"phase={phase}", f"name={name}", f"init_from={init_from}"]
+    return run_config(compose([*fixed, *stage_overrides, *given]))
+
+
+def next_commands(trained: str) -> list[str]:
+    """Three things to try after a pipeline."""
+    return [
+        f"python launch.py phase=chat init_from={trained}",
+        f"python launch.py phase=generate init_from={trained} prompt='Reverse: r i v e r'",
+        f"python launch.py phase=sft domain=files data.path=my.jsonl init_from={trained}",
+    ]

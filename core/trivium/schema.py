@@ -1,0 +1,182 @@
+"""The run-level settings: one typed tree, the only source of their defaults. Unknown keys are errors.
+
+Component settings (`model`, `data`, ...) hang under `Any` here; their types come from the registries by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trivium.errors import ConfigError
+
+PHASES = ("tokenizer", "pretrain", "sft", "evaluate", "generate", "chat")
+TRAINING_PHASES = ("pretrain", "sft")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def _positive(group: str, owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ConfigError(f"{group}.{name}={getattr(owner, name)} must be greater than 0")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """One optimizer step = `size` rows of `length` tokens, run `micro_size` rows at a time."""
+
+    size: int = 16  # rows a step, over all devices; more is steadier and slower a step
+    micro_size: int = 16  # rows held in memory at once; changes speed and memory, never the result
+    length: int = 256  # tokens a row; at most the model's context
+
+    def __post_init__(self) -> None:
+        _positive("batch", self, "size", "micro_size", "length")
+        if self.size % self.micro_size:
+            raise ConfigError(f"batch.size={self.size} must be a multiple of batch.micro_size={self.micro_size}")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long and on what."""
+
+    max_steps: int = 1000  # optimizer steps, counting those before a resume
+    accelerator: str = "auto"  # auto | cpu | gpu | mps, as Lightning names them
+    grad_clip: float = 1.0  # largest global gradient norm; 0 is off
+    compile: bool = False  # torch.compile of the inner model: slower to start, faster to run
+    threads: int = 0  # CPU threads; 0 leaves torch's choice
+
+    def __post_init__(self) -> None:
+        _positive("trainer", self, "max_steps")
+        if self.grad_clip < 0:
+            raise ConfigError(f"trainer.grad_clip={self.grad_clip} must not be negative (0 is off)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int = 100  # a kill loses at most this many steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+    keep_best: str = ""  # val/loss keeps the checkpoint with the lowest besides, for init_from to find
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", self, "every_steps", "keep")
+        if self.keep_best not in ("", "val/loss"):
+            raise ConfigError(f"checkpoint.keep_best={self.keep_best!r} is not known; val/loss is, or empty for none")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out loss while training."""
+
+    every_steps: int = 0  # 0 is off
+    max_rows: int = 64  # rows of batch.length tokens; more is steadier and slower
+
+    def __post_init__(self) -> None:
+        _positive("validation", self, "max_rows")
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """Early stopping on the validation loss."""
+
+    patience: int = 0  # validations without improvement before stopping; 0 is off
+    min_delta: float = 0.0  # smallest fall that counts as improvement
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Completions written while training, to look at."""
+
+    every_steps: int = 0  # 0 is off
+    prompts: list[str] = field(default_factory=list)
+    max_tokens: int = 40
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Besides metrics.jsonl and metrics.csv, which are always written."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "trivium"
+    wandb_mode: str = "offline"  # offline | online | disabled; offline needs no account
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How much held-out data an evaluation reads."""
+
+    max_texts: int = 100  # documents for bits per byte; more is steadier and slower
+    max_tasks: int = 240  # verifiable examples, for accuracy
+    stride: int = 0  # tokens scored a window after the first; 0 is half the window
+    confidence: float = 0.95  # of the bootstrap intervals
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        _positive("evaluation", self, "max_texts", "max_tasks", "resamples")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a pipeline: a phase with its overrides."""
+
+    phase: str = ""
+    init_from: str = ""  # an earlier stage's name; empty is the newest stage that made what this phase needs
+    overrides: list[str] = field(default_factory=list)  # as on the command line, which beats them
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Stages in order, by name."""
+
+    name: str = ""
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything one run is told."""
+
+    phase: str = "pretrain"
+    domain: str = "primer"
+    name: str = ""  # folder under `runs`; empty is PHASE-DOMAIN
+    runs: str = "runs"
+    seed: int = 0  # of weights, order and dropout
+    init_from: str = ""  # a run, one of its checkpoints, or a folder with model.safetensors
+    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 where the hardware computes in it
+    prompt: str = ""  # what to answer (phase=generate)
+    prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
+    prompt_format: str = "auto"  # auto | chat | text; auto is chat once the model was tuned on conversations
+    system: str = ""  # system message (phases generate and chat)
+    debug: bool = False  # stack traces
+    model: Any = None
+    data: Any = None
+    tokenizer: Any = None
+    objective: Any = None
+    optim: Any = None
+    schedule: Any = None
+    inference: Any = None
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ConfigError(f"phase={self.phase!r} is not one of {', '.join(PHASES)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.prompt_format not in ("auto", "chat", "text"):
+            raise ConfigError(f"prompt_format={self.prompt_format!r} is not one of auto, chat, text")
+        for name in ("checkpoint.keep_best", "stop.patience"):
+            group, _, field_name = name.partition(".")
+            if getattr(getattr(self, group), field_name) and not self.validation.every_steps:
+                raise ConfigError(f"{name} needs validation.every_steps greater than 0")
+        if self.data is None and self.phase in ("tokenizer", "evaluate", *TRAINING_PHASES):
+            raise ConfigError(f"phase={self.phase} needs data, and domain={self.domain} has none for it")

@@ -1,0 +1,131 @@
+"""What happens after a step, in this order: validate, sample, record, show, save, stop. Each is one small callback."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trivium.disk import read_lines, replace_file
+from trivium.training.objective_module import ObjectiveModule
+from trivium.training.stop import SignalWatch, StopController
+from trivium.types import TokenBatch
+
+PLAIN_SECONDS = 10.0
+"""Seconds between lines where there is no terminal to draw a bar on."""
+
+
+class AfterStep(L.Callback):
+    """Calls `after(trainer, module)` when an optimizer step is done."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:  # type: ignore[override]
+        assert isinstance(pl_module, ObjectiveModule)
+        self.after(trainer, pl_module)
+
+    def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
+        """One step is done; module.last holds its figures."""
+        raise NotImplementedError
+
+
+class Validate(AfterStep):
+    """Held-out loss into the step's figures, and into the stop controller."""
+
+    def __init__(self, batches: Sequence[TokenBatch], every_steps: int, max_steps: int, stop: StopController) -> None:
+        self.batches, self.every_steps, self.max_steps, self.stop = batches, every_steps, max_steps, stop
+        self.improved = False
+
+    def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
+        self.improved = False
+        if module.step % self.every_steps == 0 or module.step == self.max_steps:
+            module.last["val/loss"] = loss = module.validation_loss(self.batches)
+            self.improved = self.stop.update(loss, module.step)
+            if self.stop.exhausted:
+                trainer.should_stop = True
+
+
+class Sample(AfterStep):
+    """Completions now and then, to samples.jsonl."""
+
+    def __init__(self, path: Path, every_steps: int, make: Callable[[], list[dict]], first_step: int) -> None:
+        self.path, self.every_steps, self.make = path, every_steps, make
+        kept = [row for row in read_lines(path) if row.get("step", 0) <= first_step]
+        replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+
+    def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
+        if module.step % self.every_steps == 0:
+            with open(self.path, "a", encoding="utf-8") as f:
+                for row in self.make():
+                    f.write(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n")
+
+
+class Record(AfterStep):
+    """The step's figures to every logger."""
+
+    def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(module.last, step=module.step)
+
+
+class Show(AfterStep):
+    """A bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, console: Console, max_steps: int) -> None:
+        self.console, self.max_steps = console, max_steps
+        self._bar: Progress | None = None
+        self._last_line = self._began = time.monotonic()
+        self._first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step = pl_module.step  # type: ignore[assignment]
+        self._began = time.monotonic()
+        if self.console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.add_task("", total=self.max_steps, completed=self._first_step)
+            self._bar.start()
+
+    def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
+        last = module.last
+        held_out = f"  val {last['val/loss']:.3f}" if "val/loss" in last else ""
+        text = f"loss {last['train/loss']:.3f}{held_out}  {last['tokens_per_second']:,.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=module.step, description=text)
+        now = time.monotonic()
+        if held_out or (not self._bar and now - self._last_line > PLAIN_SECONDS):
+            self._last_line = now
+            left = (now - self._began) / (module.step - self._first_step) * (self.max_steps - module.step)
+            self.console.print(f"  step {module.step:>6}/{self.max_steps}  {text}  {left:,.0f} s left", highlight=False)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+class Save(AfterStep):
+    """Checkpoints on schedule, at the best validation, at the end and when a signal came; then stops for the signal."""
+
+    def __init__(
+        self, save: Callable[[ObjectiveModule, bool], None], every_steps: int, max_steps: int, best_of: Validate | None
+    ) -> None:
+        self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
+        self.watch = SignalWatch()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.watch.__enter__()  # after Lightning has set its own handlers, which save nothing
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.watch.__exit__()
+
+    def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
+        signalled = self.watch.received is not None
+        best = self.best_of is not None and self.best_of.improved
+        due = module.step % self.every_steps == 0 or module.step == self.max_steps or trainer.should_stop
+        if due or best or signalled:
+            self.save(module, best)
+        if signalled:
+            trainer.should_stop = True

@@ -1,0 +1,141 @@
+"""Everything that learns from a data set, whatever its loss: one Lightning module, one division in the program.
+
+An item of the loader is one optimizer step: a list of micro-batches. Their losses are sums; the sum of all is divided
+once by the count of all, known before the first backward pass, so how a step is cut never changes it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trivium.data.position import key_of
+from trivium.errors import TrainingError
+from trivium.models.protocol import CausalLM
+from trivium.objectives.protocol import Objective
+from trivium.training.optim import set_rates
+from trivium.training.schedule import Schedule
+from trivium.types import Metric, TokenBatch
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What one optimizer step is told."""
+
+    grad_clip: float
+    seed: int
+    autocast: torch.dtype | None  # None computes in the weights' own precision
+
+
+class ObjectiveModule(L.LightningModule):
+    """Composes a model, an objective and an optimizer. `step` counts optimizer steps done, resumes included."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        objective: Objective,
+        make_optimizer: Callable[[CausalLM], Optimizer],
+        schedule: Schedule,
+        settings: StepSettings,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.objective, self.schedule, self.settings = model, objective, schedule, settings
+        self.optimizer = make_optimizer(model)
+        self._compiled: tuple[CausalLM, ...] = ()
+        self.step = 0
+        self.tokens_seen = 0
+        self.last: dict[str, float] = {}
+
+    def compile_model(self) -> None:
+        """Run the inner model through torch.compile; never the LightningModule, whose hooks would break the graph."""
+        self._compiled = (torch.compile(self.model),)  # type: ignore[assignment]  # a tuple: no second submodule
+
+    @property
+    def forward_model(self) -> CausalLM:
+        """The model that losses run through."""
+        return self._compiled[0] if self._compiled else self.model
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.optimizer
+
+    def autocast(self) -> torch.autocast:
+        """The precision of matrix products; gradients and weights stay fp32."""
+        dtype = self.settings.autocast
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def training_step(self, micro_batches: list[TokenBatch], _index: int) -> None:
+        started = time.perf_counter()
+        # Every step draws its dropout from its own number, so a resumed run needs no generator state.
+        torch.manual_seed(key_of(self.settings.seed, "step", self.step, self.global_rank))
+        self.model.train()
+        count = self.global_sum(torch.stack([self.objective.count(b) for b in micro_batches]).sum())
+        if not count:
+            raise TrainingError(f"step {self.step}: no {self.objective.unit} of the batch would be trained on")
+        loss = torch.zeros((), device=self.device)
+        sums: dict[str, Metric] = {}
+        for batch in micro_batches:
+            with self.autocast():
+                output = self.objective(self.forward_model, batch)
+            # the only division: DDP averages gradients over ranks, so its factor is given back
+            self.manual_backward(output.loss_sum * (self.trainer.world_size / count))
+            loss += output.loss_sum.detach()
+            for name, metric in output.metrics.items():
+                old = sums.get(name)
+                sums[name] = metric if old is None else Metric(old.total + metric.total, old.count + metric.count)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip or float("inf"))
+        loss = self.global_sum(loss) / count
+        if not torch.isfinite(loss + norm):
+            raise TrainingError(
+                f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}. The step was not taken; the last "
+                "checkpoint is sound. Lower optim.lr, raise schedule.warmup or set precision=fp32"
+            )
+        rate = set_rates(self.optimizer, self.schedule(self.step))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        tokens = int(self.global_sum(sum(_real_tokens(b) for b in micro_batches)))  # type: ignore[arg-type]
+        self.tokens_seen += tokens
+        seconds = time.perf_counter() - started
+        self.last = {
+            "step": self.step,
+            "train/loss": loss.item(),
+            **{f"train/{k}": (self.global_sum(m.total) / self.global_sum(m.count)).item() for k, m in sums.items()},
+            "lr": rate,
+            "grad_norm": norm.item(),
+            "tokens": self.tokens_seen,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def global_sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def validation_loss(self, batches: Sequence[TokenBatch]) -> float:
+        """Mean loss over the counted units of all `batches`; leaves training as it was."""
+        was_training = self.model.training
+        self.model.eval()
+        total = count = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device)
+            with self.autocast():
+                total = total + self.objective(self.forward_model, batch).loss_sum
+            count = count + self.objective.count(batch)
+        self.model.train(was_training)
+        if not count:
+            raise TrainingError("no token of the validation split would be scored")
+        return (total / count).item()
+
+
+def _real_tokens(batch: TokenBatch) -> Tensor:
+    if batch.segments is None:
+        return torch.tensor(batch.tokens.numel(), device=batch.tokens.device)
+    return (batch.segments > 0).sum()

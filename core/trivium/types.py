@@ -1,0 +1,94 @@
+"""The nouns that cross folders: batches, what a loss returns, what a score is, what a backend takes and gives.
+
+Letters in shapes: `B` sequences, `T` tokens, `V` vocabulary, `C` width, `H` query heads, `K` key/value heads, `D` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # the nouns are needed where torch must not be imported (sources, the command line)
+    from torch import Tensor
+
+IGNORE = -100
+"""The label of a token that is not trained on."""
+
+
+@dataclass
+class TokenBatch:
+    """Rows of tokens, one or several packed documents each.
+
+    tokens: (B, T) int64. labels: (B, T) int64, aligned with `tokens` (the shift happens once, in the objective);
+    -100 where not trained, always so on the first token of each document and on padding.
+    positions: (B, T) int64, restarting at 0 in each document. segments: (B, T) int64, the document's number in its row
+    from 1, 0 on padding; None when every row is one document without padding.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    segments: Tensor | None = None
+
+    def to(self, device: object) -> TokenBatch:
+        """The same batch with every tensor on `device`."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return type(self)(*(v if v is None else v.to(device, non_blocking=True) for v in values))
+
+
+class Metric(NamedTuple):
+    """A figure as a sum and its own count, so that it is averaged over what it counts and never over ranks or batches."""
+
+    total: Tensor
+    count: Tensor
+
+
+@dataclass
+class LossOutput:
+    """What an objective returns: a **sum** over counted units, never a mean; the module divides once."""
+
+    loss_sum: Tensor
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A verdict on one completion. `value` is the reward (0.0 is a reward, not a missing one); `correct` the verdict."""
+
+    value: float
+    correct: bool
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw tokens. `temperature` 0 is greedy (exact argmax); `top_k` 0 and `top_p` 1.0 are off."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt for a backend: token ids in, token ids out."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. `logprob` is the natural log-probability under the unmodified distribution.
+
+    `finish_reason` is None but on a request's last event: "stop" (a stop id, which is this token), or "length".
+    """
+
+    request_id: str
+    token_id: int
+    logprob: float
+    finish_reason: str | None = None

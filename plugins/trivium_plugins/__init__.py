@@ -1,0 +1,1 @@
+"""Bundled plugins; each is written as an outside package would write it."""

@@ -1,0 +1,38 @@
+"""Settings of the source `primer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trivium.data.config import SourceConfig, positive
+from trivium.errors import ConfigError
+
+PARTS = ("books", "definitions", "tasks", "chats")
+TASKS = ("add", "subtract", "copy", "reverse", "count", "compare")
+
+
+@dataclass(frozen=True)
+class PrimerConfig(SourceConfig):
+    """Which parts of the primer, and how much of each; `seed` changes the tasks and the chats, never the split."""
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS))  # in this order; more parts, a more varied mixture
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))  # more kinds leave each a smaller share of num_tasks
+    num_tasks: int = 12_000  # over all kinds, evenly; more brings new problems until they repeat (about 8,000 sums)
+    num_chats: int = 3_000  # more brings new combinations of facts and phrasings
+    num_definitions: int = 4_000  # at most, the commonest words first; more brings rarer words, up to all there are
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _some_of(self, "parts", PARTS)
+        _some_of(self, "tasks", TASKS)
+        positive(self, "num_tasks", "num_chats", "num_definitions")
+
+
+def _some_of(owner: PrimerConfig, name: str, allowed: tuple[str, ...]) -> None:
+    """Refuse an empty list, a repeated value (its examples would share ids) and a value outside `allowed`."""
+    values = list(getattr(owner, name))
+    unknown = [v for v in values if v not in allowed]
+    if unknown:
+        raise ConfigError(f"{name}={values!r} has {unknown[0]!r}, which is not one of {', '.join(allowed)}")
+    if not values or len(set(values)) < len(values):
+        raise ConfigError(f"{name}={values!r} must name at least one of {', '.join(allowed)}, each once")
