@@ -46,7 +46,9 @@ def build_source(chosen: Component | None, phase: str, split: str | None = None)
         chosen = Component(chosen.name, dataclasses.replace(chosen.config, split=split))
     source = build(SOURCES, chosen)
     if phase not in source.phases:
-        raise ConfigError(f"data={chosen.name} does not feed phase={phase}; it feeds {', '.join(sorted(source.phases))}")
+        raise ConfigError(
+            f"data={chosen.name} does not feed phase={phase}; it feeds {', '.join(sorted(source.phases))}"
+        )
     return source
 
 
@@ -54,7 +56,9 @@ def build_objective(chosen: Component, phase: str) -> Objective:
     """An objective, checked to train in `phase`."""
     objective = build(OBJECTIVES, chosen)
     if phase not in objective.phases:
-        raise ConfigError(f"objective={chosen.name} is not for phase={phase}; it is for {', '.join(sorted(objective.phases))}")
+        raise ConfigError(
+            f"objective={chosen.name} is not for phase={phase}; it is for {', '.join(sorted(objective.phases))}"
+        )
     return objective
 
 
@@ -176,13 +180,17 @@ def load_artifact(init_from: str) -> Artifact:
         verify(checkpoint)
         record = (checkpoint / RECORD).read_bytes()
         phase = json.loads((checkpoint / "state.json").read_text())["phase"]
-        return Artifact(path, hashlib.sha256(record).hexdigest(), Tokenizer.load(checkpoint / "tokenizer"), checkpoint, phase)
+        return Artifact(
+            path, hashlib.sha256(record).hexdigest(), Tokenizer.load(checkpoint / "tokenizer"), checkpoint, phase
+        )
     if (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(path)
         return Artifact(path, tokenizer.fingerprint, tokenizer)
     if (path / "checkpoints").is_dir():
         raise CheckpointError(f"{path} has no complete checkpoint yet; run its phase again to continue it")
-    raise CheckpointError(f"init_from={init_from} is neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}")
+    raise CheckpointError(
+        f"init_from={init_from} is neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}"
+    )
 
 
 def _runs_nearby(path: Path) -> str:

@@ -14,9 +14,13 @@ CATALOG = Plugin(
     },
     objectives={
         "next_token": Entry(
-            "trivium.objectives.next_token:NextToken", "trivium.objectives.config:NextTokenConfig", "cross-entropy on all"
+            "trivium.objectives.next_token:NextToken",
+            "trivium.objectives.config:NextTokenConfig",
+            "cross-entropy on all",
         ),
-        "sft": Entry("trivium.objectives.next_token:SFT", "trivium.objectives.config:SFTConfig", "on assistant tokens only"),
+        "sft": Entry(
+            "trivium.objectives.next_token:SFT", "trivium.objectives.config:SFTConfig", "on assistant tokens only"
+        ),
     },
     backends={
         "native": Entry(
@@ -31,9 +35,15 @@ CATALOG = Plugin(
             "adamw": Entry("trivium.training.optim:adamw", "trivium.training.config:AdamWConfig", "AdamW"),
         },
         "schedules": {
-            "cosine": Entry("trivium.training.schedule:cosine", "trivium.training.config:ScheduleConfig", "half a cosine"),
-            "linear": Entry("trivium.training.schedule:linear", "trivium.training.config:ScheduleConfig", "a straight line"),
-            "constant": Entry("trivium.training.schedule:constant", "trivium.training.config:ConstantConfig", "the peak"),
+            "cosine": Entry(
+                "trivium.training.schedule:cosine", "trivium.training.config:ScheduleConfig", "half a cosine"
+            ),
+            "linear": Entry(
+                "trivium.training.schedule:linear", "trivium.training.config:ScheduleConfig", "a straight line"
+            ),
+            "constant": Entry(
+                "trivium.training.schedule:constant", "trivium.training.config:ConstantConfig", "the peak"
+            ),
             "wsd": Entry("trivium.training.schedule:wsd", "trivium.training.config:WSDConfig", "stable, then decay"),
         },
     },

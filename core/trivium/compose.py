@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -170,11 +171,13 @@ def _known_keys(cfg: Any, prefix: str = "") -> list[str]:
 def explain_failure(error: BaseException, overrides: Sequence[str]) -> TriviumError:
     """One sentence for what Hydra or OmegaConf refused."""
     cause: BaseException | None = error
-    while cause is not None:  # our own sentence may lie under Hydra's wrapping
+    texts = []
+    while cause is not None:  # our own sentence, or the reason, may lie under Hydra's wrapping
         if isinstance(cause, TriviumError):
             return cause
+        texts.append(str(cause).strip())
         cause = cause.__cause__ or cause.__context__
-    text = str(error).strip()
+    text = "\n".join(texts)
     missing = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if missing:
         group, _, name = missing.group(1).rpartition("/")
@@ -188,18 +191,26 @@ def explain_failure(error: BaseException, overrides: Sequence[str]) -> TriviumEr
         full = re.search(r"full_key: ([\w.]+)", text)
         key = (unknown.group(1) or (full and full.group(1)) or unknown.group(2)).split("=")[0].split("@")[0]
         given = [o.lstrip("+~").split("=")[0] for o in overrides]
-        known = _known_keys(compose([o for o, k in zip(overrides, given, strict=True) if k != key])) if overrides else []
-        return ConfigError(f"unknown option {key!r}.{near_misses(key, [*known, *file_groups()])} `--help` lists the groups")
+        known = (
+            _known_keys(compose([o for o, k in zip(overrides, given, strict=True) if k != key])) if overrides else []
+        )
+        return ConfigError(
+            f"unknown option {key!r}.{near_misses(key, {*known, *file_groups()})} `--help` lists the groups"
+        )
     where = re.search(r"full_key: ([\w.]+)", text)
     value = re.search(r"Value '([^']*)' of type '[^']*' could not be converted to (\w+)", text)
     if value:
-        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(value.group(2), "valid")
+        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(
+            value.group(2), "valid"
+        )
         return ConfigError(f"{where.group(1) if where else 'value'}={value.group(1)} is not {kind}")
-    if where and "not Optional" in text:
+    if where and ("not Optional" in text or "is not Optional" in text or "unsupported" in text):
         return ConfigError(f"{where.group(1)} needs a value; it was given none")
     if any(sign in text for sign in ("mismatched input", "no viable alternative", "missing EQUAL", "extraneous input")):
         bad = next((o for o in overrides if "=" not in o), None) or first
-        return ConfigError(f"cannot read {bad!r}; write key=value, lists as key=[a,b] and quote odd characters: 'key=\"a, b\"'")
+        return ConfigError(
+            f"cannot read {bad!r}; write key=value, lists as key=[a,b] and quote odd characters: 'key=\"a, b\"'"
+        )
     return ConfigError(" ".join(line.strip() for line in text.splitlines()[:2] if line.strip()))
 
 
@@ -257,9 +268,28 @@ def _typed(type_: type, values: Any) -> Any:
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
     """A RunConfig as plain data, the inverse of `run_config`: for config.yaml, manifests and comparisons."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, Component):
             return {"name": value.name, **dataclasses.asdict(value.config)}
         return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
     return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def hydra_main(args: Sequence[str]) -> int:
+    """What Hydra itself does: `-m` sweeps, `--cfg`, `--info`, `--shell-completion`."""
+    install()
+    sys.argv = [sys.argv[0], *args]
+
+    @hydra.main(config_path=main_conf(), config_name="config", version_base=VERSION_BASE)
+    def job(_cfg: DictConfig) -> None:
+        raise ConfigError("set hydra/launcher=process: each job of a sweep is a process of its own")
+
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain_failure(error, [a for a in args if not a.startswith("-")]) from error
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0

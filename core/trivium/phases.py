@@ -75,10 +75,18 @@ class Run:
         plain = as_dict(config)
         replace_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(plain))).encode())
         keys = RESULTS_OF.get(config.phase, tuple(plain))
-        key = digest_of([{k: plain[k] for k in keys if k not in ASIDE}, self.parent.sha256 if self.parent else "", config.seed])
+        key = digest_of(
+            [{k: plain[k] for k in keys if k not in ASIDE}, self.parent.sha256 if self.parent else "", config.seed]
+        )
         parents = []
         if self.parent is not None:
-            parents = [{"role": "init_from", "path": str(self.parent.checkpoint or self.parent.path), "sha256": self.parent.sha256}]
+            parents = [
+                {
+                    "role": "init_from",
+                    "path": str(self.parent.checkpoint or self.parent.path),
+                    "sha256": self.parent.sha256,
+                }
+            ]
         self.manifest = Manifest(
             self.folder, key, name=self.name, phase=config.phase, domain=config.domain, seed=config.seed,
             config=masked(plain), parents=parents,
@@ -98,7 +106,9 @@ class Run:
 
     def write_samples(self, rows: Sequence[dict]) -> None:
         """samples.jsonl, whole."""
-        replace_file(self.folder / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+        replace_file(
+            self.folder / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+        )
 
 
 def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
@@ -189,20 +199,29 @@ def run_training(this: Run) -> int:
     early = " (early: the validation loss no longer falls)" if fitted.stopped_early else ""
     held = f", val loss {fitted.figures['val/loss']:.3f}" if "val/loss" in fitted.figures else ""
     already = "was done already" if fitted.resumed_from == fitted.steps else "done"
-    this.say(f"{already}: step {fitted.steps}{early}, train loss {fitted.figures.get('train/loss', float('nan')):.3f}{held}")
+    this.say(
+        f"{already}: step {fitted.steps}{early}, train loss {fitted.figures.get('train/loss', float('nan')):.3f}{held}"
+    )
     return 0
 
 
 def _model_and_tokenizer(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokenizer]:
     config, parent = this.config, this.parent
     if parent is not None and parent.checkpoint is not None:
-        if config.tokenizer.config.path and Tokenizer.load(Path(config.tokenizer.config.path)).fingerprint != parent.tokenizer.fingerprint:
-            raise ConfigError(f"tokenizer.path={config.tokenizer.config.path} is not the tokenizer of {parent.checkpoint}")
+        if (
+            config.tokenizer.config.path
+            and Tokenizer.load(Path(config.tokenizer.config.path)).fingerprint != parent.tokenizer.fingerprint
+        ):
+            raise ConfigError(
+                f"tokenizer.path={config.tokenizer.config.path} is not the tokenizer of {parent.checkpoint}"
+            )
         model, record = parent.model(config.model)
         this.say(f"starts from {parent.checkpoint}")
         return model, record, parent.tokenizer
     if config.model is None:
-        raise ConfigError(f"phase={config.phase} needs a model: set init_from=runs/... to tune one, or model= to start anew")
+        raise ConfigError(
+            f"phase={config.phase} needs a model: set init_from=runs/... to tune one, or model= to start anew"
+        )
     if parent is not None:
         tokenizer = parent.tokenizer
         this.say(f"tokenizer from {parent.path}")
@@ -246,7 +265,11 @@ def _header(this: Run, model: CausalLM, table: TokenTable, steps: StepDataset, d
     )
     this.say(
         f"rows {steps.utilisation:.1%} full, about {memory / 1e9 + 0.5:.1f} GB of memory"
-        + (f"; {table.truncated} conversations cut at {config.batch.length} tokens, {table.lost_ends} without their end" if table.truncated else "")
+        + (
+            f"; {table.truncated} conversations cut at {config.batch.length} tokens, {table.lost_ends} without their end"
+            if table.truncated
+            else ""
+        )
     )
 
 
@@ -279,7 +302,9 @@ def run_evaluate(this: Run) -> int:
     texts = [e["text"] for e in examples if "text" in e][: settings.max_texts]
     tasks = _balanced([e for e in examples if "task" in e], settings.max_tasks)
     if not texts and not tasks:
-        raise DataError(f"data={config.data.name if config.data else ''} has neither text nor verifiable tasks to evaluate on")
+        raise DataError(
+            f"data={config.data.name if config.data else ''} has neither text nor verifiable tasks to evaluate on"
+        )
     bootstrap = {"resamples": settings.resamples, "confidence": settings.confidence}
     found = {}
     backend = build_backend(config.inference, model, parent.tokenizer.pad_id)
@@ -289,15 +314,23 @@ def run_evaluate(this: Run) -> int:
         answers = answer_tasks(backend, parent.tokenizer, source, tasks, max_tokens=min(32, model.context // 4))
         this.write_samples(
             [
-                {"kind": "evaluate", "task": a.example["task"], "prompt": a.example["messages"][-2]["content"],
-                 "completion": a.completion, "answer": a.example["answer"], "correct": a.score.correct}
+                {
+                    "kind": "evaluate",
+                    "task": a.example["task"],
+                    "prompt": a.example["messages"][-2]["content"],
+                    "completion": a.completion,
+                    "answer": a.example["answer"],
+                    "correct": a.score.correct,
+                }
                 for a in answers
             ]  # fmt: skip
         )
         found |= accuracy(answers, **bootstrap)
     for name, e in found.items():
         this.say(f"{name:<20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]  n={e.count}")
-    this.manifest.update(results={k: dataclasses.asdict(e) for k, e in found.items()}, data={"test": source.fingerprint})
+    this.manifest.update(
+        results={k: dataclasses.asdict(e) for k, e in found.items()}, data={"test": source.fingerprint}
+    )
     return 0
 
 
@@ -325,7 +358,9 @@ def run_generate(this: Run) -> int:
     texts = complete(backend, tokenizer, _prompt_ids(this, tokenizer, prompts, chat=chat), params)
     for prompt, text in zip(prompts, texts, strict=True):
         this.console.print(f"  [bold]{_plain(prompt)}[/]{'' if not chat else ' ->'} {_plain(text)}", highlight=False)
-    this.write_samples([{"kind": "generate", "prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)])
+    this.write_samples(
+        [{"kind": "generate", "prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]
+    )
     return 0
 
 
@@ -365,7 +400,10 @@ def run_chat(this: Run) -> int:
     talk(conversation, read, write)
     turns = [m for m in conversation.messages if m["role"] != "system"]
     this.write_samples(
-        [{"kind": "chat", "prompt": q["content"], "completion": a["content"]} for q, a in zip(turns[::2], turns[1::2], strict=True)]
+        [
+            {"kind": "chat", "prompt": q["content"], "completion": a["content"]}
+            for q, a in zip(turns[::2], turns[1::2], strict=True)
+        ]
     )
     return 0
 
@@ -385,7 +423,9 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
     name = config.name or f"{pipeline.name}-{config.domain}"
     folder = make_folder(Path(config.runs) / name)
     replace_file(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(as_dict(config)))).encode())
-    record = Manifest(folder, digest_of(list(overrides)), name=name, phase="pipeline", domain=config.domain, seed=config.seed)
+    record = Manifest(
+        folder, digest_of(list(overrides)), name=name, phase="pipeline", domain=config.domain, seed=config.seed
+    )
     done: list[dict[str, str]] = []
     trained = config.init_from
     for stage, settings in pipeline.stages.items():
@@ -437,3 +477,12 @@ def next_commands(trained: str) -> list[str]:
         f"python launch.py phase=generate init_from={trained} prompt='Reverse: r i v e r'",
         f"python launch.py phase=sft domain=files data.path=my.jsonl init_from={trained}",
     ]
+
+
+def launch(overrides: Sequence[str]) -> int:
+    """The front door of phases and pipelines: overrides in, exit code out."""
+    console = Console(soft_wrap=True)
+    config = run_config(compose(overrides))
+    if config.pipeline.stages:
+        return run_pipeline(overrides, config, console)
+    return run(config, console)

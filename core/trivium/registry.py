@@ -41,7 +41,7 @@ def load(path: str, owner: str = "trivium") -> Any:
 
 def near_misses(name: str, names: Iterable[str]) -> str:
     """' Did you mean a or b?' or nothing; one wording for every unknown name in the program."""
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 

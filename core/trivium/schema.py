@@ -117,7 +117,7 @@ class EvaluationConfig:
         _positive("evaluation", self, "max_texts", "max_tasks", "resamples")
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: OmegaConf makes the stages of a YAML file one by one and must be able to fill them
 class StageConfig:
     """One stage of a pipeline: a phase with its overrides."""
 

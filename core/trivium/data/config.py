@@ -14,9 +14,7 @@ def one_of(owner: object, field: str, allowed: tuple[str, ...]) -> None:
     """Refuse a value of `owner.field` outside `allowed`; used by every Config's `__post_init__`."""
     value = getattr(owner, field)
     if value not in allowed:
-        raise ConfigError(
-            f"{field}={value!r} is not one of {', '.join(allowed)}.{near_misses(str(value), allowed)}"
-        )
+        raise ConfigError(f"{field}={value!r} is not one of {', '.join(allowed)}.{near_misses(str(value), allowed)}")
 
 
 def positive(owner: object, *names: str) -> None:
@@ -64,5 +62,7 @@ class BPEConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size < 300:
-            raise ConfigError(f"tokenizer.vocab_size={self.vocab_size} must be at least 300 (256 bytes and special tokens)")
+            raise ConfigError(
+                f"tokenizer.vocab_size={self.vocab_size} must be at least 300 (256 bytes and special tokens)"
+            )
         positive(self, "max_bytes")

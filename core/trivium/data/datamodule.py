@@ -37,7 +37,9 @@ class StepDataset(Dataset):
         return float(self.table.lengths.sum() / (len(self.rows) * self.length))
 
 
-def validation_batches(table: TokenTable, *, max_rows: int, micro_size: int, length: int, pad_id: int) -> list[TokenBatch]:
+def validation_batches(
+    table: TokenTable, *, max_rows: int, micro_size: int, length: int, pad_id: int
+) -> list[TokenBatch]:
     """The first `max_rows` packed rows, the same ones at every validation."""
     rows = plan(table, length, seed=0)[:max_rows]
     if not rows:

@@ -52,7 +52,9 @@ class TokenTable:
         return self.tokens[here], self.trained[here]
 
 
-def tokenise(source: Source, tokenizer: Tokenizer, length: int, *, chats: bool, train_on: str = "assistant") -> TokenTable:
+def tokenise(
+    source: Source, tokenizer: Tokenizer, length: int, *, chats: bool, train_on: str = "assistant"
+) -> TokenTable:
     """Tokenise a whole source into documents of at most `length` tokens.
 
     chats: expect conversations or prompt/completion (tuning), else text (pretraining). Raises DataError for examples
@@ -65,7 +67,9 @@ def tokenise(source: Source, tokenizer: Tokenizer, length: int, *, chats: bool, 
         form = "text" if "text" in example else "chat"
         if form != ("chat" if chats else "text"):
             wanted = "messages or prompt and completion" if chats else "text"
-            raise DataError(f"example {example['id']} has {', '.join(k for k in example if k != 'id')}; this phase needs {wanted}")
+            raise DataError(
+                f"example {example['id']} has {', '.join(k for k in example if k != 'id')}; this phase needs {wanted}"
+            )
     if chats:
         encoded = encode_examples(examples, tokenizer, train_on)
     else:
@@ -89,7 +93,9 @@ def tokenise(source: Source, tokenizer: Tokenizer, length: int, *, chats: bool, 
             lengths.append(len(piece))
             ids.append(example["id"])
     if not ids or not any(t[1:].any() for t in trained):
-        raise DataError(f"no token of {len(examples)} examples would be trained on; raise batch.length={length} or look at the data")
+        raise DataError(
+            f"no token of {len(examples)} examples would be trained on; raise batch.length={length} or look at the data"
+        )
     num_bytes = sum(len(e["text"].encode()) for e in examples) if not chats else 0
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     return TokenTable(np.concatenate(tokens), np.concatenate(trained), offsets, ids, num_bytes, truncated, lost_ends)

@@ -9,7 +9,9 @@ from trivium.inference.protocol import Backend
 from trivium.types import Request, SamplingParams
 
 
-def complete(backend: Backend, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[str]:
+def complete(
+    backend: Backend, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[str]:
     """The text that follows each prompt (token ids), without the stop token."""
     requests = [Request(str(i), tuple(prompt), params) for i, prompt in enumerate(prompts)]
     drawn: dict[str, list[int]] = {r.id: [] for r in requests}

@@ -36,7 +36,7 @@ def answer_tasks(
 
 
 def accuracy(answers: Sequence[Answer], *, resamples: int, confidence: float) -> dict[str, Estimate]:
-    """"accuracy": the mean over tasks' accuracies; "accuracy/TASK": each task's, with bootstrap intervals."""
+    """ "accuracy": the mean over tasks' accuracies; "accuracy/TASK": each task's, with bootstrap intervals."""
     by_task: dict[str, list[float]] = defaultdict(list)
     for answer in answers:
         by_task[answer.example["task"]].append(float(answer.score.correct))

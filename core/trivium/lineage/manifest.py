@@ -61,7 +61,12 @@ class Manifest:
         same = before.get("key") == key
         self._earlier = float(before.get("seconds", 0.0)) if same else 0.0
         self._began = time.monotonic()
-        self.facts: dict[str, Any] = (before if same else {}) | {"started": now, "versions": versions(), **facts, "key": key}
+        self.facts: dict[str, Any] = (before if same else {}) | {
+            "started": now,
+            "versions": versions(),
+            **facts,
+            "key": key,
+        }
         if same and "started" in before:
             self.facts["started"] = before["started"]
 

@@ -13,7 +13,9 @@ from torch import Tensor
 class KVCache:
     """keys, values: (L, B, K, S, D)."""
 
-    def __init__(self, layers: int, rows: int, heads: int, length: int, width: int, *, device: object, dtype: torch.dtype):
+    def __init__(
+        self, layers: int, rows: int, heads: int, length: int, width: int, *, device: object, dtype: torch.dtype
+    ):
         shape = (layers, rows, heads, length, width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
         self.values = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]

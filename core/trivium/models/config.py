@@ -32,7 +32,9 @@ class LlamaConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be greater than 0")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
-            raise ConfigError(f"model.dim={self.dim} / model.heads={self.heads} must be an even whole number (RoPE pairs)")
+            raise ConfigError(
+                f"model.dim={self.dim} / model.heads={self.heads} must be an even whole number (RoPE pairs)"
+            )
         if self.heads % self.kv_heads:
             raise ConfigError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
         if not 0 <= self.dropout < 1:

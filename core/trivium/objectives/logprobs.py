@@ -62,7 +62,13 @@ def token_sums(head: nn.Linear, states: Tensor, targets: Tensor, token_loss: Tok
 class _TokenSums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, token_loss: TokenLoss, chunk: int
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        token_loss: TokenLoss,
+        chunk: int,
     ) -> Tensor:
         wanted = [t for t, needed in zip((states, weight, bias), ctx.needs_input_grad, strict=False) if needed]
         grads = [torch.zeros_like(t) for t in wanted]  # type: ignore[arg-type]
@@ -71,7 +77,10 @@ class _TokenSums(torch.autograd.Function):
             here = slice(start, start + chunk)
             with torch.set_grad_enabled(bool(wanted)):
                 inputs = [states[here], weight, bias]
-                inputs = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, ctx.needs_input_grad, strict=False)]
+                inputs = [
+                    t if t is None else t.detach().requires_grad_(n)
+                    for t, n in zip(inputs, ctx.needs_input_grad, strict=False)
+                ]
                 sums = [s.sum() for s in token_loss(at_least_fp32(F.linear(*inputs)), targets[here])]
                 if wanted:
                     leaves = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]

@@ -67,7 +67,10 @@ class CheckpointStore:
             files = {}
             for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
                 data = path.read_bytes()
-                files[path.relative_to(temporary).as_posix()] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                files[path.relative_to(temporary).as_posix()] = {
+                    "bytes": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
             write_file(temporary / RECORD, json.dumps({"step": step, "files": files}, indent=1).encode())
             for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                 sync_folder(path)
@@ -124,7 +127,9 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
         data = path.read_bytes()
         if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its bytes are not those that were saved; use an earlier checkpoint")
+            raise CheckpointError(
+                f"{path} is damaged: its bytes are not those that were saved; use an earlier checkpoint"
+            )
     return record
 
 

@@ -77,5 +77,7 @@ def build_loggers(config: LoggerConfig, folder: Path, name: str, first_step: int
                 )
             )
     except ModuleNotFoundError as error:
-        raise ConfigError(f"this logger needs a package that is not installed: pip install 'trivium-llm[tensorboard]' ({error})") from error
+        raise ConfigError(
+            f"this logger needs a package that is not installed: pip install 'trivium-llm[tensorboard]' ({error})"
+        ) from error
     return loggers

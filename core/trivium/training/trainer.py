@@ -162,7 +162,9 @@ def restore(job: Job, checkpoint: Path, stop: StopController) -> None:
     state = read_checkpoint_json(checkpoint, "state.json")
     differences = [k for k in job.guard if state["guard"].get(k) != job.guard[k]]
     for key in [k for k in differences if k in FREE]:
-        job.console.print(f"  [yellow]{key} was {state['guard'].get(key)}, is {job.guard[key]}: the schedule stretches with it[/]")
+        job.console.print(
+            f"  [yellow]{key} was {state['guard'].get(key)}, is {job.guard[key]}: the schedule stretches with it[/]"
+        )
     hard = [k for k in differences if k not in FREE]
     if hard:
         shown = "; ".join(f"{k} was {_short(state['guard'].get(k))}, is {_short(job.guard[k])}" for k in hard[:4])
@@ -172,7 +174,9 @@ def restore(job: Job, checkpoint: Path, stop: StopController) -> None:
         )
     step = state["step"]
     if state["next_sample"] != job.steps.sample_id(step):
-        raise CheckpointError(f"{checkpoint}: step {step} would read {job.steps.sample_id(step)}, not {state['next_sample']}")
+        raise CheckpointError(
+            f"{checkpoint}: step {step} would read {job.steps.sample_id(step)}, not {state['next_sample']}"
+        )
     load_weights(job.module.model, model_tensors(checkpoint), str(checkpoint))
     load_optimizer(job.module.optimizer, trained_tensors(checkpoint), str(checkpoint))
     job.module.step, job.module.tokens_seen, job.module.last = step, state["tokens_seen"], state["last"]

@@ -104,7 +104,9 @@ class NativeBackend(Backend):
                     rows, lengths, generated = ([xs[b] for b in alive] for xs in (rows, lengths, generated))
                 if max(lengths) >= cache.length:
                     cache.grow(min(self.model.context, cache.length + GROWTH))
-                logits = self._logits(drawn[:, None], torch.tensor(lengths, device=device)[:, None], cache, [0] * len(rows))
+                logits = self._logits(
+                    drawn[:, None], torch.tensor(lengths, device=device)[:, None], cache, [0] * len(rows)
+                )
                 lengths = [n + 1 for n in lengths]
         finally:
             self.model.train(was_training)

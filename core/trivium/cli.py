@@ -1,0 +1,107 @@
+"""The command line: verbs first, then Hydra overrides. `--help` and the listing verbs never import torch.
+
+Exit codes: 0 done, 1 failure, 2 wrong usage or configuration, 143 stopped by a signal after a clean save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import traceback
+from collections.abc import Sequence
+
+from trivium.errors import ConfigError, TriviumError
+from trivium.plugin import conf_folders, discover
+from trivium.registry import load, near_misses, registries
+
+VERBS = {
+    "plugins": "trivium.cli:plugins",
+    "explain": "trivium.explain:explain",
+    "report": "trivium.lineage.report:main",
+}
+"""Looked up before anything heavy is imported: a verb loads only what it needs."""
+
+USAGE = """\
+Trivium: a language model learns, improves and speaks.
+
+  python launch.py                                   the main job: three phases on the bundled primer
+  python launch.py phase=sft domain=files data.path=my.jsonl init_from=runs/...
+  python launch.py -m phase=pretrain optim.lr=1e-3,3e-3        one run for each value
+  python launch.py phase=chat init_from=runs/...
+  python launch.py plugins list | explain optim.lr [overrides] | report runs/...
+"""
+
+FLAGS = """\
+Flags: --cfg job (show the composed settings)  -m (sweep)  --debug (stack traces)  --shell-completion install=bash
+Every setting is key=value; `explain KEY` says what it is, what it was set to and where."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; every TriviumError becomes one sentence."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or "debug=true" in args
+    args = ["debug=true" if a == "--debug" else a for a in args]
+    try:
+        return dispatch(args)
+    except TriviumError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 143
+    except Exception as error:  # a bug of ours, said as such
+        if debug:
+            traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error} (a fault of the program; --debug shows where)", file=sys.stderr)
+        return 1
+
+
+def dispatch(args: list[str]) -> int:
+    """Verb, help, Hydra's own flags, or a run."""
+    if args and args[0] in VERBS:
+        return load(VERBS[args[0]])(args[1:])
+    if any(a in ("-h", "--help", "help") for a in args):
+        print(help_text())
+        return 0
+    if args and "=" not in args[0] and not args[0].startswith("-"):
+        raise ConfigError(
+            f"unknown command {args[0]!r}.{near_misses(args[0], VERBS)} Commands: {', '.join(VERBS)}; settings are key=value"
+        )
+    if any(a.startswith(("-", "--")) for a in args):
+        return load("trivium.compose:hydra_main")(args)
+    if not any(a.startswith(("phase=", "pipeline=")) for a in args):
+        args = ["pipeline=three_phases", *args]
+    return load("trivium.phases:launch")(args)
+
+
+def help_text() -> str:
+    """Every config group with its options, ours and plugins', from file names and registries alone."""
+    compose = load("trivium.compose:file_groups"), load("trivium.compose:options")
+    discover()
+    lines = [USAGE, "Groups (choose with GROUP=OPTION):"]
+    for group in compose[0]():
+        names = [o for o in compose[1](group) if group != "data" or "/" not in o]
+        lines.append(f"  {group:<11} {', '.join(names) or '(none)'}")
+    schema = load("trivium.schema:RunConfig")
+    plain = [f.name for f in dataclasses.fields(schema) if f.name not in compose[0]()]
+    return "\n".join([*lines, "", f"Further settings: {', '.join(plain)}", "", FLAGS])
+
+
+def plugins(args: list[str]) -> int:
+    """`plugins list`: every plugin, what it adds, and what failed."""
+    if args[:1] != ["list"] or len(args) > 1:
+        raise ConfigError("write `plugins list`")
+    found = discover()
+    for name, plugin in found.plugins.items():
+        print(f"{name:<12} {found.versions.get(name, 'core'):<24} {plugin.help}")
+    print()
+    for kind, registry in registries().items():
+        for name, entry in registry.items():
+            print(f"{kind:<12} {name:<14} {entry.owner:<12} {entry.help}")
+    roots = ", ".join(f"{owner} ({folder})" for owner, folder in conf_folders())
+    print(f"\nconfigs from {roots}")
+    for name, reason in found.failures.items():
+        print(f"FAILED {name}: {reason}", file=sys.stderr)
+    return 1 if found.failures else 0
