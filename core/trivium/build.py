@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from trivium.compose import Component, component
 from trivium.data.config import BPEConfig
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
-from trivium.disk import make_folder
+from trivium.disk import cache_folder, make_folder
 from trivium.errors import CheckpointError, ConfigError
 from trivium.inference.protocol import Backend
 from trivium.lineage import manifest
@@ -26,11 +25,6 @@ from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra
 from trivium.training.checkpoint import RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
 from trivium.training.schedule import Schedule
-
-
-def cache_folder() -> Path:
-    """Where things made once are kept between runs: $TRIVIUM_CACHE, else ~/.cache/trivium."""
-    return Path(os.environ.get("TRIVIUM_CACHE") or Path.home() / ".cache" / "trivium")
 
 
 def build(registry: Registry, chosen: Component, *args: Any, **kwargs: Any) -> Any:

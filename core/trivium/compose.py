@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trivium.errors import ConfigError, TriviumError
@@ -280,12 +281,14 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
 def hydra_main(args: Sequence[str]) -> int:
     """What Hydra itself does: `-m` sweeps, `--cfg`, `--info`, `--shell-completion`."""
     install()
-    sys.argv = [sys.argv[0], *args]
+    name = next((a.partition("=")[2] for a in args if a.startswith("name=")), "")
+    sys.argv = [sys.argv[0], *args, *([f"hydra.sweep.dir=${{runs}}/{name}"] if name else [])]
 
     @hydra.main(config_path=main_conf(), config_name="config", version_base=VERSION_BASE)
     def job(_cfg: DictConfig) -> None:
         raise ConfigError("set hydra/launcher=process: each job of a sweep is a process of its own")
 
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra.main prints a trace of its own and exits
     try:
         job()
     except (HydraException, OmegaConfBaseException) as error:

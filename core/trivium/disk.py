@@ -1,4 +1,4 @@
-"""Files that are whole or not there: synced writes, atomic replacement. A refused write names the path and the bytes."""
+"""Files that are whole or not there: synced writes, atomic replacement. A refused write names path and bytes."""
 
 from __future__ import annotations
 
@@ -64,3 +64,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return found
+
+
+def cache_folder() -> Path:
+    """Where things made once are kept between runs: $TRIVIUM_CACHE, else ~/.cache/trivium."""
+    return Path(os.environ.get("TRIVIUM_CACHE") or Path.home() / ".cache" / "trivium")

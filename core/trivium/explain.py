@@ -35,7 +35,7 @@ def explain(args: list[str]) -> int:
     if owner is not None and field is not None:
         print(f"  type     {field.type}")
         if field.default is not dataclasses.MISSING:
-            print(f"  default  {field.default!r} ({owner.__module__}.{owner.__name__})")
+            print(f"  default  {field.default!r} ({owner.__name__})")
         note = comment_of(owner, field.name)
         if note:
             print(f"  meaning  {note}")
@@ -93,8 +93,8 @@ def origins(key: str, overrides: list[str]) -> list[str]:
             result = loader.repository.load_config(path)  # type: ignore[attr-defined]
             if result is None or result.path == "registry://":
                 continue
-            package = "" if default.package in (None, "_global_") else f"{default.package}."
+            package = f"{default.package}." if default.package not in (None, "", "_global_") else ""
             inside = key.removeprefix(package) if key.startswith(package) else None
             if inside and OmegaConf.select(result.config, inside) is not None:
-                found.append(f"{result.path.removeprefix('file://')}/{path}.yaml".replace("//", "/"))
+                found.append(f"{result.path.removeprefix('file://').removeprefix('pkg://')}/{path}.yaml")
     return found + [f"the command line: {o}" for o in overrides if o.lstrip("+").split("=")[0] == key]
