@@ -9,6 +9,7 @@ import dataclasses
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.plugin import conf_folders, discover
@@ -17,7 +18,7 @@ from trivium.registry import load, near_misses, registries
 VERBS = {
     "plugins": "trivium.cli:plugins",
     "explain": "trivium.explain:explain",
-    "report": "trivium.lineage.report:main",
+    "report": "trivium.cli:report",
 }
 """Looked up before anything heavy is imported: a verb loads only what it needs."""
 
@@ -67,12 +68,13 @@ def dispatch(args: list[str]) -> int:
         return 0
     if args and "=" not in args[0] and not args[0].startswith("-"):
         raise ConfigError(
-            f"unknown command {args[0]!r}.{near_misses(args[0], VERBS)} Commands: {', '.join(VERBS)}; settings are key=value"
+            f"unknown command {args[0]!r}.{near_misses(args[0], VERBS)} "
+            f"Commands: {', '.join(VERBS)}; settings are key=value"
         )
-    if any(a.startswith(("-", "--")) for a in args):
-        return load("trivium.compose:hydra_main")(args)
     if not any(a.startswith(("phase=", "pipeline=")) for a in args):
         args = ["pipeline=three_phases", *args]
+    if any(a.startswith("-") for a in args):
+        return load("trivium.compose:hydra_main")(args)
     return load("trivium.phases:launch")(args)
 
 
@@ -105,3 +107,13 @@ def plugins(args: list[str]) -> int:
     for name, reason in found.failures.items():
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if found.failures else 0
+
+
+def report(args: list[str]) -> int:
+    """`report RUN`: write the run's report.html anew and print its table."""
+    if len(args) != 1 or not Path(args[0]).is_dir():
+        raise ConfigError("write `report FOLDER`, for instance `report runs/three_phases-primer`")
+    path = load("trivium.lineage.report:write_report")(Path(args[0]))
+    load("rich.console:Console")().print(load("trivium.lineage.report:summary_table")(Path(args[0])))
+    print(f"report: {path}")
+    return 0

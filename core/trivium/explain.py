@@ -44,7 +44,7 @@ def explain(args: list[str]) -> int:
     return 0
 
 
-def owner_of(cfg: DictConfig, key: str) -> tuple[type | None, dataclasses.Field | None]:
+def owner_of(cfg: DictConfig, key: str) -> tuple[Any, dataclasses.Field | None]:
     """The dataclass and field that a dotted key names."""
     here: Any = RunConfig
     path = key.split(".")

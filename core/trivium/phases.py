@@ -58,8 +58,10 @@ RESULTS_OF = {
     "generate": ("prompt", "prompts", "prompt_format", "system", "inference", "phase"),
     "chat": ("prompts", "system", "inference", "phase"),
 }
-UNGUARDED = ("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts",
-             "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE)  # fmt: skip
+UNGUARDED = (
+    *("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts"),
+    *("prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE),
+)
 """Settings that may change between the starts of one training run, since no weight depends on them."""
 
 
@@ -122,7 +124,11 @@ def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
         this.say("done already; the same settings and inputs")
         return 0
     this.manifest.update("running")
-    code = PHASES[config.phase](this)
+    try:
+        code = PHASES[config.phase](this)
+    except BaseException as error:
+        this.manifest.update("failed", error=f"{type(error).__name__}: {error}")
+        raise
     this.manifest.update("done" if code == 0 else "stopped")
     write_report(this.folder)
     return code
@@ -253,6 +259,18 @@ def _guard(this: Run, table: TokenTable, tokenizer: Tokenizer, dtype: torch.dtyp
     return flat
 
 
+def _count(number: float) -> str:
+    """1234567 -> 1.23 M.
+
+    >>> _count(950), _count(24_600), _count(2_570_304)
+    ('950', '24.6 k', '2.57 M')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"
+
+
 def _header(this: Run, model: CausalLM, table: TokenTable, steps: StepDataset, dtype: torch.dtype | None) -> None:
     config = this.config
     per_step = config.batch.size * config.batch.length
@@ -260,13 +278,14 @@ def _header(this: Run, model: CausalLM, table: TokenTable, steps: StepDataset, d
     epochs = total * steps.utilisation / max(1, len(table.tokens))
     memory = model.num_parameters * 16 + config.batch.micro_size * config.batch.length * model.vocab_size * 4 // 8
     this.say(
-        f"{model.num_parameters / 1e6:.2f} M parameters, {'bf16' if dtype else 'fp32'}; "
-        f"{config.trainer.max_steps} steps of {per_step:,} tokens ({epochs:.1f} epochs of {len(table.tokens) / 1e6:.2f} M)"
+        f"{_count(model.num_parameters)} parameters, {'bf16' if dtype else 'fp32'}; "
+        f"{config.trainer.max_steps} steps of {per_step:,} tokens ({epochs:.1f} epochs of {_count(len(table.tokens))})"
     )
     this.say(
         f"rows {steps.utilisation:.1%} full, about {memory / 1e9 + 0.5:.1f} GB of memory"
         + (
-            f"; {table.truncated} conversations cut at {config.batch.length} tokens, {table.lost_ends} without their end"
+            f"; {table.truncated} conversations cut at {config.batch.length} tokens, "
+            f"{table.lost_ends} of them without their end"
             if table.truncated
             else ""
         )

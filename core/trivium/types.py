@@ -1,15 +1,17 @@
 """The nouns that cross folders: batches, what a loss returns, what a score is, what a backend takes and gives.
 
-Letters in shapes: `B` sequences, `T` tokens, `V` vocabulary, `C` width, `H` query heads, `K` key/value heads, `D` head width.
+Letters in shapes: `B` sequences, `T` tokens, `V` vocabulary, `C` width, `H` query heads, `K` key/value heads, `D` head
+width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the nouns are needed where torch must not be imported (sources, the command line)
+    import torch
     from torch import Tensor
 
 IGNORE = -100
@@ -31,14 +33,17 @@ class TokenBatch:
     positions: Tensor
     segments: Tensor | None = None
 
-    def to(self, device: object) -> TokenBatch:
+    def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with every tensor on `device`."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return type(self)(*(v if v is None else v.to(device, non_blocking=True) for v in values))
+        segments = None if self.segments is None else self.segments.to(device, non_blocking=True)
+        tokens, labels, positions = (
+            t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions)
+        )
+        return TokenBatch(tokens, labels, positions, segments)
 
 
 class Metric(NamedTuple):
-    """A figure as a sum and its own count, so that it is averaged over what it counts and never over ranks or batches."""
+    """A figure as a sum and its own count: it is averaged over what it counts, never over ranks or batches."""
 
     total: Tensor
     count: Tensor
@@ -54,7 +59,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Score:
-    """A verdict on one completion. `value` is the reward (0.0 is a reward, not a missing one); `correct` the verdict."""
+    """A verdict on one completion. `value`: the reward (0.0 is a reward, not a missing one). `correct`: the verdict."""
 
     value: float
     correct: bool

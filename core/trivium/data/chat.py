@@ -56,7 +56,8 @@ class Chat:
 
     @cached_property
     def _specials(self) -> list[str]:
-        return [token.content for token in self.tokenizer._core.get_added_tokens_decoder().values()]
+        # the mark itself comes first, so that a person's own U+E000 is hidden before any other is put in
+        return ["\ue000", *(token.content for token in self.tokenizer._core.get_added_tokens_decoder().values())]
 
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
         """The template's text; prompt: ends where the assistant is to speak."""
@@ -77,6 +78,8 @@ class Chat:
         Raises DataError for a template that rewrites history: its prefixes would not be what was trained on.
         """
         _check(messages)
+        if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
+            raise DataError("an assistant turn is empty")
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:
             raise DataError("a conversation without an assistant turn has nothing to train on")
@@ -178,5 +181,3 @@ def _check(messages: Sequence[Message]) -> None:
     for message in messages:
         if not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
             raise DataError(f"a message needs a role and a content, both text; found {str(dict(message))[:80]}")
-        if not message["content"].strip() and message["role"] == "assistant":
-            raise DataError("an assistant turn is empty")

@@ -19,7 +19,15 @@ from trivium.disk import cache_folder
 from trivium.errors import DataError
 from trivium.registry import near_misses
 
-KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 SCHEMAS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
 DOCUMENT = 4000
 """Characters after which a plain text file is cut, at the next blank line."""
@@ -95,7 +103,10 @@ class Files(Source):
         if schema == "messages":
             if not isinstance(values["messages"], list) or not all(isinstance(m, dict) for m in values["messages"]):
                 raise DataError(f"{file} row {row + 1}: messages must be a list of {{role, content}}")
-            return {"id": name, "messages": [{"role": m.get("role"), "content": m.get("content")} for m in values["messages"]]}
+            return {
+                "id": name,
+                "messages": [{"role": m.get("role"), "content": m.get("content")} for m in values["messages"]],
+            }
         for column in SCHEMAS[schema]:
             if not isinstance(values[column], str) or not values[column]:
                 raise DataError(f"{file} row {row + 1}: {column} is {values[column]!r}, not text")
@@ -103,7 +114,9 @@ class Files(Source):
 
     def _nothing(self, path: str, held_out: bool) -> str:
         if not held_out:
-            return f"nothing in {path} is left to train on: data.validation_share={self.config.validation_share} holds all out"
+            return (
+                f"{path} leaves nothing to train on: data.validation_share={self.config.validation_share} holds all out"
+            )
         return (
             f"no row of {path} is held out at data.validation_share={self.config.validation_share}: raise it, set "
             "data.validation_path, or validation.every_steps=0 to train without validation"
@@ -130,7 +143,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def documents(text: str) -> Iterator[str]:
-    """Cut text at blank lines into pieces of about DOCUMENT characters; nothing but the cut's own blank lines is lost."""
+    """Cut text at blank lines into pieces of about DOCUMENT characters; only the blank lines at the cuts are lost."""
     piece: list[str] = []
     size = 0
     for paragraph in text.split("\n\n"):
@@ -167,4 +180,5 @@ def _reason(file: Path, error: BaseException) -> str:
                 return f"{file} line {number} is not JSON: {bad}"
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{file} cannot be read as {KINDS[file.suffix]}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    said = str(error).splitlines() or [type(error).__name__]
+    return f"{file} cannot be read as {KINDS[file.suffix]}: {said[0]}"

@@ -38,7 +38,7 @@ class TokenTable:
     def __post_init__(self) -> None:
         digest = hashlib.sha256()
         for array in (self.tokens, self.trained, self.offsets):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).tobytes())
         self.fingerprint = digest.hexdigest()
 
     @property

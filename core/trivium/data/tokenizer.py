@@ -41,8 +41,7 @@ class Tokenizer:
         self._literal.encode_special_tokens = True
         self.config = config
         for key in ("bos_token", "eos_token", "pad_token", "eot_token"):
-            if core.token_to_id(config.get(key, "")) is None:
-                raise DataError(f"the tokenizer's {key} {config.get(key)!r} is not in its vocabulary")
+            self._id(key)
 
     @property
     def vocab_size(self) -> int:
@@ -52,22 +51,28 @@ class Tokenizer:
     @cached_property
     def bos_id(self) -> int:
         """First token of every document and conversation."""
-        return self._core.token_to_id(self.config["bos_token"])
+        return self._id("bos_token")
 
     @cached_property
     def eos_id(self) -> int:
         """Last token of a document."""
-        return self._core.token_to_id(self.config["eos_token"])
+        return self._id("eos_token")
 
     @cached_property
     def pad_id(self) -> int:
         """Fills rows; never a token of any text, so a mask by padding cannot hide a real one."""
-        return self._core.token_to_id(self.config["pad_token"])
+        return self._id("pad_token")
 
     @cached_property
     def eot_id(self) -> int:
         """Last token of a turn."""
-        return self._core.token_to_id(self.config["eot_token"])
+        return self._id("eot_token")
+
+    def _id(self, name: str) -> int:
+        found = self._core.token_to_id(self.config.get(name, ""))
+        if found is None:
+            raise DataError(f"the tokenizer's {name} {self.config.get(name)!r} is not in its vocabulary")
+        return found
 
     @property
     def template(self) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from trivium.data.tokenizer import Tokenizer
+from trivium.errors import ConfigError
 from trivium.evaluation.intervals import Estimate, ratio_interval
 from trivium.models.protocol import CausalLM
 
@@ -24,6 +25,8 @@ def document_nats(model: CausalLM, documents: Sequence[Sequence[int]], stride: i
     """Total negative log-likelihood of each document's tokens after its first, in nats."""
     context, device = model.context, next(model.parameters()).device
     stride = stride or context // 2
+    if not 0 < stride < context:  # a window's first token is not scored, so windows share one at least
+        raise ConfigError(f"evaluation.stride={stride} must be greater than 0 and less than the context of {context}")
     windows = []  # (document, tokens, how many leading targets were scored by the window before)
     for d, ids in enumerate(documents):
         start, scored = 0, 1

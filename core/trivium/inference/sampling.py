@@ -26,7 +26,8 @@ def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, t
 
     Kept probabilities sum to 1. top-p keeps the likeliest tokens up to and including the one that reaches p.
 
-    >>> p, ids = filtered_probabilities(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([1.0]), torch.tensor([2]), torch.tensor([1.0]))
+    >>> one = torch.tensor([1.0])
+    >>> p, ids = filtered_probabilities(torch.tensor([[0.0, 2.0, 1.0]]), one, torch.tensor([2]), one)
     >>> ids[0, :2].tolist(), [round(x, 4) for x in p[0].tolist()]  # e/(1+e) and 1/(1+e)
     ([1, 2], [0.7311, 0.2689, 0.0])
     """

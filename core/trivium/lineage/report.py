@@ -24,6 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
+
 from trivium.errors import DataError
 
 MAX_PROMPTS = 24  # rows of the side-by-side table; the rest stays in samples.jsonl
@@ -441,7 +442,7 @@ def draw_curves(stage: Stage) -> str:
     from matplotlib.ticker import EngFormatter
 
     # text stays text (small, and in the page's font); the salt makes equal curves give equal bytes
-    style = {"svg.fonttype": "none", "svg.hashsalt": stage.name, "font.size": 11}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": stage.name, "font.size": 11}
     colours = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), AXIS)
     with rc_context({**style, **colours}):
         figure = Figure(figsize=(5, 3.6 if speed else 2.7), layout="constrained")

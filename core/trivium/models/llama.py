@@ -67,6 +67,8 @@ class Llama(CausalLM):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
+        if self.config.tied:
+            self.head.weight = self.embed.weight  # again: `to_empty` after construction on meta gives each its own
         generator = torch.Generator().manual_seed(seed)
         residual = self.config.init_std / (2 * self.config.layers) ** 0.5  # GPT-2's scaling of the residual branches
         for name, parameter in self.named_parameters():

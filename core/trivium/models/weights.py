@@ -28,7 +28,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy `tensors` into `model`; refuses missing, unknown, wrongly shaped and non-finite ones, by name, before any copy."""
+    """Copy `tensors` into `model`; missing, unknown, wrongly shaped and non-finite ones are refused before any copy."""
     parameters = dict(model.named_parameters())
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unknown:
@@ -37,7 +37,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
             raise CheckpointError(
-                f"{origin} is of another size: {name} is {tuple(tensors[name].shape)}, the model's {tuple(parameter.shape)}"
+                f"{origin} is of another size: {name} is {tuple(tensors[name].shape)} there, "
+                f"{tuple(parameter.shape)} in the model"
             )
         if not torch.isfinite(tensors[name]).all():
             raise CheckpointError(f"{origin}: {name} holds values that are not finite")

@@ -56,7 +56,7 @@ def token_sums(head: nn.Linear, states: Tensor, targets: Tensor, token_loss: Tok
     The first sum carries the gradient. It is made in the forward pass, chunk by chunk, which is right because a sum's
     gradient does not depend on anything that follows but a factor (Hsu et al. 2024, https://arxiv.org/abs/2410.10989).
     """
-    return _TokenSums.apply(states, head.weight, head.bias, targets, token_loss, chunk)  # type: ignore[no-any-return]
+    return _TokenSums.apply(states, head.weight, head.bias, targets, token_loss, chunk)
 
 
 class _TokenSums(torch.autograd.Function):
@@ -70,29 +70,25 @@ class _TokenSums(torch.autograd.Function):
         token_loss: TokenLoss,
         chunk: int,
     ) -> Tensor:
-        wanted = [t for t, needed in zip((states, weight, bias), ctx.needs_input_grad, strict=False) if needed]
-        grads = [torch.zeros_like(t) for t in wanted]  # type: ignore[arg-type]
-        totals: Tensor | None = None
+        needed = ctx.needs_input_grad
+        w = weight.detach().requires_grad_(needed[1])
+        b = None if bias is None else bias.detach().requires_grad_(needed[2])
+        states_grad = torch.zeros_like(states) if needed[0] else None
+        totals = []
         for start in range(0, max(len(states), 1), chunk):
             here = slice(start, start + chunk)
-            with torch.set_grad_enabled(bool(wanted)):
-                inputs = [states[here], weight, bias]
-                inputs = [
-                    t if t is None else t.detach().requires_grad_(n)
-                    for t, n in zip(inputs, ctx.needs_input_grad, strict=False)
-                ]
-                sums = [s.sum() for s in token_loss(at_least_fp32(F.linear(*inputs)), targets[here])]
-                if wanted:
-                    leaves = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-                    for t, whole, part in zip(leaves, grads, torch.autograd.grad(sums[0], leaves), strict=True):
-                        (whole[here] if t is inputs[0] else whole).add_(part)
-            part_totals = torch.stack([s.detach().to(sums[0].dtype) for s in sums])
-            totals = part_totals if totals is None else totals + part_totals
-        ctx.save_for_backward(*grads)
-        assert totals is not None
-        return totals
+            with torch.set_grad_enabled(any(needed)):
+                h = states[here].detach().requires_grad_(needed[0])
+                sums = [s.sum() for s in token_loss(at_least_fp32(F.linear(h, w, b)), targets[here])]
+            if any(needed):
+                sums[0].backward()
+            if states_grad is not None and h.grad is not None:
+                states_grad[here] = h.grad
+            totals.append(torch.stack([s.detach() for s in sums]))
+        ctx.save_for_backward(states_grad, w.grad, None if b is None else b.grad)
+        return torch.stack(totals).sum(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = iter(ctx.saved_tensors)
-        return (*(next(grads) * grad[0] if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grads[0][0]  # of the first sum; the others are figures
+        return (*(None if g is None else g * factor for g in ctx.saved_tensors), None, None, None)

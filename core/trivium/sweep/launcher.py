@@ -55,9 +55,13 @@ class ProcessLauncher(Launcher):
         environment = {k: v for k, v in os.environ.items() if k not in RANKS}
         command = [sys.executable, os.path.abspath(sys.argv[0]), *own, f"name={folder.name}/{number}"]
         with open(place / "console.log", "ab") as log:
-            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            code = subprocess.run(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+            ).returncode
         print(f"job {number}  {' '.join(own)}  {'done' if code == 0 else f'FAILED with {code}'}  {place}", flush=True)
         result = JobReturn(overrides=own, working_dir=str(place))
         result.status = JobStatus.COMPLETED if code == 0 else JobStatus.FAILED
-        result.return_value = place if code == 0 else TrainingError(f"job {number} exited with {code}; see {place}/console.log")
+        result.return_value = (
+            place if code == 0 else TrainingError(f"job {number} exited with {code}; see {place}/console.log")
+        )
         return result

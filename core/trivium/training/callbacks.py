@@ -81,13 +81,14 @@ class Show(AfterStep):
         self._first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._first_step = pl_module.step  # type: ignore[assignment]
+        assert isinstance(pl_module, ObjectiveModule)
+        self._first_step = pl_module.step
         self._began = time.monotonic()
         if self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self.console, transient=True)
-            self._bar.add_task("", total=self.max_steps, completed=self._first_step)
-            self._bar.start()
+            self._bar = bar = Progress(*columns, console=self.console, transient=True)
+            bar.add_task("", total=self.max_steps, completed=pl_module.step)
+            bar.start()
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         last = module.last

@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl and metrics.csv always, TensorBoard and wandb when asked. All are Lightning loggers."""
+"""Where figures go: metrics.jsonl and metrics.csv always, TensorBoard and wandb when asked; all Lightning loggers."""
 
 from __future__ import annotations
 

@@ -49,8 +49,11 @@ class NativeBackend(Backend):
         seen: set[str] = set()
         for request in requests:
             self._admit(request, seen)
-        for start in range(0, len(requests), self.config.max_batch):
-            yield from self._batch(list(requests[start : start + self.config.max_batch]))
+        try:
+            for start in range(0, len(requests), self.config.max_batch):
+                yield from self._batch(list(requests[start : start + self.config.max_batch]))
+        finally:
+            self._aborted -= seen  # a later request may have the same id
 
     def _admit(self, request: Request, seen: set[str]) -> None:
         if request.id in seen:
@@ -61,16 +64,17 @@ class NativeBackend(Backend):
             raise BackendError(f"request {request.id}: the prompt is empty")
         if wanted > room:
             raise BackendError(
-                f"request {request.id}: {len(request.prompt_ids)} prompt tokens and max_tokens={request.params.max_tokens} "
-                f"need {wanted}, the model's context is {room}; shorten the prompt or lower inference.sampling.max_tokens"
+                f"request {request.id}: {len(request.prompt_ids)} prompt tokens and "
+                f"max_tokens={request.params.max_tokens} need {wanted}, the model's context is {room}; "
+                "shorten the prompt or lower inference.sampling.max_tokens"
             )
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.model.vocab_size:
             raise BackendError(f"request {request.id}: token ids must be below {self.model.vocab_size}")
 
     def _batch(self, rows: list[Request]) -> Iterator[TokenEvent]:
-        """Decode one batch to its end, smallest state possible: rows, their last tokens, their next positions, a cache."""
+        """Decode one batch to its end. The state is small: rows, their last tokens, their next positions, a cache."""
         started, was_training = time.perf_counter(), self.model.training
-        made = 0
+        num_requests, num_prompt, made = len(rows), sum(len(r.prompt_ids) for r in rows), 0
         device = next(self.model.parameters()).device
         try:
             lengths = [len(r.prompt_ids) for r in rows]
@@ -113,9 +117,9 @@ class NativeBackend(Backend):
             old = self._stats
             self._stats = replace(
                 old,
-                requests=old.requests + len(generated),
+                requests=old.requests + num_requests,
                 generated_tokens=old.generated_tokens + made,
-                prompt_tokens=old.prompt_tokens + int((tokens != self.pad_id).sum()),
+                prompt_tokens=old.prompt_tokens + num_prompt,
                 seconds=old.seconds + time.perf_counter() - started,
             )
 

@@ -1,0 +1,202 @@
+"""What every source, model, objective and backend promises, as pytest classes. Our own parts run through the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from trivium.data.source import Source
+from trivium.errors import BackendError
+from trivium.inference.protocol import Backend
+from trivium.models.protocol import CausalLM
+from trivium.objectives.protocol import Objective
+from trivium.types import Request, SamplingParams, TokenBatch
+
+FORMS = ({"text"}, {"messages"}, {"prompt", "completion"})
+
+
+class SourceContract:
+    """Define `make() -> Source`, a fresh one at each call."""
+
+    def make(self) -> Source:
+        raise NotImplementedError
+
+    def test_ids_are_unique_strings(self) -> None:
+        source = self.make()
+        ids = [source[i]["id"] for i in range(len(source))]
+        assert ids and all(isinstance(i, str) for i in ids)
+        assert len(set(ids)) == len(ids)
+
+    def test_examples_have_a_known_form(self) -> None:
+        source = self.make()
+        for i in range(len(source)):
+            assert any(form <= set(source[i]) for form in FORMS), f"example {source[i]['id']} has {sorted(source[i])}"
+
+    def test_examples_are_the_same_at_every_call_in_any_order(self) -> None:
+        first, second = self.make(), self.make()
+        backwards = [second[i] for i in reversed(range(len(second)))][::-1]
+        assert [first[i] for i in range(len(first))] == backwards
+
+    def test_fingerprint_is_of_the_content(self) -> None:
+        assert self.make().fingerprint == self.make().fingerprint
+        assert len(self.make().fingerprint) == 64
+
+    def test_the_right_answer_scores_and_nonsense_does_not(self) -> None:
+        source = self.make()
+        verifiable = [e for e in (source[i] for i in range(min(len(source), 200))) if "answer" in e]
+        for example in verifiable:
+            assert source.score(example, example["messages"][-1]["content"]).correct, example
+            assert not source.score(example, "").correct, example
+
+    def test_says_which_phases_it_feeds(self) -> None:
+        assert self.make().phases
+
+
+class ModelContract:
+    """Define `make() -> CausalLM`: a tiny one, in fp32 on the CPU, weights initialised, dropout 0."""
+
+    tolerance = 1e-5  # fp32 rounding through a few layers
+
+    def make(self) -> CausalLM:
+        raise NotImplementedError
+
+    def _tokens(self, model: CausalLM, rows: int = 2, length: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(0, model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+        return tokens, torch.arange(length).expand(rows, -1)
+
+    def test_hidden_and_head_have_the_promised_shapes(self) -> None:
+        model = self.make().eval()
+        hidden = model(*self._tokens(model))
+        assert hidden.shape[:2] == (2, 12)
+        assert model.head(hidden).shape == (2, 12, model.vocab_size)
+
+    def test_later_tokens_never_change_earlier_states(self) -> None:
+        model = self.make().eval()
+        tokens, positions = self._tokens(model)
+        changed = tokens.clone()
+        changed[:, 8:] = (changed[:, 8:] + 1) % model.vocab_size
+        before, after = model(tokens, positions), model(changed, positions)
+        torch.testing.assert_close(before[:, :8], after[:, :8], rtol=0, atol=self.tolerance)
+        assert (before[:, 8:] - after[:, 8:]).abs().max() > 10 * self.tolerance
+
+    def test_packed_documents_never_see_each_other(self) -> None:
+        model = self.make().eval()
+        if not model.supports_packing:
+            pytest.skip("the model declares no packing")
+        tokens, _ = self._tokens(model, rows=1)
+        positions = torch.tensor([[*range(5), *range(7)]])
+        segments = torch.tensor([[1] * 5 + [2] * 7])
+        packed = model(tokens, positions, segments)
+        for part in (slice(0, 5), slice(5, 12)):
+            alone = model(tokens[:, part], positions[:, part])
+            torch.testing.assert_close(packed[:, part], alone, rtol=0, atol=self.tolerance)
+
+    def test_cached_steps_equal_the_full_forward(self) -> None:
+        model = self.make().eval()
+        tokens, positions = self._tokens(model)
+        cache = model.new_cache(2, 12)
+        parts = [slice(0, 5), *(slice(t, t + 1) for t in range(5, 12))]
+        stepped = torch.cat([model(tokens[:, p], positions[:, p], cache=cache) for p in parts], dim=1)
+        torch.testing.assert_close(stepped, model(tokens, positions), rtol=0, atol=self.tolerance)
+
+    def test_initial_weights_depend_on_the_seed_alone(self) -> None:
+        first, second = self.make(), self.make()
+        torch.manual_seed(99)
+        first.init_weights(3)
+        second.init_weights(3)
+        for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+            assert torch.equal(a, b), name
+        second.init_weights(4)
+        assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+    def test_builds_on_the_meta_device(self) -> None:
+        model = self.make()
+        with torch.device("meta"):
+            empty = type(model)(model.config, model.vocab_size)
+        filled = empty.to_empty(device="cpu")
+        filled.init_weights(3)
+        model.init_weights(3)
+        tokens, positions = self._tokens(model)
+        assert torch.equal(model.eval()(tokens, positions), filled.eval()(tokens, positions))
+
+
+class ObjectiveContract:
+    """Define `make() -> (objective, model, batch)` with a batch of at least two rows; `rows` cuts one out of it."""
+
+    tolerance = 1e-4  # relative, of fp32 sums in another order
+
+    def make(self) -> tuple[Objective, CausalLM, Any]:
+        raise NotImplementedError
+
+    def rows(self, batch: TokenBatch, part: slice) -> TokenBatch:
+        segments = None if batch.segments is None else batch.segments[part]
+        return TokenBatch(batch.tokens[part], batch.labels[part], batch.positions[part], segments)
+
+    def test_loss_is_a_sum_over_rows_and_so_is_the_count(self) -> None:
+        objective, model, batch = self.make()
+        model.eval()
+        parts = [self.rows(batch, slice(0, 1)), self.rows(batch, slice(1, None))]
+        whole = objective(model, batch).loss_sum
+        split = sum(objective(model, p).loss_sum for p in parts)
+        torch.testing.assert_close(whole, split, rtol=self.tolerance, atol=0)
+        assert objective.count(batch) == sum(objective.count(p) for p in parts)
+
+    def test_gradients_reach_the_model(self) -> None:
+        objective, model, batch = self.make()
+        objective(model, batch).loss_sum.backward()
+        assert sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None) > 0
+
+    def test_metrics_carry_their_own_counts(self) -> None:
+        objective, model, batch = self.make()
+        for name, metric in objective(model, batch).metrics.items():
+            assert metric.count > 0 and not metric.total.requires_grad, name
+
+
+class BackendContract:
+    """Define `make() -> (backend, vocab_size)`: a tiny model with a context of at least 48 tokens."""
+
+    def make(self) -> tuple[Backend, int]:
+        raise NotImplementedError
+
+    def _run(self, backend: Backend, requests: list[Request]) -> dict[str, list[int]]:
+        out: dict[str, list[int]] = {r.id: [] for r in requests}
+        for event in backend.generate(requests):
+            out[event.request_id].append(event.token_id)
+        return out
+
+    def test_neighbours_never_change_an_answer(self) -> None:
+        backend, vocab = self.make()
+        greedy = SamplingParams(max_tokens=8)
+        sampled = SamplingParams(max_tokens=8, temperature=1.0, top_k=20, top_p=0.9, seed=5)
+        requests = [
+            Request("a", tuple(i % vocab for i in range(3, 9)), greedy),
+            Request("b", (1, 2), sampled),
+            Request("c", tuple(i % vocab for i in range(20)), SamplingParams(max_tokens=3)),
+        ]
+        together = self._run(backend, requests)
+        assert together == {r.id: self._run(backend, [r])[r.id] for r in requests}
+        assert [len(together[r.id]) for r in requests] == [8, 8, 3]
+
+    def test_log_probabilities_are_those_of_the_score(self) -> None:
+        backend, _ = self.make()
+        prompt = (1, 2, 3, 4)
+        events = list(backend.generate([Request("a", prompt, SamplingParams(max_tokens=6))]))
+        scored = backend.score([*prompt, *(e.token_id for e in events)])[len(prompt) - 1 :]
+        assert [e.logprob for e in events] == pytest.approx(scored, abs=1e-4)
+
+    def test_stops_with_a_reason(self) -> None:
+        backend, _ = self.make()
+        free = list(backend.generate([Request("a", (1, 2, 3), SamplingParams(max_tokens=4))]))
+        assert [e.finish_reason for e in free] == [None, None, None, "length"]
+        stopped = SamplingParams(max_tokens=4, stop_ids=(free[0].token_id,))
+        assert [e.finish_reason for e in backend.generate([Request("a", (1, 2, 3), stopped)])] == ["stop"]
+
+    def test_refuses_what_cannot_fit_before_the_first_token(self) -> None:
+        backend, _ = self.make()
+        room = backend.capabilities().context
+        good = Request("good", (1,), SamplingParams(max_tokens=1))
+        with pytest.raises(BackendError, match="bad"):
+            next(iter(backend.generate([good, Request("bad", (1, 2), SamplingParams(max_tokens=room))])))
+        assert backend.health()
