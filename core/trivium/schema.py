@@ -108,7 +108,7 @@ class EvaluationConfig:
     """How much held-out data an evaluation reads."""
 
     max_texts: int = 100  # documents for bits per byte; more is steadier and slower
-    max_tasks: int = 240  # verifiable examples, for accuracy
+    max_tasks: int = 480  # verifiable examples, for accuracy
     stride: int = 0  # tokens scored a window after the first; 0 is half the window
     confidence: float = 0.95  # of the bootstrap intervals
     resamples: int = 1000

@@ -157,6 +157,13 @@ def documents(text: str) -> Iterator[str]:
 
 
 def _load(file: Path) -> datasets.Dataset:
+    if KINDS[file.suffix] in ("json", "csv"):  # Arrow would notice bad bytes only when the row is read
+        with open(file, "rb") as f:
+            for number, line in enumerate(f, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{file} line {number} is not UTF-8") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
     cache = str(cache_folder() / "datasets")
@@ -174,8 +181,6 @@ def _reason(file: Path, error: BaseException) -> str:
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"{file} line {number} is not a JSON object"
-            except UnicodeDecodeError:
-                return f"{file} line {number} is not UTF-8"
             except ValueError as bad:
                 return f"{file} line {number} is not JSON: {bad}"
     while error.__cause__ is not None:

@@ -1,0 +1,92 @@
+"""Every command in README and docs is run, in the order in which a reader meets it, in one folder.
+
+Runs are cut short by settings appended here; the main job at its full length is run by `.ci/run` itself.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHORT = {
+    "training": "trainer.max_steps=4 batch.size=4 batch.micro_size=4 batch.length=64 validation.max_rows=4",
+    "evaluate": "evaluation.max_texts=2 evaluation.max_tasks=6 evaluation.resamples=10",
+}
+TINY_MODEL = "model=primer model.dim=32 model.layers=1 model.heads=2 model.kv_heads=1 model.ffn_dim=32"
+PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: str) -> list[str]:
+    """The `python launch.py` lines of a page's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+    lines = [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line.split("&& ")[-1] for line in lines if "python launch.py" in line]
+
+
+def shortened(command: str) -> list[str]:
+    words = shlex.split(command)
+    verb = words[2] if len(words) > 2 else ""
+    if verb in ("plugins", "explain", "report") or "--help" in words or "--cfg" in words:
+        return words
+    phase = next((w.removeprefix("phase=") for w in words if w.startswith("phase=")), "pipeline")
+    extra = []
+    if phase in ("pretrain", "sft", "pipeline"):
+        extra += SHORT["training"].split()
+    if phase == "pretrain" or (phase == "pipeline" and "init_from" not in command):
+        extra += TINY_MODEL.split()
+    if phase in ("evaluate", "pipeline"):
+        extra += SHORT["evaluate"].split()
+    given = {w.split("=")[0] for w in words}
+    return words + [e for e in extra if e.split("=")[0] not in given or e.startswith("trainer.max_steps")]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A reader's folder: their files, and launch.py as if the clone were here."""
+    place = tmp_path_factory.mktemp("reader")
+    (place / "launch.py").write_text(f"import runpy\nrunpy.run_path({str(ROOT / 'launch.py')!r}, run_name='__main__')\n")
+    turn = [{"role": "user", "content": "What is a heron?"}, {"role": "assistant", "content": "A long-legged bird."}]
+    rows = [{"messages": [{**turn[0], "content": f"What is heron {i}?"}, turn[1]]} for i in range(300)]
+    (place / "my.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = "The heron stood in the river and waited, as herons do, for number {} to pass by.\n\n"
+    (place / "my.txt").write_text("".join(text.format(i) for i in range(2000)))
+    return place
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_page_run(page, reader, tmp_path_factory):
+    env = dict(os.environ, TRIVIUM_CACHE=str(tmp_path_factory.getbasetemp() / "docs-cache"))
+    for command in commands(page):
+        words = shortened(command)
+        run = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=reader, env=env, input="What is a heron?\n", capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert run.returncode == 0, f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+        assert "Traceback" not in run.stderr
+
+
+def test_pages_have_commands():
+    """The test above must not pass by finding nothing."""
+    assert len(commands("README.md")) >= 3
+    assert len(commands("docs/quickstart.md")) >= 15
+
+
+def test_quickstart_names_every_phase():
+    from trivium.schema import PHASES
+
+    text = (ROOT / "docs/quickstart.md").read_text()
+    assert [p for p in PHASES if f"phase={p}" not in text] == []
+
+
+def test_readme_tree_names_every_module():
+    """One clause a file: a module that the tree does not name is a module nobody was told of."""
+    tree = (ROOT / "README.md").read_text()
+    modules = [p for p in (ROOT / "core/trivium").rglob("*.py") if p.name != "__init__.py"]
+    assert [p.relative_to(ROOT).as_posix() for p in modules if p.name not in tree] == []
