@@ -52,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 143
+    except OSError as error:  # a full disk, a folder that may not be written
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except Exception as error:  # a bug of ours, said as such
         if debug:
             traceback.print_exc()
@@ -75,7 +80,7 @@ def dispatch(args: list[str]) -> int:
         args = ["pipeline=three_phases", *args]
     if any(a.startswith("-") for a in args):
         return load("trivium.compose:hydra_main")(args)
-    return load("trivium.phases:launch")(args)
+    return load("trivium.pipeline:launch")(args)
 
 
 def help_text() -> str:

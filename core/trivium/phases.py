@@ -1,4 +1,4 @@
-"""What each phase does: from a typed RunConfig to a finished run folder. `run` dispatches, `run_pipeline` chains."""
+"""What each phase does: from a typed RunConfig to a finished run folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trivium.build import (
     model_record,
     train_tokenizer,
 )
-from trivium.compose import as_dict, compose, options, run_config
+from trivium.compose import as_dict
 from trivium.data.chat import Chat
 from trivium.data.datamodule import StepDataset, validation_batches
 from trivium.data.packing import TokenTable, tokenise
@@ -43,7 +43,7 @@ from trivium.inference.chat import HELP, Conversation, sampling_params, talk
 from trivium.inference.config import SamplingConfig
 from trivium.inference.protocol import Backend
 from trivium.lineage.manifest import Manifest, digest_of, masked
-from trivium.lineage.report import summary_table, write_report
+from trivium.lineage.report import write_report
 from trivium.models.protocol import CausalLM
 from trivium.schema import TRAINING_PHASES, RunConfig
 from trivium.training.objective_module import ObjectiveModule, StepSettings
@@ -434,74 +434,3 @@ PHASES: dict[str, Callable[[Run], int]] = {
     "chat": run_chat,
     **dict.fromkeys(TRAINING_PHASES, run_training),
 }
-
-
-def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) -> int:
-    """Run a pipeline's stages in one process, each from the newest stage that made what it needs."""
-    pipeline = config.pipeline
-    name = config.name or f"{pipeline.name}-{config.domain}"
-    folder = make_folder(Path(config.runs) / name)
-    replace_file(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(as_dict(config)))).encode())
-    record = Manifest(
-        folder, digest_of(list(overrides)), name=name, phase="pipeline", domain=config.domain, seed=config.seed
-    )
-    done: list[dict[str, str]] = []
-    trained = config.init_from
-    for stage, settings in pipeline.stages.items():
-        origin = f"{config.runs}/{name}/{settings.init_from}" if settings.init_from else trained
-        stage_config = stage_run_config(overrides, settings.phase, settings.overrides, f"{name}/{stage}", origin)
-        entry = {"name": stage, "phase": settings.phase, "path": stage}
-        if origin and settings.phase in ("evaluate", "generate", "chat"):
-            entry["of"] = Path(origin).name
-        done.append(entry)
-        record.update("running", stages=done)
-        code = run(stage_config, console, skip_done=True)
-        if code:
-            record.update("stopped")
-            write_report(folder)
-            return code
-        if settings.phase in ("tokenizer", *TRAINING_PHASES):
-            trained = f"{config.runs}/{name}/{stage}"
-    commands = next_commands(trained)
-    record.update("done", next_commands=commands)
-    report = write_report(folder)
-    console.print(summary_table(folder))
-    console.print(f"report: {report}", highlight=False)
-    console.print("next:")
-    for command in commands:
-        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
-    return 0
-
-
-def stage_run_config(
-    overrides: Sequence[str], phase: str, stage_overrides: Sequence[str], name: str, init_from: str
-) -> RunConfig:
-    """The settings of one stage: its own overrides, then the command line's, which beat them.
-
-    `data.*` of the command line goes to the stages that have data.
-    """
-    aside = ("phase=", "pipeline=", "pipeline.", "name=", "init_from=")
-    given = [o for o in overrides if not o.startswith(aside)]
-    domain = next((o.split("=", 1)[1] for o in [*stage_overrides, *given][::-1] if o.startswith("domain=")), None)
-    if f"{domain or compose([]).domain}/{phase}" not in options("data"):
-        given = [o for o in given if not o.startswith(("data.", "data="))]
-    fixed = [f"phase={phase}", f"name={name}", f"init_from={init_from}"]
-    return run_config(compose([*fixed, *stage_overrides, *given]))
-
-
-def next_commands(trained: str) -> list[str]:
-    """Three things to try after a pipeline."""
-    return [
-        f"python launch.py phase=chat init_from={trained}",
-        f"python launch.py phase=generate init_from={trained} prompt='Reverse: r i v e r'",
-        f"python launch.py phase=sft domain=files data.path=my.jsonl init_from={trained}",
-    ]
-
-
-def launch(overrides: Sequence[str]) -> int:
-    """The front door of phases and pipelines: overrides in, exit code out."""
-    console = Console(soft_wrap=True)
-    config = run_config(compose(overrides))
-    if config.pipeline.stages:
-        return run_pipeline(overrides, config, console)
-    return run(config, console)

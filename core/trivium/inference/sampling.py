@@ -31,12 +31,13 @@ def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, t
     >>> ids[0, :2].tolist(), [round(x, 4) for x in p[0].tolist()]  # e/(1+e) and 1/(1+e)
     ([1, 2], [0.7311, 0.2689, 0.0])
     """
-    ordered, ids = (logits.double() / temperature.double()[:, None]).sort(dim=-1, descending=True, stable=True)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
+    ordered, ids = (logits.to(wide) / temperature.to(wide)[:, None]).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     limit = torch.where(top_k > 0, top_k, logits.shape[1])
     probabilities = ordered.masked_fill(rank >= limit[:, None], -torch.inf).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(before >= top_p.double()[:, None], 0.0)
+    kept = probabilities.masked_fill(before >= top_p.to(wide)[:, None], 0.0)
     return kept / kept.sum(-1, keepdim=True), ids
 
 
@@ -54,7 +55,7 @@ def sample(logits: Tensor, requests: Sequence[Request], positions: Sequence[int]
         torch.tensor([p.top_k for p in params], device=device),
         torch.tensor([p.top_p for p in params], device=device),
     )
-    u = uniforms([requests[i] for i in drawn], [positions[i] for i in drawn]).to(device)
+    u = uniforms([requests[i] for i in drawn], [positions[i] for i in drawn]).to(device, probabilities.dtype)
     chosen = (probabilities.cumsum(-1) <= u[:, None]).sum(-1)
     last = (probabilities > 0).sum(-1) - 1  # rounding may leave the whole sum a hair under u
     tokens[drawn] = ids.gather(1, torch.minimum(chosen, last)[:, None])[:, 0]

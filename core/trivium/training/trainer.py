@@ -73,7 +73,7 @@ def autocast_dtype(precision: str, accelerator: str) -> torch.dtype | None:
     if on_gpu:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bf16 = "avx512_bf16" in _cpu_flags()
+        has_bf16 = "bf16" in _cpu_flags()  # avx512_bf16, amx_bf16, or bf16 on Arm
     return torch.bfloat16 if precision == "bf16" or has_bf16 else None
 
 
