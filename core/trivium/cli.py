@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failure, 2 wrong usage or configuration, 143 stopped by a 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ Every setting is key=value; `explain KEY` says what it is, what it was set to an
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every TriviumError becomes one sentence."""
+    # OpenMP's threads wait by spinning; beside another busy process a step then takes ten times as long. A short spin
+    # costs nothing on quiet cores (LOG.md). Read by libgomp when torch is loaded, so it is set before anything else.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or "debug=true" in args
     args = ["debug=true" if a == "--debug" else a for a in args]

@@ -27,6 +27,8 @@ def replace_file(path: Path, data: bytes) -> None:
     try:
         write_file(temporary, data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} ({len(data):,} bytes) cannot be replaced: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -37,12 +39,15 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames and new names inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make renames and new names inside `path` durable. Raises CheckpointError naming it when the disk refuses."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(f"the folder {path} cannot be synced: {error.strerror}") from error
 
 
 def make_folder(path: Path) -> Path:

@@ -75,7 +75,6 @@ class Run:
         self.folder = make_folder(Path(config.runs) / self.name)
         self.parent = load_artifact(config.init_from) if config.init_from else None
         plain = as_dict(config)
-        replace_file(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(plain))).encode())
         keys = RESULTS_OF.get(config.phase, tuple(plain))
         key = digest_of(
             [{k: plain[k] for k in keys if k not in ASIDE}, self.parent.sha256 if self.parent else "", config.seed]
@@ -93,6 +92,12 @@ class Run:
             self.folder, key, name=self.name, phase=config.phase, domain=config.domain, seed=config.seed,
             config=masked(plain), parents=parents,
         )  # fmt: skip
+
+    def begin(self, **facts: Any) -> None:
+        """Make the folder this run's own. Training waits until its checkpoints are known to be this run's."""
+        text = OmegaConf.to_yaml(OmegaConf.create(self.manifest.facts["config"]))
+        replace_file(self.folder / "config.yaml", text.encode())
+        self.manifest.update("running", **facts)
 
     def say(self, text: str) -> None:
         """A line under the phase's header, on the console and in log.txt."""
@@ -123,11 +128,13 @@ def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
     if this.manifest.was_done and (skip_done or config.phase in ("tokenizer", "evaluate")):
         this.say("done already; the same settings and inputs")
         return 0
-    this.manifest.update("running")
+    if config.phase not in TRAINING_PHASES:
+        this.begin()
     try:
         code = PHASES[config.phase](this)
     except BaseException as error:
-        this.manifest.update("failed", error=f"{type(error).__name__}: {error}")
+        if not this.manifest.others:  # a refused command leaves the facts of the run that is there
+            this.manifest.update("failed", error=f"{type(error).__name__}: {error}")
         raise
     this.manifest.update("done" if code == 0 else "stopped")
     write_report(this.folder)
@@ -191,11 +198,13 @@ def run_training(this: Run) -> int:
     backend = build_backend(config.inference, model, tokenizer.pad_id)
     guard = _guard(this, table, tokenizer, dtype)
     _header(this, model, table, steps, dtype)
+    facts = {
+        "model": {"name": record["name"], "parameters": model.num_parameters},
+        "data": data,
+        "tokenizer": tokenizer.fingerprint,
+    }
     job = Job(config, this.folder, module, steps, validation, tokenizer, record, guard,
-              lambda: _sample_rows(this, backend, tokenizer), this.console)  # fmt: skip
-    this.manifest.update(
-        model={"name": record["name"], "parameters": model.num_parameters}, data=data, tokenizer=tokenizer.fingerprint
-    )
+              lambda: _sample_rows(this, backend, tokenizer), lambda: this.begin(**facts), this.console)  # fmt: skip
     fitted = fit(job)
     results = {k: v for k, v in fitted.figures.items() if k in ("train/loss", "val/loss", "train/nll")}
     this.manifest.update(steps=fitted.steps, tokens_seen=fitted.tokens, results=results)

@@ -1,4 +1,4 @@
-"""Every command in README and docs is run, in the order in which a reader meets it, in one folder.
+"""Every command in README and docs is run, in the order in which a reader meets it, in one folder a page.
 
 Runs are cut short by settings appended here; the main job at its full length is run by `.ci/run` itself.
 """
@@ -46,11 +46,13 @@ def shortened(command: str) -> list[str]:
     return words + [e for e in extra if e.split("=")[0] not in given or e.startswith("trainer.max_steps")]
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    """A reader's folder: their files, and launch.py as if the clone were here."""
-    place = tmp_path_factory.mktemp("reader")
-    (place / "launch.py").write_text(f"import runpy\nrunpy.run_path({str(ROOT / 'launch.py')!r}, run_name='__main__')\n")
+@pytest.fixture
+def reader(tmp_path):
+    """A reader's folder, one a page: their files, and launch.py as if the clone were here."""
+    place = tmp_path
+    (place / "launch.py").write_text(
+        f"import runpy\nrunpy.run_path({str(ROOT / 'launch.py')!r}, run_name='__main__')\n"
+    )
     turn = [{"role": "user", "content": "What is a heron?"}, {"role": "assistant", "content": "A long-legged bird."}]
     rows = [{"messages": [{**turn[0], "content": f"What is heron {i}?"}, turn[1]]} for i in range(300)]
     (place / "my.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from trivium.data.config import BPEConfig
+from trivium.disk import make_folder, replace_file
 from trivium.errors import DataError
 
 BOS, EOS, PAD, END = "<|bos|>", "<|eos|>", "<|pad|>", "<|end|>"
@@ -99,10 +100,10 @@ class Tokenizer:
         return self._core.decode(list(ids), skip_special_tokens=not special)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._core.to_str(), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(self.config, indent=1), encoding="utf-8")
+        """Write tokenizer.json, then tokenizer_config.json; a folder that has the second is complete."""
+        make_folder(folder)
+        replace_file(folder / "tokenizer.json", self._core.to_str().encode())
+        replace_file(folder / "tokenizer_config.json", json.dumps(self.config, indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:

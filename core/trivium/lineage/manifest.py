@@ -59,8 +59,10 @@ class Manifest:
         self.was_done = before.get("status") == "done" and before.get("key") == key
         now = datetime.now(UTC).isoformat(timespec="seconds")
         same = before.get("key") == key
+        self.others = bool(before) and not same  # until the first update the folder tells of another run
         self._earlier = float(before.get("seconds", 0.0)) if same else 0.0
         self._began = time.monotonic()
+        before.pop("error", None)  # of an earlier start
         self.facts: dict[str, Any] = (before if same else {}) | {
             "started": now,
             "versions": versions(),
@@ -74,4 +76,5 @@ class Manifest:
         """Add facts and write."""
         seconds = self._earlier + time.monotonic() - self._began
         self.facts |= {"status": status, "seconds": round(seconds, 3), **facts}
+        self.others = False
         replace_json(self.folder / FILE, self.facts)

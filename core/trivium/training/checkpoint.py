@@ -118,15 +118,15 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """Check every byte against CHECKPOINT.json and return it. Raises CheckpointError naming the damaged file."""
     try:
         record = json.loads((checkpoint / RECORD).read_text())
-        files: dict[str, dict] = record["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {name: (expected["bytes"], expected["sha256"]) for name, expected in record["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint / RECORD} is missing or damaged ({type(error).__name__})") from error
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
         data = path.read_bytes()
-        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        if (len(data), hashlib.sha256(data).hexdigest()) != expected:
             raise CheckpointError(
                 f"{path} is damaged: its bytes are not those that were saved; use an earlier checkpoint"
             )

@@ -39,7 +39,10 @@ FREE = ("trainer.max_steps",)
 
 @dataclass
 class Job:
-    """Everything a training run is made of. guard: what must be the same at a resume, as flat plain data."""
+    """Everything a training run is made of. guard: what must be the same at a resume, as flat plain data.
+
+    begin: called once the folder is known to be this run's, before anything in it is changed.
+    """
 
     config: RunConfig
     folder: Path
@@ -50,6 +53,7 @@ class Job:
     model_record: dict[str, Any]
     guard: dict[str, Any]
     sample: Callable[[], list[dict]]
+    begin: Callable[[], None]
     console: Console
 
 
@@ -91,6 +95,7 @@ def fit(job: Job) -> Fitted:
     latest = store.latest()
     if latest is not None:
         restore(job, latest, stop)
+    job.begin()
     start = module.step
     if start >= config.trainer.max_steps or stop.exhausted:
         return Fitted(start, module.tokens_seen, module.last, resumed_from=start, stopped_early=stop.exhausted)

@@ -1,0 +1,256 @@
+"""Every shipped config composes, becomes typed settings and real objects; every field can be set; files hold deltas."""
+
+import dataclasses
+from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from trivium.build import (
+    build_backend,
+    build_model,
+    build_objective,
+    build_optimizer,
+    build_schedule,
+    build_source,
+    train_tokenizer,
+)
+from trivium.compose import Component, compose, file_groups, groups, node_type, options, run_config
+from trivium.errors import ConfigError
+from trivium.explain import owner_of
+from trivium.plugin import conf_folders
+from trivium.schema import PHASES, TRAINING_PHASES, RunConfig
+from trivium.types import TokenBatch
+
+TINY_MODEL = {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 64, "context": 64}
+PLAIN_GROUPS = {g for g in file_groups() if g not in groups()}
+CHOICES = [(g, o) for g in file_groups() for o in options(g) if g not in ("data", "recipe")]
+FILES = [(owner, folder, path) for owner, folder in conf_folders() for path in sorted(folder.rglob("*.yaml"))]
+
+
+def choose(*overrides):
+    return run_config(compose(overrides))
+
+
+def of_phase(group, option):
+    """The phase in which an option can be chosen: objectives name theirs, everything else takes any."""
+    if group != "objective":
+        return []
+    phases = groups()[group].load(option).phases
+    return [f"phase={next(p for p in PHASES if p in phases)}"]
+
+
+@pytest.mark.parametrize("domain", options("domain"))
+@pytest.mark.parametrize("phase", options("phase"))
+def test_phase_on_domain_composes(phase, domain):
+    """A phase on a domain is typed settings, or one sentence with the phases that the domain has."""
+    has = [o.split("/")[1] for o in options("data") if o.startswith(f"{domain}/")]
+    assert has, f"{domain} has no data at all"
+    if phase in ("tokenizer", "evaluate", *TRAINING_PHASES) and phase not in has:
+        with pytest.raises(ConfigError, match=f"domain={domain} has no data for phase={phase}; it has {', '.join(has)}"):
+            choose(f"phase={phase}", f"domain={domain}")
+        return
+    config = choose(f"phase={phase}", f"domain={domain}")
+    assert (config.phase, config.domain) == (phase, domain)
+    assert (config.data is None) == (phase not in has)
+    if config.data is not None:
+        assert type(config.data.config) is groups()["data"].config(config.data.name)
+    assert type(config.optim.config) is groups()["optim"].config("adamw")
+    assert (config.model is not None) == (phase == "pretrain"), "only pretraining brings a model of its own"
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda v: str(v))
+def test_option_composes(group, option):
+    config = choose(*of_phase(group, option), f"{group}={option}")
+    chosen = getattr(config, group, None)
+    if group in groups():
+        assert isinstance(chosen, Component) and chosen.name in groups()[group]
+        assert type(chosen.config) is groups()[group].config(chosen.name)
+    elif group in ("phase", "domain"):
+        assert chosen == option
+
+
+def test_every_phase_has_an_option():
+    assert sorted(options("phase")) == sorted(PHASES)
+
+
+@pytest.mark.parametrize("option", options("pipeline"))
+def test_stages_of_pipeline_compose(option):
+    pipeline = choose(f"pipeline={option}").pipeline
+    assert pipeline.name == option and pipeline.stages
+    for stage in pipeline.stages.values():
+        assert choose(f"phase={stage.phase}", *stage.overrides).phase == stage.phase
+
+
+# ---- every component becomes a real object
+
+
+def built(group, option, corpus):
+    """A real object of `option`, tiny, and used once: its figures are checked where it has any."""
+    fields = {f.name for f in dataclasses.fields(groups()[group].config(option))} if option in groups()[group] else set()
+    model_is = "model=primer" if group != "model" else f"model={option}"
+    sizes = [f"model.{k}={v}" for k, v in TINY_MODEL.items() if k in model_fields(model_is)]
+    choice = [] if group == "model" else [f"{group}={option}"]
+    more = [f"{group}.path={corpus}"] if group == "data" and "path" in fields else []
+    config = choose(*of_phase(group, option), model_is, *sizes, *choice, *more)
+    model = build_model(config.model, 300, seed=0)
+    tokens, positions = torch.arange(12).view(2, 6), torch.arange(6).expand(2, -1)
+    if group == "model":
+        return model.head(model(tokens, positions)).shape == (2, 6, 300)
+    if group == "objective":
+        objective = build_objective(config.objective, config.phase)
+        loss = objective(model, TokenBatch(tokens, tokens, positions)).loss_sum
+        return 10 * 4 < loss.item() < 10 * 8  # 10 targets, each near ln 300 = 5.7
+    if group == "optim":
+        optimizer = build_optimizer(config.optim, model)
+        model.head(model(tokens, positions)).logsumexp(-1).sum().backward()
+        before = [p.clone() for p in model.parameters()]
+        optimizer.step()
+        return all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    if group == "schedule":
+        factors = [build_schedule(config.schedule, 100)(step) for step in range(100)]
+        return 0 < factors[0] < factors[5] == max(factors) == 1.0 and factors[99] == config.schedule.config.final
+    if group == "inference":
+        return build_backend(config.inference, model, 0).capabilities().context == TINY_MODEL["context"]
+    if group == "data":
+        source = build_source(config.data, config.phase)
+        return len(source) > 0 and source[0]["id"]
+    if group == "tokenizer":
+        source = build_source(choose("domain=files", f"data.path={corpus}").data, "pretrain")
+        tokenizer = train_tokenizer(config.tokenizer, source)
+        return tokenizer.decode(tokenizer.encode("heron 12")) == "heron 12"
+    raise AssertionError(f"say here what an object of the group {group} must do")
+
+
+def model_fields(choice):
+    return {f.name for f in dataclasses.fields(choose(choice).model.config)}
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g in groups() for o in options(g) if g != "data" or "/" not in o]
+)
+def test_component_becomes_a_real_object(group, option, corpus):
+    assert built(group, option, corpus)
+
+
+# ---- every field can be set without a plus
+
+
+def other(value, hint):
+    """A value of the same type that is not `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 0.5 + 0.015625
+    if isinstance(value, str):
+        return f"{value}x"
+    assert get_origin(hint) is list, f"teach this test about {hint}"
+    return ["a b", "c"]
+
+
+def leaves(type_, prefix):
+    """(dotted key, default, type) of every field of a dataclass, nested ones included."""
+    hints = get_type_hints(type_)
+    for f in dataclasses.fields(type_):
+        hint = hints[f.name]
+        if get_origin(hint) in (Union, UnionType):
+            hint = next(a for a in get_args(hint) if a is not type(None))
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{prefix}{f.name}.")
+        else:
+            assert default is not dataclasses.MISSING, f"{prefix}{f.name} has no default"
+            yield f"{prefix}{f.name}", default, hint
+
+
+def written(value):
+    """A value in Hydra's grammar."""
+    if isinstance(value, list):
+        return "[" + ",".join(f"'{v}'" for v in value) + "]"
+    return f"'{value}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def check_all_fields(fields, *choice):
+    changed = {key: other(default, hint) for key, default, hint in fields}
+    assert changed
+    cfg = compose([*choice, *(f"{key}={written(value)}" for key, value in changed.items())])
+    for key, value in changed.items():
+        found = OmegaConf.select(cfg, key)
+        found = OmegaConf.to_container(found) if isinstance(found, ListConfig) else found
+        assert found == value and type(found) is type(value), key
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in groups() for o in groups()[g]])
+def test_every_field_of_component_can_be_set(group, option):
+    """Each field exists in the composed tree and takes another value of its type, without + and all at once."""
+    fields = [f for f in leaves(node_type(group, option), f"{group}.") if f[0] != f"{group}.name"]
+    check_all_fields(fields, f"{group}={option}")
+
+
+def test_every_field_of_the_run_can_be_set():
+    """All but phase and domain, which are choices of files, and the stages, which a pipeline's file holds."""
+    aside = {"phase", "domain", "pipeline.stages", *groups()}
+    check_all_fields([f for f in leaves(RunConfig, "") if f[0] not in aside])
+
+
+# ---- files hold deltas
+
+
+def delta(path):
+    """(keys that a YAML file sets, what it sets them to), by the keys' full names."""
+    text = path.read_text()
+    content = yaml.safe_load(text) or {}
+    content.pop("defaults", None)
+    content.pop("hydra", None)
+    header = text.splitlines()[0] if text.startswith("# @package") else "# @package _global_"
+    package = header.removeprefix("# @package ").strip()
+    flat = {}
+
+    def walk(prefix, value):
+        if isinstance(value, dict) and value:
+            for k, v in value.items():
+                walk(f"{prefix}{k}.", v)
+        elif value != {}:
+            flat[prefix.rstrip(".")] = value
+
+    walk("" if package == "_global_" else f"{package}.", content)
+    return flat
+
+
+def context_of(relative):
+    """The overrides under which a file takes part."""
+    group, *rest = relative.with_suffix("").parts
+    if group in ("data", "recipe"):
+        return [f"domain={rest[0]}", f"phase={rest[1]}"]
+    return [f"{group}={'/'.join(rest)}"] if rest else []
+
+
+@pytest.mark.parametrize(("owner", "folder", "path"), FILES, ids=lambda v: v.name if isinstance(v, Path) else str(v))
+def test_file_repeats_no_default(owner, folder, path):
+    """A value equal to the dataclass's own default says nothing and goes stale; phase and domain name themselves."""
+    relative = path.relative_to(folder)
+    cfg = compose(context_of(relative))
+    assert isinstance(cfg, DictConfig)
+    for key, value in delta(path).items():
+        if relative.parts[0] in ("phase", "domain") and key == relative.parts[0]:
+            assert value == path.stem
+            continue
+        if key.startswith("pipeline.stages"):
+            continue
+        cls, field = owner_of(cfg, key)
+        assert field is not None, f"{path} sets {key}, which no dataclass has"
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found = float(value) if isinstance(default, float) else value  # YAML reads 1e-3 as a string
+        assert found != default, f"{path}: {key}={value} is {cls.__name__}'s own default"
+
+
+def test_files_are_found():
+    """The walk above must not pass by finding nothing: core's tree and the primer's, 20 files and more."""
+    assert {owner for owner, _, _ in FILES} >= {"trivium", "primer"}
+    assert len(FILES) >= 20
+    assert {"phase", "logger", "pipeline", "recipe"} <= PLAIN_GROUPS

@@ -1,0 +1,289 @@
+"""The checkpoint writer: a crash, a refusing disk or a changed byte at any point never costs the older checkpoint."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+
+import pytest
+import torch
+from trivium.data.config import BPEConfig
+from trivium.data.tokenizer import Tokenizer, train_bpe
+from trivium.errors import CheckpointError
+from trivium.training.checkpoint import RECORD, CheckpointStore, Contents, model_tensors, verify
+
+STAGES = ("fsync", "rename", "replace")
+"""The calls of `os` that make bytes, names and pointers durable; between any two of them the disk looks different."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(BPEConfig(vocab_size=300), ["the river and the stone"] * 3)
+
+
+@pytest.fixture
+def contents(tokenizer):
+    """contents(value): a checkpoint whose every file tells `value` (but for the tokenizer's)."""
+
+    def make(value):
+        tensors = {
+            "model.safetensors": {"w": torch.full((3, 4), float(value)), "b": torch.full((2,), value, dtype=torch.int8)},
+            "optimizer.safetensors": {"0.exp_avg": torch.full((3, 4), value + 0.5)},
+        }
+        return Contents(tensors, {"state.json": {"step": value}, "model.json": {"name": "x"}},
+                        {"tokenizer": tokenizer.save})  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def store(tmp_path, contents):
+    """A store with the one checkpoint step-1, told to keep two."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    store.save(1, contents(1))
+    return store
+
+
+def intact(checkpoint, value):
+    verify(checkpoint)
+    assert torch.equal(model_tensors(checkpoint)["w"], torch.full((3, 4), float(value)))
+    assert json.loads((checkpoint / "state.json").read_text()) == {"step": value}
+    Tokenizer.load(checkpoint / "tokenizer")
+    return True
+
+
+def names(store):
+    return [p.name for p in store.complete()]
+
+
+def leftovers(store):
+    return [str(p) for p in store.folder.rglob("*.tmp-*")]
+
+
+def fail_at(monkeypatch, number, act):
+    """Call `act(name)` in place of the `number`-th durable call (from 0); returns the list of the calls made."""
+    calls = []
+    for name in STAGES:
+
+        def call(*args, _name=name, _real=getattr(os, name), **kwargs):
+            calls.append(_name)
+            if len(calls) - 1 == number:
+                act(_name)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, call)
+    return calls
+
+
+def test_save_is_read_back_exactly(store):
+    checkpoint = store.latest()
+    assert checkpoint is not None and checkpoint.name == "step-1" and intact(checkpoint, 1)
+    record = verify(checkpoint)
+    assert record["step"] == 1
+    assert sorted(record["files"]) == [
+        *("model.json", "model.safetensors", "optimizer.safetensors", "state.json"),
+        *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
+    ]
+    assert record["files"]["state.json"]["bytes"] == (checkpoint / "state.json").stat().st_size
+    assert model_tensors(checkpoint)["b"].dtype is torch.int8
+    assert not leftovers(store)
+
+
+def test_every_file_and_folder_is_synced_before_the_rename(store, contents, monkeypatch):
+    """A name that becomes durable before its bytes do is an empty file after a power cut."""
+    synced, at_rename = set(), set()
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor):
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def rename(old, new):
+        pid = f".tmp-{os.getpid()}"  # of files that were written under another name first
+        paths = {p for s in synced for p in (s, s.removesuffix(pid))}
+        at_rename.update(str(p) for p in [old, *old.rglob("*")] if str(p) not in paths)
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    store.save(2, contents(2))
+    assert at_rename == set()
+    assert str(store.folder) in synced, "the rename itself must be made durable"
+
+
+def test_process_killed_at_any_call_leaves_the_old_checkpoint(store, contents, monkeypatch):
+    """A child process dies before its n-th fsync, rename or replace, for every n: what is complete is whole."""
+    calls = fail_at(monkeypatch, -1, None)
+    store.save(2, contents(2))
+    total = len(calls)
+    assert {c: calls.count(c) > 0 for c in STAGES} == dict.fromkeys(STAGES, True) and total >= 12
+    monkeypatch.undo()
+    seen_leftovers = 0
+    for number in range(total):
+        value = 10 + number
+        child = os.fork()
+        if child == 0:
+            fail_at(monkeypatch, number, lambda _name: os._exit(9))
+            store.save(value, contents(value))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, f"call {number} was never made"
+        complete = store.complete()
+        assert "step-2" in names(store) or "step-1" in names(store)
+        assert all(intact(c, int(c.name[5:])) for c in complete)
+        assert (store.folder / (store.folder / "LATEST").read_text()).is_dir()
+        seen_leftovers += bool(leftovers(store))
+        store.sweep()
+        assert not leftovers(store)
+        for newer in [c for c in complete if c.name == f"step-{value}"]:  # died after the rename: it counts
+            assert calls.index("rename") < number and newer == store.latest()
+    assert seen_leftovers >= calls.index("rename"), "every death before the rename leaves something to sweep"
+    store.save(99, contents(99))
+    assert intact(store.latest(), 99) and (store.folder / "LATEST").read_text() == "step-99"
+
+
+def test_disk_that_refuses_at_any_call_gives_a_checkpoint_error(store, contents, monkeypatch):
+    """EIO at the n-th fsync, rename or replace, for every n: one error that names a path, nothing left over."""
+    calls = fail_at(monkeypatch, -1, None)
+    store.save(2, contents(2))
+    total, renamed = len(calls), calls.index("rename")
+    monkeypatch.undo()
+
+    def refuse(name):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for number in range(total):
+        with monkeypatch.context() as patch:
+            fail_at(patch, number, refuse)
+            with pytest.raises(CheckpointError, match=f"{store.folder}.*Input/output error"):
+                store.save(50 + number, contents(50))
+        assert not leftovers(store)
+        assert (store.folder / f"step-{50 + number}").exists() == (number > renamed)
+        assert intact(store.folder / "step-2", 2)
+        if number > renamed:  # the checkpoint is whole; only what points to it is not
+            assert intact(store.folder / f"step-{50 + number}", 50)
+            subprocess.run(["rm", "-r", store.folder / f"step-{50 + number}"], check=True)
+
+
+def test_interrupt_between_files_leaves_nothing(store, contents):
+    """Ctrl-C inside a save is no OSError; it must not leave half a checkpoint either."""
+    half = contents(2)
+
+    def interrupted(_folder):
+        raise KeyboardInterrupt
+
+    half.writers["tokenizer"] = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        store.save(2, half)
+    assert names(store) == ["step-1"] and not leftovers(store) and intact(store.latest(), 1)
+
+
+def test_folder_without_its_record_is_no_checkpoint(store, contents):
+    store.save(2, contents(2))
+    (store.folder / "step-2" / RECORD).unlink()
+    assert names(store) == ["step-1"] and store.latest().name == "step-1"
+
+
+def test_one_changed_bit_in_any_file_is_noticed_by_name(store):
+    checkpoint = store.latest()
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != RECORD)
+    assert len(files) == 6
+    for path in files:
+        good = path.read_bytes()
+        for place in {0, len(good) - 1, random.randrange(len(good))}:
+            bad = bytearray(good)
+            bad[place] ^= 1 << random.randrange(8)
+            path.write_bytes(bad)
+            with pytest.raises(CheckpointError, match=f"{path} is damaged"):
+                verify(checkpoint)
+        path.write_bytes(good[:-1])
+        with pytest.raises(CheckpointError, match=f"{path} is damaged"):
+            verify(checkpoint)
+        path.write_bytes(good)
+    assert intact(checkpoint, 1)
+
+
+def test_missing_file_is_noticed_by_name(store):
+    checkpoint = store.latest()
+    (checkpoint / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="optimizer.safetensors is missing; the checkpoint is incomplete"):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 1}', '{"files": 3}', "\xff"])
+def test_damaged_record_is_noticed(store, text):
+    record = store.latest() / RECORD
+    record.write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=f"{record} is missing or damaged"):
+        verify(record.parent)
+
+
+def test_keep_counts_and_best_stays(store, contents):
+    for step in (2, 3, 4, 5):
+        store.save(step, contents(step), best=step == 2)
+    assert names(store) == ["step-2", "step-4", "step-5"]
+    assert store.best().name == "step-2" and store.latest().name == "step-5"
+    store.save(6, contents(6), best=True)
+    assert names(store) == ["step-5", "step-6"] and store.best().name == "step-6"
+
+
+def test_steps_are_ordered_as_numbers(store, contents):
+    for step in (9, 10, 100):
+        store.save(step, contents(step))
+    assert names(store) == ["step-10", "step-100"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_full_disk_names_path_and_bytes_and_keeps_the_old(small_disk, contents):
+    """300 kB fit, the 1.2 MB after them do not."""
+    store = CheckpointStore(small_disk / "checkpoints")
+    store.save(1, contents(1))
+    large = contents(2)
+    large.tensors["model.safetensors"]["w"] = torch.zeros(300_000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors \(1,200,\d\d\d bytes\) cannot be written: No space"):
+        store.save(2, large)
+    assert names(store) == ["step-1"] and not leftovers(store) and intact(store.latest(), 1)
+    store.save(3, contents(3))
+    assert intact(store.latest(), 3)
+
+
+def test_full_disk_in_the_tokenizer_names_path_and_bytes(store, contents, monkeypatch):
+    """The files that writers make are no exception: real ENOSPC, from /dev/full."""
+    real_open = open
+
+    def full(path, mode="r", *args, **kwargs):
+        if "tokenizer.json" in str(path) and "w" in mode:
+            return real_open("/dev/full", mode, *args, **kwargs)
+        return real_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json\S* \([\d,]+ bytes\) cannot be written: No space"):
+        store.save(2, contents(2))
+    monkeypatch.undo()
+    assert names(store) == ["step-1"] and not leftovers(store)
+
+
+def test_read_only_folder_is_named(tmp_path, contents):
+    """Not by permissions, which root ignores: a bind mount that is read-only for everyone."""
+    place = tmp_path / "ro"
+    store = CheckpointStore(place)
+    store.save(1, contents(1))
+    mounted = subprocess.run(["mount", "--bind", "-o", "ro", place, place], capture_output=True)
+    if mounted.returncode or subprocess.run(["mount", "-o", "remount,bind,ro", place], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        with pytest.raises(CheckpointError, match=f"{place}/step-2 cannot be written: Read-only file system"):
+            store.save(2, contents(2))
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+    assert names(store) == ["step-1"] and intact(store.latest(), 1)
