@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from trivium.errors import ConfigError, TriviumError
 from trivium.plugin import conf_folders, conf_roots, discover
 from trivium.registry import Registry, extra, near_misses, registries
-from trivium.schema import RunConfig
+from trivium.schema import DATA_PHASES, RunConfig
 
 VERSION_BASE = "1.3"
 
@@ -139,7 +139,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     try:
         with initialize_config_dir(main_conf(), version_base=VERSION_BASE, job_name="trivium"):
             cfg = hydra_compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's own, for `group=null`
         raise explain_failure(error, overrides) from error
     return cfg
 
@@ -207,8 +207,12 @@ def explain_failure(error: BaseException, overrides: Sequence[str]) -> TriviumEr
         return ConfigError(f"{where.group(1) if where else 'value'}={value.group(1)} is not {kind}")
     if where and ("not Optional" in text or "is not Optional" in text or "unsupported" in text):
         return ConfigError(f"{where.group(1)} needs a value; it was given none")
+    if "Config group override must be a string" in text:
+        for group, _, name in (o.partition("=") for o in overrides):
+            if group in file_groups() and name == "null":
+                return _no_option(group, name, overrides)
     if any(sign in text for sign in ("mismatched input", "no viable alternative", "missing EQUAL", "extraneous input")):
-        bad = next((o for o in overrides if "=" not in o), None) or first
+        bad = getattr(error, "override", None) or next((o for o in overrides if "=" not in o), first)
         return ConfigError(
             f"cannot read {bad!r}; write key=value, lists as key=[a,b] and quote odd characters: 'key=\"a, b\"'"
         )
@@ -244,6 +248,8 @@ def run_config(cfg: DictConfig) -> RunConfig:
         raise ConfigError(f"unknown option {next(iter(plain))!r}")
     if values["data"] is None and values["domain"] not in options("domain"):
         raise _no_option("domain", values["domain"], ())
+    if values["data"] is None and values["phase"] in DATA_PHASES:
+        raise _no_option("data", f"{values['domain']}/{values['phase']}", ())
     return RunConfig(**values)
 
 

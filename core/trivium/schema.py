@@ -12,13 +12,22 @@ from trivium.errors import ConfigError
 
 PHASES = ("tokenizer", "pretrain", "sft", "evaluate", "generate", "chat")
 TRAINING_PHASES = ("pretrain", "sft")
+DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
+"""Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16")
+WANDB_MODES = ("offline", "online", "disabled")
 
 
 def _positive(group: str, owner: object, *names: str) -> None:
     for name in names:
         if getattr(owner, name) <= 0:
             raise ConfigError(f"{group}.{name}={getattr(owner, name)} must be greater than 0")
+
+
+def _not_negative(group: str, owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ConfigError(f"{group}.{name}={getattr(owner, name)} must not be negative (0 is off)")
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _positive("trainer", self, "max_steps")
-        if self.grad_clip < 0:
-            raise ConfigError(f"trainer.grad_clip={self.grad_clip} must not be negative (0 is off)")
+        _not_negative("trainer", self, "grad_clip", "threads")
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         _positive("validation", self, "max_rows")
+        _not_negative("validation", self, "every_steps")
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,9 @@ class StopConfig:
 
     patience: int = 0  # validations without improvement before stopping; 0 is off
     min_delta: float = 0.0  # smallest fall that counts as improvement
+
+    def __post_init__(self) -> None:
+        _not_negative("stop", self, "patience", "min_delta")
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,10 @@ class SamplesConfig:
     prompts: list[str] = field(default_factory=list)
     max_tokens: int = 40
 
+    def __post_init__(self) -> None:
+        _positive("samples", self, "max_tokens")
+        _not_negative("samples", self, "every_steps")
+
 
 @dataclass(frozen=True)
 class LoggerConfig:
@@ -101,6 +117,10 @@ class LoggerConfig:
     wandb: bool = False
     wandb_project: str = "trivium"
     wandb_mode: str = "offline"  # offline | online | disabled; offline needs no account
+
+    def __post_init__(self) -> None:
+        if self.wandb_mode not in WANDB_MODES:
+            raise ConfigError(f"logger.wandb_mode={self.wandb_mode!r} is not one of {', '.join(WANDB_MODES)}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _positive("evaluation", self, "max_texts", "max_tasks", "resamples")
+        _not_negative("evaluation", self, "stride")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"evaluation.confidence={self.confidence} must be more than 0 and less than 1")
 
 
 @dataclass  # not frozen: OmegaConf makes the stages of a YAML file one by one and must be able to fill them
@@ -178,5 +201,5 @@ class RunConfig:
             group, _, field_name = name.partition(".")
             if getattr(getattr(self, group), field_name) and not self.validation.every_steps:
                 raise ConfigError(f"{name} needs validation.every_steps greater than 0")
-        if self.data is None and self.phase in ("tokenizer", "evaluate", *TRAINING_PHASES):
+        if self.data is None and self.phase in DATA_PHASES:
             raise ConfigError(f"phase={self.phase} needs data, and domain={self.domain} has none for it")

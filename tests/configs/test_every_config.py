@@ -112,7 +112,9 @@ def built(group, option, corpus):
         return all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     if group == "schedule":
         factors = [build_schedule(config.schedule, 100)(step) for step in range(100)]
-        return 0 < factors[0] < factors[5] == max(factors) == 1.0 and factors[99] == config.schedule.config.final
+        return 0 < factors[0] < factors[5] == max(factors) == 1.0 and factors[99] == pytest.approx(
+            config.schedule.config.final
+        )
     if group == "inference":
         return build_backend(config.inference, model, 0).capabilities().context == TINY_MODEL["context"]
     if group == "data":

@@ -77,7 +77,7 @@ def test_permute_leaves_its_argument_alone():
 
 
 def test_key_of_keeps_parts_apart():
-    """("ab", "c") and ("a", "bc") are two keys; a key is the first 8 bytes of the SHA-256 (sha256sum says feffaf69...)."""
+    """("ab", "c") and ("a", "bc") are two keys; a key is 8 bytes of SHA-256 (sha256sum says feffaf69...)."""
     assert key_of("ab", "c") != key_of("a", "bc")
     assert key_of(1, "x") == key_of(1, "x")
     assert key_of("trivium") == int.from_bytes(bytes.fromhex("feffaf690f8b65c5"), "little")

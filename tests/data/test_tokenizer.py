@@ -33,7 +33,7 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_bpe(BPEConfig(vocab_size=340), TEXTS)
+    return train_bpe(BPEConfig(vocab_size=300), TEXTS)
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -63,7 +63,7 @@ def test_tokenizer_reads_no_special_token_in_plain_text(tokenizer):
         assert tokenizer.encode_batch([special], special=True) == [[SPECIAL.index(special)]]
 
 
-def test_tokenizer_special_ids_are_four_and_apart(tokenizer):
+def test_tokenizer_special_ids_are_known_and_apart(tokenizer):
     """SPECIAL is in order pad, bos, eos, system, user, assistant, end: ids 0 to 6. pad is none of the others."""
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id) == (0, 1, 2, 6)
 
@@ -108,14 +108,14 @@ def test_tokenizer_survives_saving(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "t")
     again = Tokenizer.load(tmp_path / "t")
     assert again.fingerprint == tokenizer.fingerprint
-    assert again.vocab_size == tokenizer.vocab_size == 340
+    assert again.vocab_size == tokenizer.vocab_size == 300
     assert again.config == tokenizer.config
     for text in NASTY:
         assert again.encode(text) == tokenizer.encode(text)
 
 
 def test_tokenizer_training_is_deterministic(tokenizer):
-    assert train_bpe(BPEConfig(vocab_size=340), list(TEXTS)).fingerprint == tokenizer.fingerprint
+    assert train_bpe(BPEConfig(vocab_size=300), list(TEXTS)).fingerprint == tokenizer.fingerprint
 
 
 def test_tokenizer_fingerprint_covers_vocabulary_and_template(tokenizer, tmp_path):
@@ -124,7 +124,7 @@ def test_tokenizer_fingerprint_covers_vocabulary_and_template(tokenizer, tmp_pat
     config["chat_template"] += " "
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     other_template = Tokenizer.load(tmp_path)
-    other_vocabulary = train_bpe(BPEConfig(vocab_size=339), TEXTS)
+    other_vocabulary = train_bpe(BPEConfig(vocab_size=300), [*TEXTS, "zzzz " * 50])
     assert len({t.fingerprint for t in (tokenizer, other_template, other_vocabulary)}) == 3
 
 

@@ -61,7 +61,7 @@ class Conversation:
         if drawn[-1] != self.tokenizer.eot_id:  # cut short: close the turn, as every turn in training is closed
             drawn = [*drawn[: -1 if drawn[-1] == self.tokenizer.eos_id else None], self.tokenizer.eot_id]
         answer = self.tokenizer.decode(drawn)
-        self.messages = [*messages, {"role": "assistant", "content": answer or " "}]
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.ids = [*prompt, *drawn]
 
 

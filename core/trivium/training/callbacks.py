@@ -49,18 +49,22 @@ class Validate(AfterStep):
 
 
 class Sample(AfterStep):
-    """Completions now and then, to samples.jsonl."""
+    """Completions now and then, to samples.jsonl; the first of them to the console."""
 
-    def __init__(self, path: Path, every_steps: int, make: Callable[[], list[dict]], first_step: int) -> None:
-        self.path, self.every_steps, self.make = path, every_steps, make
+    def __init__(
+        self, path: Path, every_steps: int, make: Callable[[], list[dict]], first_step: int, console: Console
+    ) -> None:
+        self.path, self.every_steps, self.make, self.console = path, every_steps, make, console
         kept = [row for row in read_lines(path) if row.get("step", 0) <= first_step]
         replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         if module.step % self.every_steps == 0:
+            rows = self.make()
             with open(self.path, "a", encoding="utf-8") as f:
-                for row in self.make():
-                    f.write(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n")
+                f.writelines(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows)
+            shown = f"{rows[0]['prompt']!r} -> {rows[0]['completion']!r}"
+            self.console.print(f"  sample  {shown}", highlight=False, markup=False)
 
 
 class Record(AfterStep):

@@ -88,6 +88,12 @@ class CheckpointStore:
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def repair_best(self, step: int) -> None:
+        """Let BEST name checkpoint `step`, if a kill came between its save and its pointer."""
+        name = f"step-{step}"
+        if self._pointer(BEST) != name and (self.folder / name / RECORD).is_file():
+            replace_file(self.folder / BEST, name.encode())
+
     def sweep(self) -> None:
         """Remove what an interrupted save left behind. Only at the start of a training run."""
         if self.folder.is_dir():

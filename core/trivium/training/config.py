@@ -22,6 +22,8 @@ class AdamWConfig:
             raise ConfigError(f"optim.lr={self.lr} must be greater than 0")
         if self.weight_decay < 0:
             raise ConfigError(f"optim.weight_decay={self.weight_decay} must not be negative")
+        if self.eps <= 0:
+            raise ConfigError(f"optim.eps={self.eps} must be greater than 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be at least 0 and less than 1")

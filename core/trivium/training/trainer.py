@@ -95,6 +95,8 @@ def fit(job: Job) -> Fitted:
     latest = store.latest()
     if latest is not None:
         restore(job, latest, stop)
+        if config.checkpoint.keep_best and stop.best is not None:
+            store.repair_best(stop.best_step)
     job.begin()
     start = module.step
     if start >= config.trainer.max_steps or stop.exhausted:
@@ -113,7 +115,9 @@ def fit(job: Job) -> Fitted:
     saver = Save(save, config.checkpoint.every_steps, config.trainer.max_steps, best_of)
     callbacks: list[L.Callback] = [validate] if validate else []
     if config.samples.every_steps and config.samples.prompts:
-        callbacks.append(Sample(job.folder / "samples.jsonl", config.samples.every_steps, job.sample, start))
+        callbacks.append(
+            Sample(job.folder / "samples.jsonl", config.samples.every_steps, job.sample, start, job.console)
+        )
     callbacks += [Record(), Show(job.console, config.trainer.max_steps), saver]
     trainer = _lightning_trainer(config, loggers, callbacks)
     trainer.fit(module, datamodule=StepDataModule(job.steps, start, config.trainer.max_steps))
