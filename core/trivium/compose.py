@@ -26,6 +26,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.plugin import conf_folders, conf_roots, discover
@@ -33,6 +34,10 @@ from trivium.registry import Registry, extra, near_misses, registries
 from trivium.schema import DATA_PHASES, RunConfig
 
 VERSION_BASE = "1.3"
+REFUSALS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+"""What composing raises; ValueError is Hydra's own for `group=null`, YAMLError means a file that cannot be read."""
+OPTIONAL = ("data", "recipe")
+"""Groups that conf/config.yaml calls optional: Hydra would pass over an option that is not there."""
 
 
 def groups() -> dict[str, Registry]:
@@ -135,11 +140,14 @@ def main_conf() -> str:
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """The composed tree of these overrides. Raises ConfigError with near misses and what is possible."""
     install()
+    for group, _, name in (o.partition("=") for o in overrides):
+        if group in OPTIONAL and name not in (*options(group), "null"):
+            raise _no_option(group, name, overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(main_conf(), version_base=VERSION_BASE, job_name="trivium"):
             cfg = hydra_compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's own, for `group=null`
+    except REFUSALS as error:
         raise explain_failure(error, overrides) from error
     return cfg
 
@@ -226,7 +234,7 @@ def _no_option(group: str, name: str, overrides: Sequence[str]) -> ConfigError:
         phases = [o.split("/")[1] for o in known if o.startswith(f"{domain}/")]
         return ConfigError(f"domain={domain} has no data for phase={phase}; it has {', '.join(phases) or 'none'}")
     shown = [o for o in known if group != "data" or "/" not in o]
-    return ConfigError(f"unknown {group}={name}.{near_misses(name, known)} Available: {', '.join(shown) or '(none)'}")
+    return ConfigError(f"unknown {group}={name}.{near_misses(name, shown)} Available: {', '.join(shown) or '(none)'}")
 
 
 def run_config(cfg: DictConfig) -> RunConfig:
@@ -297,7 +305,7 @@ def hydra_main(args: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra.main prints a trace of its own and exits
     try:
         job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except REFUSALS as error:
         raise explain_failure(error, [a for a in args if not a.startswith("-")]) from error
     except SystemExit as left:
         return int(left.code or 0)

@@ -85,16 +85,28 @@ def discover() -> Discovered:
     catalog = load("trivium.catalog:CATALOG")
     register(catalog, "trivium")
     FOUND.plugins["trivium"] = catalog
-    points = {p.name: (p.value, p.dist.name if p.dist else "?", p.dist.version if p.dist else "?")
-              for p in entry_points(group="trivium.plugins")}  # fmt: skip
+    points: dict[str, list[tuple[str, str, str]]] = {}
+    for p in entry_points(group="trivium.plugins"):
+        known = (p.value, p.dist.name if p.dist else "?", p.dist.version if p.dist else "?")
+        points.setdefault(p.name, []).append(known)
     for name, value in _local.items():
-        points.setdefault(name, (value, "trivium-llm", "clone"))
-    for name, (value, dist, version) in sorted(points.items()):
+        points.setdefault(name, [(value, "trivium-llm", "clone")])
+    files = dict.fromkeys(_files(_core_conf()), "trivium")
+    for name, claims in sorted(points.items()):
+        value, dist, version = claims[0]
         try:
+            if len(claims) > 1:
+                packages = " and ".join(f"{d} {v}" for _, d, v in claims)
+                raise PluginError(f"{packages} both announce a plugin called {name!r}; uninstall one of them")
             plugin = load(value, dist)
             if not isinstance(plugin, Plugin):
                 raise PluginError(f"{value!r} is a {type(plugin).__name__}, not a trivium.Plugin")
+            own = _files(plugin.conf) if plugin.conf else []
+            taken = [f for f in own if f in files]
+            if taken:
+                raise PluginError(f"its config file {taken[0]} is {files[taken[0]]}'s already; it needs another name")
             register(plugin, name)
+            files |= dict.fromkeys(own, name)
         except Exception as error:  # a stranger's import can raise anything
             FOUND.failures[name] = str(error)
             continue
@@ -103,12 +115,33 @@ def discover() -> Discovered:
     return FOUND
 
 
-def conf_roots() -> list[tuple[str, str]]:
-    """(owner, search path entry) of every config tree, core's first; `pkg://` in a wheel, the checkout's conf/ else."""
+def _core_conf() -> str:
     package = Path(__file__).parent
     inside, beside = package / "conf", package.parents[1] / "conf"
-    core = inside if (inside / "config.yaml").exists() else beside
-    roots = [("trivium", f"file://{core}")]
+    return f"file://{inside if (inside / 'config.yaml').exists() else beside}"
+
+
+def _folders(root: str) -> list[Path]:
+    """A search path entry as folders on disk. Raises PluginError if it names a package that is not there."""
+    if root.startswith("file://"):
+        return [Path(root.removeprefix("file://"))]
+    try:
+        spec = importlib.util.find_spec(root.removeprefix("pkg://"))
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise PluginError(f"conf={root!r} names no package")
+    return [Path(p) for p in spec.submodule_search_locations]
+
+
+def _files(root: str) -> list[str]:
+    """The YAML files of a config tree, by their names in it."""
+    return sorted(p.relative_to(f).as_posix() for f in _folders(root) for p in f.rglob("*.yaml"))
+
+
+def conf_roots() -> list[tuple[str, str]]:
+    """(owner, search path entry) of every config tree, core's first; `pkg://` in a wheel, the checkout's conf/ else."""
+    roots = [("trivium", _core_conf())]
     for name, plugin in discover().plugins.items():
         if plugin.conf:
             roots.append((name, plugin.conf))
@@ -117,11 +150,4 @@ def conf_roots() -> list[tuple[str, str]]:
 
 def conf_folders() -> list[tuple[str, Path]]:
     """The same config trees as folders on disk, for listings and for finding which file set a key."""
-    folders = []
-    for name, root in conf_roots():
-        if root.startswith("file://"):
-            folders.append((name, Path(root.removeprefix("file://"))))
-        else:
-            spec = importlib.util.find_spec(root.removeprefix("pkg://"))
-            folders += [(name, Path(p)) for p in (spec.submodule_search_locations or [])] if spec else []
-    return folders
+    return [(name, folder) for name, root in conf_roots() for folder in _folders(root)]

@@ -34,7 +34,7 @@ def load(path: str, owner: str = "trivium") -> Any:
         value: Any = importlib.import_module(module)
         for part in attribute.split("."):
             value = getattr(value, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that exits must not end the program that lists it
         raise PluginError(f"{owner}: {path!r} cannot be imported ({type(error).__name__}: {error})") from error
     return value
 

@@ -1,6 +1,7 @@
 """Every shipped config composes, becomes typed settings and real objects; every field can be set; files hold deltas."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from types import UnionType
 from typing import Union, get_args, get_origin, get_type_hints
@@ -31,6 +32,7 @@ CHOICES = [(g, o) for g in file_groups() for o in options(g) if g not in ("data"
 FILES = [(owner, folder, path) for owner, folder in conf_folders() for path in sorted(folder.rglob("*.yaml"))]
 
 
+@functools.cache
 def choose(*overrides):
     return run_config(compose(overrides))
 

@@ -50,6 +50,14 @@ class Recording(NativeBackend):
         return super().generate(requests)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_bpe(BPEConfig(vocab_size=300), ["what is this and that"] * 3)
@@ -57,7 +65,6 @@ def tokenizer():
 
 @pytest.fixture
 def backend(tokenizer):
-    torch.set_num_threads(1)
     config = LlamaConfig(dim=32, layers=1, heads=2, kv_heads=1, ffn_dim=48, context=64, tied=False, init_std=0.3)
     model = Llama(config, tokenizer.vocab_size)
     model.init_weights(seed=0)

@@ -79,7 +79,9 @@ class _TokenSums(torch.autograd.Function):
             here = slice(start, start + chunk)
             with torch.set_grad_enabled(any(needed)):
                 h = states[here].detach().requires_grad_(needed[0])
-                sums = [s.sum() for s in token_loss(at_least_fp32(F.linear(h, w, b)), targets[here])]
+                # A last chunk of another size each step would have the matrix library make, and keep, a kernel for it.
+                full = F.pad(h, (0, 0, 0, chunk - len(h)))
+                sums = [s.sum() for s in token_loss(at_least_fp32(F.linear(full, w, b))[: len(h)], targets[here])]
             if any(needed):
                 sums[0].backward()
             if states_grad is not None and h.grad is not None:

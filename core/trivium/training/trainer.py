@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from trivium.data.datamodule import StepDataModule, StepDataset
@@ -140,7 +141,7 @@ def _lightning_trainer(config: RunConfig, loggers: list, callbacks: list[L.Callb
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: {error}") from error
 
 
