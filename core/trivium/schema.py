@@ -40,6 +40,8 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         _positive("batch", self, "size", "micro_size", "length")
+        if self.length < 2:
+            raise ConfigError("batch.length=1 leaves no token to predict; 2 is the least")
         if self.size % self.micro_size:
             raise ConfigError(f"batch.size={self.size} must be a multiple of batch.micro_size={self.micro_size}")
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from trivium.errors import BackendError
+
 if TYPE_CHECKING:  # the nouns are needed where torch must not be imported (sources, the command line)
     import torch
     from torch import Tensor
@@ -75,6 +77,13 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise BackendError(
+                f"cannot sample with max_tokens={self.max_tokens} (at least 1), temperature={self.temperature} and "
+                f"top_k={self.top_k} (not negative), top_p={self.top_p} (more than 0, at most 1)"
+            )
 
 
 @dataclass(frozen=True)

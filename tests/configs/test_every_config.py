@@ -52,7 +52,8 @@ def test_phase_on_domain_composes(phase, domain):
     has = [o.split("/")[1] for o in options("data") if o.startswith(f"{domain}/")]
     assert has, f"{domain} has no data at all"
     if phase in ("tokenizer", "evaluate", *TRAINING_PHASES) and phase not in has:
-        with pytest.raises(ConfigError, match=f"domain={domain} has no data for phase={phase}; it has {', '.join(has)}"):
+        sentence = f"domain={domain} has no data for phase={phase}; it has {', '.join(has)}"
+        with pytest.raises(ConfigError, match=sentence):
             choose(f"phase={phase}", f"domain={domain}")
         return
     config = choose(f"phase={phase}", f"domain={domain}")
@@ -92,7 +93,8 @@ def test_stages_of_pipeline_compose(option):
 
 def built(group, option, corpus):
     """A real object of `option`, tiny, and used once: its figures are checked where it has any."""
-    fields = {f.name for f in dataclasses.fields(groups()[group].config(option))} if option in groups()[group] else set()
+    config_of = groups()[group].config
+    fields = {f.name for f in dataclasses.fields(config_of(option))} if option in groups()[group] else set()
     model_is = "model=primer" if group != "model" else f"model={option}"
     sizes = [f"model.{k}={v}" for k, v in TINY_MODEL.items() if k in model_fields(model_is)]
     choice = [] if group == "model" else [f"{group}={option}"]

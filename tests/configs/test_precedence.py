@@ -1,4 +1,4 @@
-"""Who wins: command line > experiment > recipe > domain > phase > config; shown by a plugin that sets one key everywhere."""
+"""Who wins: command line > experiment > recipe > domain > phase > config, with a plugin that sets one key in each."""
 
 import pytest
 import yaml

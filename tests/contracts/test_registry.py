@@ -112,6 +112,7 @@ def test_other_api_level_is_refused_in_one_sentence():
     with pytest.raises(PluginError) as told:
         register(Plugin(name="future", api=7, models={"f": "m:F"}), "future")
     assert str(told.value) == (
-        "plugin 'future' is written for API level 7; this trivium speaks 1. Install a release of future for this version."
+        "plugin 'future' is written for API level 7; this trivium speaks 1. "
+        "Install a release of future for this version."
     )
     assert "f" not in MODELS

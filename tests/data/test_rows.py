@@ -259,13 +259,23 @@ def talk(number, question, answer):
     return {"id": str(number), "messages": turns}
 
 
-def test_tokenise_splits_long_texts_and_loses_no_token(tokenizer):
-    """Digits are one token each: bos, ten digits, eos = 12 tokens; in rows of 5: 5 + 5 + 2, all trained, none cut."""
+def test_tokenise_splits_long_texts_and_every_token_is_a_target_once(tokenizer):
+    """bos, ten digits, eos = 12 tokens; rows of 5 share one token: 0-4, 4-8, 8-11, so 4 + 4 + 3 = 11 targets."""
     table = tokenise(Listed([{"id": "a", "text": "0123456789"}]), tokenizer, 5, chats=False)
-    assert table.lengths.tolist() == [5, 5, 2]
-    assert table.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode("0123456789"), tokenizer.eos_id]
+    assert table.lengths.tolist() == [5, 5, 4]
+    whole = [tokenizer.bos_id, *tokenizer.encode("0123456789"), tokenizer.eos_id]
+    targets = [t for d in range(3) for t in table.document(d)[0][1:].tolist()]
+    assert targets == whole[1:]
     assert table.trained.all() and table.ids == ["a"] * 3
     assert (table.num_bytes, table.truncated, table.lost_ends) == (10, 0, 0)
+
+
+@pytest.mark.parametrize("digits", [2, 3, 6, 7])
+def test_tokenise_never_leaves_a_tail_without_a_target(tokenizer, digits):
+    """A tail of one token would have no target: the end of the text would never be learnt. Rows of 5."""
+    table = tokenise(Listed([{"id": "a", "text": "7" * digits}]), tokenizer, 5, chats=False)
+    assert sum(table.lengths - 1) == digits + 1
+    assert table.tokens[-1] == tokenizer.eos_id and min(table.lengths) >= 2
 
 
 def test_tokenise_counts_truncated_conversations_and_lost_ends(tokenizer):

@@ -71,7 +71,8 @@ def test_no_module_of_ours_is_imported_inside_a_function():
 def test_import_rules_can_fail(tmp_path, monkeypatch):
     """The walker above sees plain, from-, dotted and nested imports."""
     bad = tmp_path / "bad.py"
-    bad.write_text("import lightning.pytorch as L\nfrom hydra.core import x\ndef f():\n    from trivium.cli import main\n")
+    plain = "import lightning.pytorch as L\nfrom hydra.core import x\n"
+    bad.write_text(plain + "def f():\n    from trivium.cli import main\n")
     monkeypatch.setitem(globals(), "CORE", tmp_path)
     monkeypatch.setitem(globals(), "FILES", [bad])
     assert offenders({"lightning", "hydra"}, ["other.py"]) == [

@@ -18,7 +18,7 @@ for kind, registry in registries().items():
 
 
 def test_registered_names_equal_the_snapshot():
-    """To accept a change: python -m pytest tests/house/test_registry.py with UPDATE_REGISTRY=1, and look at the diff."""
+    """To accept a change: UPDATE_REGISTRY=1 python -m pytest tests/house/test_registry.py, and look at the diff."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # no stranger's plugins
     listed = subprocess.run([sys.executable, "-c", LIST], capture_output=True, text=True, env=env, check=True).stdout
     names = "".join(f"{line}\n" for line in listed.splitlines() if line.split()[2] in ("trivium", "primer"))

@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     place = tmp_path_factory.mktemp("wheel")
-    command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(place), str(ROOT)]
+    command = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(place),
+        str(ROOT),
+    ]
     subprocess.run([sys.executable, *command], check=True, capture_output=True)
     return next(place.glob("*.whl"))
 
@@ -44,7 +54,9 @@ def test_installed_wheel_lists_composes_and_runs_from_anywhere(wheel, tmp_path):
     assert listed.returncode == 0, listed.stderr
     assert "primer" in listed.stdout and str(site) in listed.stdout
     explained = trivium("explain", "trainer.max_steps", "phase=pretrain")
-    assert f"{site}/trivium_plugins/primer/conf" in explained.stdout or "recipe/primer/pretrain.yaml" in explained.stdout
+    assert (
+        f"{site}/trivium_plugins/primer/conf" in explained.stdout or "recipe/primer/pretrain.yaml" in explained.stdout
+    )
     made = trivium("phase=tokenizer", "tokenizer.vocab_size=400", "tokenizer.max_bytes=100000")
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "runs/tokenizer-primer/tokenizer.json").is_file()

@@ -73,7 +73,7 @@ def test_metrics_hold_one_line_a_step_and_the_table_the_same_figures(trained):
         ("init_from={trained}", "parent was"),
     ],
 )
-def test_another_setting_under_the_same_name_is_refused(change, named, main, base, corpus, trained, pretraining, tmp_path):
+def test_another_setting_under_one_name_is_refused(change, named, main, base, corpus, trained, pretraining, tmp_path):
     """Refused by name of the setting; weights, figures, settings and manifest of the run are as they were."""
     (tmp_path / "other.txt").write_text(corpus.read_text()[:60_000])
     names = ("config.yaml", "MANIFEST.json")

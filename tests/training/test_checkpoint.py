@@ -15,6 +15,8 @@ from trivium.training.checkpoint import RECORD, CheckpointStore, Contents, model
 
 STAGES = ("fsync", "rename", "replace")
 """The calls of `os` that make bytes, names and pointers durable; between any two of them the disk looks different."""
+REMOVALS = ("unlink", "rmdir")
+"""Those that let go of an old checkpoint."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def contents(tokenizer):
 
     def make(value):
         tensors = {
-            "model.safetensors": {"w": torch.full((3, 4), float(value)), "b": torch.full((2,), value, dtype=torch.int8)},
+            "model.safetensors": {"w": torch.full((3, 4), float(value)), "b": torch.full((2,), value).to(torch.int8)},
             "optimizer.safetensors": {"0.exp_avg": torch.full((3, 4), value + 0.5)},
         }
         return Contents(tensors, {"state.json": {"step": value}, "model.json": {"name": "x"}},
@@ -61,12 +63,12 @@ def leftovers(store):
     return [str(p) for p in store.folder.rglob("*.tmp-*")]
 
 
-def fail_at(monkeypatch, number, act):
+def fail_at(monkeypatch, number, act, stages=STAGES):
     """Call `act(name)` in place of the `number`-th durable call (from 0); returns the list of the calls made."""
     calls = []
-    for name in STAGES:
+    for name, real in [(n, getattr(os, n)) for n in stages]:
 
-        def call(*args, _name=name, _real=getattr(os, name), **kwargs):
+        def call(*args, _name=name, _real=real, **kwargs):
             calls.append(_name)
             if len(calls) - 1 == number:
                 act(_name)
@@ -113,30 +115,34 @@ def test_every_file_and_folder_is_synced_before_the_rename(store, contents, monk
 
 
 def test_process_killed_at_any_call_leaves_the_old_checkpoint(store, contents, monkeypatch):
-    """A child process dies before its n-th fsync, rename or replace, for every n: what is complete is whole."""
-    calls = fail_at(monkeypatch, -1, None)
+    """A child process dies before its n-th fsync, rename, replace, unlink or rmdir, for every n.
+
+    Whatever then counts as complete is whole, also where the death fell into the removal of an old one.
+    """
     store.save(2, contents(2))
+    calls = fail_at(monkeypatch, -1, None, (*STAGES, *REMOVALS))
+    store.save(3, contents(3))
     total = len(calls)
-    assert {c: calls.count(c) > 0 for c in STAGES} == dict.fromkeys(STAGES, True) and total >= 12
+    assert set(calls) == {*STAGES, *REMOVALS} and total >= 20
     monkeypatch.undo()
     seen_leftovers = 0
     for number in range(total):
         value = 10 + number
         child = os.fork()
         if child == 0:
-            fail_at(monkeypatch, number, lambda _name: os._exit(9))
+            fail_at(monkeypatch, number, lambda _name: os._exit(9), (*STAGES, *REMOVALS))
             store.save(value, contents(value))
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, f"call {number} was never made"
         complete = store.complete()
-        assert "step-2" in names(store) or "step-1" in names(store)
+        assert complete
         assert all(intact(c, int(c.name[5:])) for c in complete)
         assert (store.folder / (store.folder / "LATEST").read_text()).is_dir()
         seen_leftovers += bool(leftovers(store))
         store.sweep()
         assert not leftovers(store)
-        for newer in [c for c in complete if c.name == f"step-{value}"]:  # died after the rename: it counts
-            assert calls.index("rename") < number and newer == store.latest()
+        if number > calls.index("rename"):  # died after the rename: the new one counts
+            assert store.latest().name == f"step-{value}"
     assert seen_leftovers >= calls.index("rename"), "every death before the rename leaves something to sweep"
     store.save(99, contents(99))
     assert intact(store.latest(), 99) and (store.folder / "LATEST").read_text() == "step-99"
@@ -163,6 +169,21 @@ def test_disk_that_refuses_at_any_call_gives_a_checkpoint_error(store, contents,
         if number > renamed:  # the checkpoint is whole; only what points to it is not
             assert intact(store.folder / f"step-{50 + number}", 50)
             subprocess.run(["rm", "-r", store.folder / f"step-{50 + number}"], check=True)
+
+
+def test_old_checkpoint_that_cannot_be_removed_stops_nothing(store, contents, monkeypatch):
+    """The new one is saved; what could not be removed only takes space."""
+    store.save(2, contents(2))
+    real = os.rename
+
+    def rename(old, new):
+        if str(old).endswith("step-1"):
+            raise PermissionError(errno.EPERM, "no")
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert store.save(3, contents(3)).name == "step-3"
+    assert names(store) == ["step-1", "step-2", "step-3"] and intact(store.latest(), 3)
 
 
 def test_interrupt_between_files_leaves_nothing(store, contents):

@@ -9,6 +9,7 @@ from trivium.errors import ConfigError
 from trivium.schema import LoggerConfig
 from trivium.training.loggers import FileLogger, build_loggers
 
+
 def test_file_logger_drops_what_lies_behind_the_resumed_step(tmp_path):
     """Steps 1-4 were written, 4 only by half; the checkpoint is of step 2, so 3 is trained again."""
     path = tmp_path / "metrics.jsonl"

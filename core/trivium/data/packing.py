@@ -2,7 +2,7 @@
 
 Best-fit decreasing (Ding et al. 2024, https://arxiv.org/abs/2404.10830): documents stay whole where they fit, rows are
 almost full, and attention never crosses a document border. One policy for documents longer than a row: `split` for
-text (every token is trained on), `truncate` for conversations (counted and reported, end-of-turn losses apart).
+text (every token but a document's first is a target, once), `truncate` for conversations (counted and reported, end-of-turn losses apart).
 """
 
 from __future__ import annotations
@@ -84,10 +84,9 @@ def tokenise(
             document = Encoded(document.ids[:length], document.trained[:length])
             if not any(document.trained[1:]):
                 continue  # nothing left to learn from: counted above
-        for start in range(0, len(document.ids), length):
+        # pieces of a long text share one token: the last of one is what the next one's first target follows from
+        for start in range(0, len(document.ids) - 1, length - 1):
             piece = document.ids[start : start + length]
-            if len(piece) < 2:
-                continue  # a single token has no target
             tokens.append(np.asarray(piece, dtype=np.int32))
             trained.append(np.asarray(document.trained[start : start + length], dtype=bool))
             lengths.append(len(piece))

@@ -52,12 +52,15 @@ class Conversation:
         if params.max_tokens > room:
             params = SamplingParams(**{**params.__dict__, "max_tokens": room})
         turn = sum(m["role"] == "user" for m in messages)
-        stream, drawn = TextStream(self.tokenizer), []
+        stream, drawn, reason = TextStream(self.tokenizer), [], None
         for event in self.backend.generate([Request(f"turn-{turn}", tuple(prompt), params)]):
             drawn.append(event.token_id)
+            reason = event.finish_reason
             if event.finish_reason != "stop":
                 yield stream.push(event.token_id)
         yield stream.finish()
+        if reason is None:
+            raise BackendError("the answer was aborted; the turn is not kept")
         if drawn[-1] != self.tokenizer.eot_id:  # cut short: close the turn, as every turn in training is closed
             drawn = [*drawn[: -1 if drawn[-1] == self.tokenizer.eos_id else None], self.tokenizer.eot_id]
         answer = self.tokenizer.decode(drawn)

@@ -56,7 +56,10 @@ def token_sums(head: nn.Linear, states: Tensor, targets: Tensor, token_loss: Tok
     The first sum carries the gradient. It is made in the forward pass, chunk by chunk, which is right because a sum's
     gradient does not depend on anything that follows but a factor (Hsu et al. 2024, https://arxiv.org/abs/2410.10989).
     """
-    return _TokenSums.apply(states, head.weight, head.bias, targets, token_loss, chunk)
+    tensors = (states, head.weight, head.bias)
+    if not torch.is_grad_enabled():  # the function below would make gradients that nobody asked for
+        tensors = tuple(None if t is None else t.detach() for t in tensors)
+    return _TokenSums.apply(*tensors, targets, token_loss, chunk)
 
 
 class _TokenSums(torch.autograd.Function):

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ class CheckpointStore:
     def _forget(self) -> None:
         kept = {p.name for p in self.complete()[-self.keep :]} | {self._pointer(LATEST), self._pointer(BEST)}
         for path in self.complete():
-            if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+            if path.name not in kept:  # renamed first: half a removal must not look like a checkpoint
+                with suppress(OSError):  # what cannot be removed costs space only
+                    shutil.rmtree(path.rename(path.with_name(f"{path.name}.tmp-{os.getpid()}")))
 
     def repair_best(self, step: int) -> None:
         """Let BEST name checkpoint `step`, if a kill came between its save and its pointer."""
