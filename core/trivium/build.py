@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +62,9 @@ def build_model(chosen: Component, vocab_size: int, seed: int) -> CausalLM:
     return model
 
 
-def build_backend(chosen: Component, model: CausalLM, pad_id: int) -> Backend:
-    """An inference backend over a model's own weights, on the best device here."""
-    return build(BACKENDS, chosen, model.to(best_device()), pad_id=pad_id)
+def build_backend(chosen: Component, model: CausalLM, pad_id: int, accelerator: str = "auto") -> Backend:
+    """An inference backend over a model's own weights, on the accelerator's device."""
+    return build(BACKENDS, chosen, model.to(device_of(accelerator)), pad_id=pad_id)
 
 
 def build_optimizer(chosen: Component, model: CausalLM) -> torch.optim.Optimizer:
@@ -78,11 +77,16 @@ def build_schedule(chosen: Component, max_steps: int) -> Schedule:
     return build(extra("schedules"), chosen, max_steps)
 
 
-def best_device() -> torch.device:
-    """CUDA, then Apple's GPU, then the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def device_of(accelerator: str) -> torch.device:
+    """The device of trainer.accelerator; "auto" is CUDA, then Apple's GPU, then the CPU."""
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    wanted = {"gpu": ("cuda", "mps"), "auto": ("cuda", "mps", "cpu")}.get(accelerator, (accelerator,))
+    found = next((name for name in wanted if here.get(name)), None)
+    if found is None:
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}: there is none here, but {', '.join(k for k in here if here[k])}"
+        )
+    return torch.device(found)
 
 
 def cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str]:
@@ -120,8 +124,9 @@ class Artifact:
     sha256: str
     tokenizer: Tokenizer
     checkpoint: Path | None = None
-    phase: str = ""
-    run: Path | None = None
+    guard: dict[str, Any] = dataclasses.field(default_factory=dict)
+    form: str = "text"
+    """What its model was last trained on: "chat" or "text" (which prompt and completion are, too)."""
 
     def model(self, wanted: Component | None) -> tuple[CausalLM, dict[str, Any]]:
         """The checkpoint's model, and its record. wanted: refuse it unless its architecture is this one."""
@@ -173,9 +178,14 @@ def load_artifact(init_from: str) -> Artifact:
     if checkpoint is not None:
         verify(checkpoint)
         record = (checkpoint / RECORD).read_bytes()
-        phase = json.loads((checkpoint / "state.json").read_text())["phase"]
+        state = read_checkpoint_json(checkpoint, "state.json")
         return Artifact(
-            path, hashlib.sha256(record).hexdigest(), Tokenizer.load(checkpoint / "tokenizer"), checkpoint, phase
+            path,
+            hashlib.sha256(record).hexdigest(),
+            Tokenizer.load(checkpoint / "tokenizer"),
+            checkpoint,
+            state["guard"],
+            state["form"],
         )
     if (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(path)

@@ -23,6 +23,9 @@ VERBS = {
 }
 """Looked up before anything heavy is imported: a verb loads only what it needs."""
 
+TEXTS = ("name", "prompt", "system", "init_from", "runs", "data.path")
+"""Settings whose words are kept as they were typed."""
+
 USAGE = """\
 Trivium: a language model learns, improves and speaks.
 
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or "debug=true" in args
-    args = ["debug=true" if a == "--debug" else a for a in args]
+    args = [as_typed("debug=true" if a == "--debug" else a) for a in args]
     try:
         return dispatch(args)
     except TriviumError as error:
@@ -61,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except Exception as error:  # a bug of ours, said as such
+    except Exception as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            print("error: out of memory; lower batch.micro_size, batch.length or the model's sizes", file=sys.stderr)
+            return 1
+        # anything else is a bug of ours, said as such
         if debug:
             traceback.print_exc()
         print(f"error: {type(error).__name__}: {error} (a fault of the program; --debug shows where)", file=sys.stderr)
@@ -85,6 +92,17 @@ def dispatch(args: list[str]) -> int:
     if any(a.startswith("-") for a in args):
         return load("trivium.compose:hydra_main")(args)
     return load("trivium.pipeline:launch")(args)
+
+
+def as_typed(argument: str) -> str:
+    """Quote a text setting that Hydra would read as a number: `name=2024_01_05` is no integer.
+
+    >>> as_typed("name=2024_01_05"), as_typed("seed=1_0")
+    ("name='2024_01_05'", 'seed=1_0')
+    """
+    key, _, value = argument.partition("=")
+    number = value[:1].isdigit() and all(c in "0123456789_.eE+-" for c in value)
+    return f"{key}='{value}'" if key in TEXTS and number else argument
 
 
 def help_text() -> str:

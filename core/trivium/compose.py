@@ -200,9 +200,10 @@ def explain_failure(error: BaseException, overrides: Sequence[str]) -> TriviumEr
         full = re.search(r"full_key: ([\w.]+)", text)
         key = (unknown.group(1) or (full and full.group(1)) or unknown.group(2)).split("=")[0].split("@")[0]
         given = [o.lstrip("+~").split("=")[0] for o in overrides]
-        known = (
-            _known_keys(compose([o for o, k in zip(overrides, given, strict=True) if k != key])) if overrides else []
-        )
+        if key not in given:  # a file is to blame, and composing without it would meet it again
+            file = re.search(r"In '([^']+)'", text)
+            return ConfigError(f"unknown option {key!r}{f' in {file.group(1)}.yaml' if file else ''}")
+        known = _known_keys(compose([o for o, k in zip(overrides, given, strict=True) if k != key]))
         return ConfigError(
             f"unknown option {key!r}.{near_misses(key, {*known, *file_groups()})} `--help` lists the groups"
         )

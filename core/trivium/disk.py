@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trivium.errors import CheckpointError
 
@@ -59,11 +60,22 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def lock_folder(path: Path) -> IO[bytes] | None:
+    """Take `path` for this process until the file is closed or the process ends, however it ends; None if taken."""
+    handle = open(path / ".lock", "ab")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    return handle
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file that may end in half a line (a kill while it was written); none if it is missing."""
     found = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):  # not splitlines(): text may hold other line separators
             try:
                 found.append(json.loads(line))
             except ValueError:

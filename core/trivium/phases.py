@@ -34,18 +34,18 @@ from trivium.data.datamodule import StepDataset, validation_batches
 from trivium.data.packing import TokenTable, tokenise
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
-from trivium.disk import make_folder, replace_file
+from trivium.disk import lock_folder, make_folder, replace_file
 from trivium.errors import ConfigError, DataError
 from trivium.evaluation.generation import complete
 from trivium.evaluation.perplexity import bits_per_byte
 from trivium.evaluation.probes import accuracy, answer_tasks
 from trivium.inference.chat import HELP, Conversation, sampling_params, talk
 from trivium.inference.config import SamplingConfig
-from trivium.inference.protocol import Backend
 from trivium.lineage.manifest import Manifest, digest_of, masked
+from trivium.lineage.manifest import read as read_manifest
 from trivium.lineage.report import write_report
 from trivium.models.protocol import CausalLM
-from trivium.schema import TRAINING_PHASES, RunConfig
+from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.stop import EXIT_CODE
 from trivium.training.trainer import Job, autocast_dtype, fit
@@ -69,10 +69,15 @@ class Run:
     """One run's folder, manifest, parent and console: what every phase needs."""
 
     def __init__(self, config: RunConfig, console: Console) -> None:
-        self.name = config.name or f"{config.phase}-{config.domain}"
+        speaks = config.phase in ("evaluate", "generate", "chat") and config.init_from
+        self.name = config.name or f"{config.phase}-{Path(config.init_from).name if speaks else config.domain}"
         self.config = config = dataclasses.replace(config, name=self.name)
         self.console = console
+        self._sources: dict[str | None, Source] = {}
         self.folder = make_folder(Path(config.runs) / self.name)
+        there = read_manifest(self.folder).get("phase", config.phase)
+        if there != config.phase:
+            raise ConfigError(f"{self.folder} holds a run of phase={there}; choose another name=")
         self.parent = load_artifact(config.init_from) if config.init_from else None
         plain = as_dict(config)
         keys = RESULTS_OF.get(config.phase, tuple(plain))
@@ -105,6 +110,18 @@ class Run:
         with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
             f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
+    def source(self, split: str | None = None) -> Source:
+        """The run's data, built once for each split."""
+        if split not in self._sources:
+            self._sources[split] = build_source(self.config.data, self.config.phase, split)
+        return self._sources[split]
+
+    def same_content(self) -> bool:
+        """Whether the data holds what it held when the run was done."""
+        if self.config.phase not in DATA_PHASES:
+            return True
+        return self.manifest.facts.get("source") == self.source().fingerprint
+
     def needs_parent(self) -> Artifact:
         """The parent of a phase that cannot start from nothing."""
         if self.parent is None:
@@ -125,9 +142,12 @@ def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
     this = Run(config, console)
     config = this.config
     console.rule(f"[bold]{config.phase}[/] on {config.domain} -> {this.folder}", align="left", style="dim")
-    if this.manifest.was_done and (skip_done or config.phase in ("tokenizer", "evaluate")):
+    if this.manifest.was_done and (skip_done or config.phase in ("tokenizer", "evaluate")) and this.same_content():
         this.say("done already; the same settings and inputs")
         return 0
+    lock = lock_folder(this.folder)
+    if lock is None:
+        raise ConfigError(f"another process is at work in {this.folder}; wait for it, or choose another name=")
     if config.phase not in TRAINING_PHASES:
         this.begin()
     try:
@@ -136,6 +156,8 @@ def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
         if not this.manifest.others:  # a refused command leaves the facts of the run that is there
             this.manifest.update("failed", error=f"{type(error).__name__}: {error}")
         raise
+    finally:
+        lock.close()
     this.manifest.update("done" if code == 0 else "stopped")
     write_report(this.folder)
     return code
@@ -143,7 +165,9 @@ def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
 
 def run_tokenizer(this: Run) -> int:
     """Train a tokenizer on the domain's text."""
-    source = build_source(this.config.data, "tokenizer")
+    if this.config.tokenizer.config.path:
+        raise ConfigError("phase=tokenizer trains one; tokenizer.path= is for the phases that use one")
+    source = this.source()
     tokenizer = train_tokenizer(this.config.tokenizer, source)
     tokenizer.save(this.folder)
     said = [source[i] for i in range(0, len(source), max(1, len(source) // 200))]
@@ -151,7 +175,7 @@ def run_tokenizer(this: Run) -> int:
     per_token = sum(len(t.encode()) for t in texts) / max(1, sum(map(len, tokenizer.encode_batch(texts))))
     this.say(f"{tokenizer.vocab_size:,} tokens, {per_token:.2f} bytes a token")
     results = {"vocab_size": tokenizer.vocab_size, "bytes_per_token": round(per_token, 4)}
-    this.manifest.update(tokenizer=tokenizer.fingerprint, data={"train": source.fingerprint}, results=results)
+    this.manifest.update(tokenizer=tokenizer.fingerprint, source=source.fingerprint, results=results)
     return 0
 
 
@@ -159,7 +183,7 @@ def run_training(this: Run) -> int:
     """Pretraining and tuning: the same path, another objective."""
     config = this.config
     objective = build_objective(config.objective, config.phase)
-    source = build_source(config.data, config.phase)
+    source = this.source()
     model, record, tokenizer = _model_and_tokenizer(this, source)
     if config.batch.length > model.context:
         raise ConfigError(f"batch.length={config.batch.length} is longer than the model's context of {model.context}")
@@ -175,7 +199,7 @@ def run_training(this: Run) -> int:
     validation = []
     data = {"train": table.fingerprint}
     if config.validation.every_steps:
-        held_out = table_of(build_source(config.data, config.phase, "validation"))
+        held_out = table_of(this.source("validation"))
         data["validation"] = held_out.fingerprint
         validation = validation_batches(
             held_out, max_rows=config.validation.max_rows, micro_size=config.batch.micro_size,
@@ -195,16 +219,18 @@ def run_training(this: Run) -> int:
     )
     if config.trainer.compile:
         module.compile_model()
-    backend = build_backend(config.inference, model, tokenizer.pad_id)
+    form = "chat" if "messages" in source[0] else "text"
+    make_samples = _sampler(this, model, tokenizer, form)
     guard = _guard(this, table, tokenizer, dtype)
     _header(this, model, table, steps, dtype)
     facts = {
         "model": {"name": record["name"], "parameters": model.num_parameters},
         "data": data,
+        "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
     }
     job = Job(config, this.folder, module, steps, validation, tokenizer, record, guard,
-              lambda: _sample_rows(this, backend, tokenizer), lambda: this.begin(**facts), this.console)  # fmt: skip
+              form, make_samples, lambda: this.begin(**facts), this.console)  # fmt: skip
     fitted = fit(job)
     results = {k: v for k, v in fitted.figures.items() if k in ("train/loss", "val/loss", "train/nll")}
     this.manifest.update(steps=fitted.steps, tokens_seen=fitted.tokens, results=results)
@@ -238,6 +264,8 @@ def _model_and_tokenizer(this: Run, source: Source) -> tuple[CausalLM, dict[str,
             f"phase={config.phase} needs a model: set init_from=runs/... to tune one, or model= to start anew"
         )
     if parent is not None:
+        if config.tokenizer.config.path:
+            raise ConfigError("init_from= names a tokenizer already; leave tokenizer.path= away")
         tokenizer = parent.tokenizer
         this.say(f"tokenizer from {parent.path}")
     else:
@@ -301,14 +329,26 @@ def _header(this: Run, model: CausalLM, table: TokenTable, steps: StepDataset, d
     )
 
 
-def _sample_rows(this: Run, backend: Backend, tokenizer: Tokenizer) -> list[dict]:
+def _sampler(this: Run, model: CausalLM, tokenizer: Tokenizer, form: str) -> Callable[[], list[dict]]:
+    """A function that completes the run's sample prompts. What never fits is refused now, not at the first sample."""
     samples = this.config.samples
+    backend = build_backend(this.config.inference, model, tokenizer.pad_id, this.config.trainer.accelerator)
     params = dataclasses.replace(
         sampling_params(SamplingConfig(), (tokenizer.eot_id, tokenizer.eos_id)), max_tokens=samples.max_tokens
     )
-    prompts = _prompt_ids(this, tokenizer, samples.prompts, chat=this.config.phase != "pretrain")
-    texts = complete(backend, tokenizer, prompts, params)
-    return [{"prompt": p, "completion": t} for p, t in zip(samples.prompts, texts, strict=True)]
+    prompts = _prompt_ids(this, tokenizer, samples.prompts, chat=form == "chat")
+    longest = max(map(len, prompts), default=0)
+    if samples.every_steps and longest + samples.max_tokens > model.context:
+        raise ConfigError(
+            f"samples.max_tokens={samples.max_tokens} after a prompt of {longest} tokens is more than the model's "
+            f"context of {model.context}"
+        )
+
+    def make() -> list[dict]:
+        texts = complete(backend, tokenizer, prompts, params)
+        return [{"prompt": p, "completion": t} for p, t in zip(samples.prompts, texts, strict=True)]
+
+    return make
 
 
 def _prompt_ids(this: Run, tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
@@ -323,7 +363,11 @@ def run_evaluate(this: Run) -> int:
     """Bits per byte on held-out text and accuracy on held-out tasks, each with an interval."""
     config, settings = this.config, this.config.evaluation
     parent = this.needs_parent()
-    source = build_source(config.data, "evaluate")
+    sampling = config.inference.config.sampling
+    if config.system or dataclasses.replace(sampling, max_tokens=64) != SamplingConfig():
+        raise ConfigError("phase=evaluate answers greedily and without a system message; only max_tokens may be set")
+    source = this.source()
+    _refuse_trained_text(this, parent)
     model, _ = parent.model(config.model)
     examples = [source[i] for i in range(len(source))]
     random.Random(0).shuffle(examples)  # a cap must not read one book or one task only
@@ -333,13 +377,15 @@ def run_evaluate(this: Run) -> int:
         raise DataError(
             f"data={config.data.name if config.data else ''} has neither text nor verifiable tasks to evaluate on"
         )
+    this.say(f"{len(texts)} texts and {len(tasks)} tasks of the {len(source)} held out")
     bootstrap = {"resamples": settings.resamples, "confidence": settings.confidence}
     found = {}
-    backend = build_backend(config.inference, model, parent.tokenizer.pad_id)
+    backend = build_backend(config.inference, model, parent.tokenizer.pad_id, config.trainer.accelerator)
     if texts:
         found["bits_per_byte"] = bits_per_byte(model, parent.tokenizer, texts, stride=settings.stride, **bootstrap)
     if tasks:
-        answers = answer_tasks(backend, parent.tokenizer, source, tasks, max_tokens=min(32, model.context // 4))
+        limit = min(config.inference.config.sampling.max_tokens, model.context // 4)
+        answers = answer_tasks(backend, parent.tokenizer, source, tasks, max_tokens=limit)
         this.write_samples(
             [
                 {
@@ -356,10 +402,23 @@ def run_evaluate(this: Run) -> int:
         found |= accuracy(answers, **bootstrap)
     for name, e in found.items():
         this.say(f"{name:<20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]  n={e.count}")
-    this.manifest.update(
-        results={k: dataclasses.asdict(e) for k, e in found.items()}, data={"test": source.fingerprint}
-    )
+    this.manifest.update(results={k: dataclasses.asdict(e) for k, e in found.items()}, source=source.fingerprint)
     return 0
+
+
+def _refuse_trained_text(this: Run, parent: Artifact) -> None:
+    """The same path cut another way than in training would call trained text held out."""
+    ours = dataclasses.asdict(this.config.data.config) if this.config.data else {}
+    theirs = {k.removeprefix("data."): v for k, v in parent.guard.items() if k.startswith("data.")}
+    if not ours.get("path") or ours["path"] != theirs.get("path"):
+        return
+    differ = [k for k in ("validation_path", "validation_share") if ours.get(k) != theirs.get(k)]
+    if differ and not ours.get("validation_path"):
+        shown = ", ".join(f"data.{k}={theirs[k]}" for k in differ)
+        raise ConfigError(
+            f"{parent.path} was trained on {ours['path']} with {shown}; the same here, or data.validation_path= with "
+            "other text, keeps trained text out of the score"
+        )
 
 
 def _balanced(tasks: list, limit: int) -> list:
@@ -380,8 +439,8 @@ def run_generate(this: Run) -> int:
         raise ConfigError("phase=generate needs prompt='...' or prompts=['...','...']")
     model, _ = parent.model(config.model)
     tokenizer = parent.tokenizer
-    backend = build_backend(config.inference, model, tokenizer.pad_id)
-    chat = config.prompt_format == "chat" or (config.prompt_format == "auto" and parent.phase != "pretrain")
+    backend = build_backend(config.inference, model, tokenizer.pad_id, config.trainer.accelerator)
+    chat = config.prompt_format == "chat" or (config.prompt_format == "auto" and parent.form == "chat")
     params = sampling_params(config.inference.config.sampling, (tokenizer.eot_id, tokenizer.eos_id))
     texts = complete(backend, tokenizer, _prompt_ids(this, tokenizer, prompts, chat=chat), params)
     for prompt, text in zip(prompts, texts, strict=True):
@@ -400,10 +459,10 @@ def run_chat(this: Run) -> int:
     """Talk in the terminal, or hold the conversation that `prompts` scripts."""
     config = this.config
     parent = this.needs_parent()
-    if parent.phase == "pretrain":
-        this.say("warning: this model was not tuned on conversations; expect book text")
+    if parent.form != "chat":
+        this.say("warning: this model was not tuned on conversations; expect its text to run on")
     model, _ = parent.model(config.model)
-    backend = build_backend(config.inference, model, parent.tokenizer.pad_id)
+    backend = build_backend(config.inference, model, parent.tokenizer.pad_id, config.trainer.accelerator)
     conversation = Conversation(backend, parent.tokenizer, config.inference.config.sampling, config.system)
     script = iter(config.prompts)
     interactive = sys.stdin.isatty() and not config.prompts
@@ -415,9 +474,10 @@ def run_chat(this: Run) -> int:
                 sys.stdout.write(f"  you: {line}\n  model: ")
             return line
         try:
-            return input("you: " if interactive else "")
+            line = input("you: " if interactive else "")
         except (EOFError, KeyboardInterrupt):
             return None
+        return line.encode("utf-8", "replace").decode()  # a terminal may send bytes that are no UTF-8
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
@@ -425,14 +485,12 @@ def run_chat(this: Run) -> int:
 
     if interactive:
         this.say(HELP)
-    talk(conversation, read, write)
-    turns = [m for m in conversation.messages if m["role"] != "system"]
-    this.write_samples(
-        [
-            {"kind": "chat", "prompt": q["content"], "completion": a["content"]}
-            for q, a in zip(turns[::2], turns[1::2], strict=True)
-        ]
-    )
+    try:
+        talk(conversation, read, write)
+    finally:
+        turns = [m["content"] for m in conversation.messages if m["role"] != "system"]
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        this.write_samples([{"kind": "chat", "prompt": q, "completion": a} for q, a in pairs])
     return 0
 
 

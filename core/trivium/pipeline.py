@@ -9,12 +9,15 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from trivium.build import build_source
 from trivium.compose import as_dict, compose, options, run_config
 from trivium.disk import make_folder, replace_file
+from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.report import summary_table, write_report
 from trivium.phases import run
-from trivium.schema import TRAINING_PHASES, RunConfig
+from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig
+from trivium.training.checkpoint import RECORD
 
 
 def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) -> int:
@@ -65,6 +68,12 @@ class Stage:
 
 def plan_stages(overrides: Sequence[str], config: RunConfig, name: str) -> list[Stage]:
     """The stages with their settings composed and checked. One that would generate from no prompts is left out."""
+    first = next(iter(config.pipeline.stages.values())).phase
+    if config.init_from and first == "tokenizer":
+        raise ConfigError(
+            f"pipeline={config.pipeline.name} starts from nothing, with a tokenizer of its own; leave init_from= away "
+            "or run one phase, for instance phase=sft init_from=..."
+        )
     stages = []
     trained = config.init_from
     for stage, settings in config.pipeline.stages.items():
@@ -72,6 +81,8 @@ def plan_stages(overrides: Sequence[str], config: RunConfig, name: str) -> list[
         composed = stage_run_config(overrides, settings.phase, settings.overrides, f"{name}/{stage}", origin)
         if settings.phase == "generate" and not (composed.prompt or composed.prompts):
             continue
+        if settings.phase in DATA_PHASES:
+            build_source(composed.data, settings.phase).expect(settings.phase)
         entry = {"name": stage, "phase": settings.phase, "path": stage}
         if origin and settings.phase in ("evaluate", "generate", "chat"):
             entry["of"] = Path(origin).name
@@ -87,15 +98,26 @@ def stage_run_config(
 ) -> RunConfig:
     """The settings of one stage: its own overrides, then the command line's, which beat them.
 
-    `data.*` of the command line goes to the stages that have data.
+    `data.*` of the command line goes to the stages that have data, `model.*` to those that start a model.
     """
     aside = ("phase=", "pipeline=", "pipeline.", "name=", "init_from=")
     given = [o for o in overrides if not o.startswith(aside)]
     domain = next((o.split("=", 1)[1] for o in [*stage_overrides, *given][::-1] if o.startswith("domain=")), None)
     if f"{domain or compose([]).domain}/{phase}" not in options("data"):
         given = [o for o in given if not o.startswith(("data.", "data="))]
+    if phase != "pretrain" and not any(o.startswith("model=") for o in given):
+        given = [o for o in given if not o.startswith("model.")]
     fixed = [f"phase={phase}", f"name={name}", f"init_from={init_from}"]
-    return run_config(compose([*fixed, *stage_overrides, *given]))
+    return run_config(compose(with_checkpoint_model([*fixed, *stage_overrides, *given])))
+
+
+def with_checkpoint_model(overrides: Sequence[str]) -> list[str]:
+    """Overrides under which a checkpoint in init_from= brings its own model, unless one is chosen beside it."""
+    said = dict(o.split("=", 1) for o in overrides if "=" in o)
+    path = Path(said.get("init_from", "").strip("'\""))
+    trained = (path / "checkpoints").is_dir() or (path / RECORD).is_file()
+    chosen = any(key == "model" or key.startswith("model.") for key in said)
+    return [*overrides, "~model"] if trained and not chosen and said.get("phase") == "pretrain" else list(overrides)
 
 
 def next_commands(trained: str) -> list[str]:
@@ -110,7 +132,7 @@ def next_commands(trained: str) -> list[str]:
 def launch(overrides: Sequence[str]) -> int:
     """The front door of phases and pipelines: overrides in, exit code out."""
     console = Console(soft_wrap=True)
-    config = run_config(compose(overrides))
+    config = run_config(compose(with_checkpoint_model(overrides)))
     if config.pipeline.stages:
         return run_pipeline(overrides, config, console)
     return run(config, console)

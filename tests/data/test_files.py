@@ -27,7 +27,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
 def test_jsonl_pairs_are_read_in_order(tmp_path):
     source = Files(FilesConfig(path=write(tmp_path / "a.jsonl", PAIRS), validation_share=0.0))
     assert len(source) == 200
-    assert source[7] == {"id": "a.jsonl:8", "prompt": "question 7", "completion": " answer 7"}
+    assert source[7] == {"id": f"{tmp_path}/a.jsonl:8", "prompt": "question 7", "completion": " answer 7"}
 
 
 def test_parquet_csv_and_json_give_the_same_rows(tmp_path):
@@ -134,3 +134,25 @@ def test_nothing_held_out_says_what_to_set(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS[:2])
     with pytest.raises(DataError, match="set data.validation_path, or validation.every_steps=0"):
         Files(FilesConfig(path=path, validation_share=0.0, split="validation"))
+
+
+def test_cells_that_look_like_numbers_dates_or_nothing_stay_text(tmp_path):
+    """Answers such as 5, NA, null and 2024-01-05 are text; a reader that guesses types would lose them."""
+    answers = ["5", "NA", "null", "2024-01-05", "007"]
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + "".join(f"q{i},{a}\n" for i, a in enumerate(answers)))
+    dates = [{"prompt": f"day {i}", "completion": f"2024-01-0{i}"} for i in range(1, 5)]
+    for path, wanted in (
+        (str(tmp_path / "a.csv"), answers),
+        (write(tmp_path / "b.jsonl", dates), [d["completion"] for d in dates]),
+    ):
+        source = Files(FilesConfig(path=path, validation_share=0.0))
+        assert [source[i]["completion"] for i in range(len(source))] == wanted
+
+
+def test_files_of_one_name_in_two_folders_keep_their_own_rows(tmp_path):
+    for folder, word in (("a", "alpha"), ("b", "beta")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "data.jsonl", [{"prompt": folder, "completion": word}])
+    source = Files(FilesConfig(path=str(tmp_path), validation_share=0.0))
+    assert [source[i]["completion"] for i in range(2)] == ["alpha", "beta"]
+    assert source[0]["id"] != source[1]["id"]

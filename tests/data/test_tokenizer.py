@@ -150,8 +150,14 @@ def test_tokenizer_reads_at_most_max_bytes():
         (lambda f: (f / "tokenizer.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "tokenizer_config.json").unlink(), "cannot be read"),
         (
-            lambda f: (f / "tokenizer_config.json").write_text('{"bos_token": "<|start|>"}'),
+            lambda f: (f / "tokenizer_config.json").write_text(
+                (f / "tokenizer_config.json").read_text().replace('"<|bos|>"', '"<|start|>"')
+            ),
             "bos_token '<|start|>' is not in its vocabulary".replace("|", r"\|"),
+        ),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text('{"bos_token": {"content": "<|bos|>"}}'),
+            "no usable bos_token, eos_token, pad_token, eot_token, chat_template",
         ),
     ],
 )

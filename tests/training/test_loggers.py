@@ -4,7 +4,6 @@ import csv
 import json
 
 import pytest
-
 from trivium.errors import ConfigError
 from trivium.schema import LoggerConfig
 from trivium.training.loggers import FileLogger, build_loggers

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader, Dataset
 from trivium.data.collate import collate
 from trivium.data.packing import TokenTable, plan
 from trivium.data.position import Order
-from trivium.errors import DataError
 from trivium.types import TokenBatch
 
 
@@ -40,10 +39,10 @@ class StepDataset(Dataset):
 def validation_batches(
     table: TokenTable, *, max_rows: int, micro_size: int, length: int, pad_id: int
 ) -> list[TokenBatch]:
-    """The first `max_rows` packed rows, the same ones at every validation."""
-    rows = plan(table, length, seed=0)[:max_rows]
-    if not rows:
-        raise DataError("the validation split is empty; set data.validation_path or validation.every_steps=0")
+    """`max_rows` packed rows, drawn once: packing puts the longest documents first, so the first rows are no sample."""
+    packed = plan(table, length, seed=0)
+    chosen = Order(len(packed), 0, table.fingerprint).rows(0, min(max_rows, len(packed)))
+    rows = [packed[r] for r in chosen]
     return [collate(table, rows[i : i + micro_size], length, pad_id) for i in range(0, len(rows), micro_size)]
 
 

@@ -5,6 +5,7 @@ Plain text is cut into documents at blank lines, about 4,000 characters each, so
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 from collections.abc import Iterator, Sequence
@@ -96,7 +97,7 @@ class Files(Source):
 
     def _example(self, table: int, row: int) -> dict[str, Any]:
         file, schema, rows = self._tables[table]
-        name = f"{file.name}:{row + 1}"
+        name = f"{file.as_posix()}:{row + 1}"
         if isinstance(rows, list):
             return {"id": name, "text": rows[row]}
         values = rows[row]
@@ -167,8 +168,23 @@ def _load(file: Path) -> datasets.Dataset:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
     cache = str(cache_folder() / "datasets")
+    how: dict[str, Any] = {}
+    if KINDS[file.suffix] == "csv":  # cells are text as they stand: "5", "NA" and "null" are answers too
+        with open(file, encoding="utf-8", newline="") as f:
+            columns = next(csv.reader(f))
+        how = {
+            "features": datasets.Features(dict.fromkeys(columns, datasets.Value("string"))),
+            "keep_default_na": False,
+        }
     try:
-        return datasets.load_dataset(KINDS[file.suffix], data_files=str(file), split="train", cache_dir=cache)  # type: ignore[return-value]
+        rows = datasets.load_dataset(KINDS[file.suffix], data_files=str(file), split="train", cache_dir=cache, **how)
+        guessed = [c for c in rows.column_names if str(getattr(rows.features[c], "dtype", "")).startswith("timestamp")]
+        if guessed and KINDS[file.suffix] == "json":  # Arrow takes text that looks like a date for one
+            features = datasets.Features({**rows.features, **{c: datasets.Value("string") for c in guessed}})
+            rows = datasets.load_dataset(
+                "json", data_files=str(file), split="train", cache_dir=cache, features=features
+            )
+        return rows  # type: ignore[return-value]
     except Exception as error:  # the library wraps whatever its readers raise
         raise DataError(_reason(file, error)) from error
 

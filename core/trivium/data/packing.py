@@ -2,7 +2,8 @@
 
 Best-fit decreasing (Ding et al. 2024, https://arxiv.org/abs/2404.10830): documents stay whole where they fit, rows are
 almost full, and attention never crosses a document border. One policy for documents longer than a row: `split` for
-text (every token but a document's first is a target, once), `truncate` for conversations (counted and reported, end-of-turn losses apart).
+text (every token but a document's first is a target, once), `truncate` for conversations (counted and reported,
+end-of-turn losses apart).
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ def tokenise(
     if not len(source):
         raise DataError(f"the data set is empty (split={source.config.split})")
     examples = [source[i] for i in range(len(source))]
+    seen: set[str] = set()
+    for example in examples:
+        if example["id"] in seen:
+            raise DataError(f"two examples have the id {example['id']!r}; a source must give each its own")
+        seen.add(example["id"])
     for example in examples:
         form = "text" if "text" in example else "chat"
         if form != ("chat" if chats else "text"):

@@ -24,6 +24,11 @@ from trivium.errors import DataError
 from trivium.types import Score
 
 Example = Mapping[str, Any]
+FORMS = {
+    "pretrain": (("text",), "text"),
+    "sft": (("messages", "prompt"), "messages or prompt and completion"),
+}
+"""What each training phase reads: an example has one of these keys, said in these words."""
 
 
 class Source(ABC):
@@ -52,6 +57,14 @@ class Source(ABC):
         if not hasattr(self, "_fingerprint"):
             self._fingerprint = fingerprint_of(self[i] for i in range(len(self)))
         return self._fingerprint
+
+    def expect(self, phase: str) -> None:
+        """Refuse the first example of a form that `phase` cannot use. Raises DataError naming it."""
+        keys, words = FORMS.get(phase, ((), ""))
+        example = self[0] if keys else {}
+        if keys and not any(key in example for key in keys):
+            found = ", ".join(k for k in example if k != "id")
+            raise DataError(f"example {example['id']} has {found}; phase={phase} needs {words}")
 
     def score(self, example: Example, completion: str) -> Score:
         """Judge a completion of a verifiable example."""

@@ -115,6 +115,10 @@ class Tokenizer:
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"the tokenizer in {folder} cannot be read ({error})") from error
+        words = {k: config.get(k) for k in ("bos_token", "eos_token", "pad_token", "eot_token", "chat_template")}
+        wrong = [k for k, v in words.items() if not isinstance(v, str)]
+        if wrong:
+            raise DataError(f"{folder}/tokenizer_config.json has no usable {', '.join(wrong)}; text is needed")
         return cls(core, config)
 
 

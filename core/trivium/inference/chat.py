@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from trivium.data.chat import Chat
 from trivium.data.tokenizer import Tokenizer
-from trivium.errors import BackendError
+from trivium.errors import BackendError, TriviumError
 from trivium.inference.config import SamplingConfig
 from trivium.inference.protocol import Backend
 from trivium.inference.text import TextStream
@@ -83,6 +83,8 @@ def talk(conversation: Conversation, read: Callable[[], str | None], write: Call
             try:
                 for piece in conversation.ask(line):
                     write(piece)
-            except BackendError as error:
+            except TriviumError as error:
                 write(f"({error})")
+            except KeyboardInterrupt:
+                write(" (stopped; the turn is not kept)")
             write("\n")

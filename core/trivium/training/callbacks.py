@@ -110,6 +110,9 @@ class Show(AfterStep):
         if self._bar:
             self._bar.stop()
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # Lightning leaves it out, and the terminal without a cursor
+
 
 class Save(AfterStep):
     """Checkpoints on schedule, at the best validation, at the end and when a signal came; then stops for the signal."""
@@ -125,6 +128,9 @@ class Save(AfterStep):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.watch.__exit__()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         signalled = self.watch.received is not None

@@ -6,6 +6,7 @@ once by the count of all, known before the first backward pass, so how a step is
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,10 @@ class ObjectiveModule(L.LightningModule):
         self.model.train(was_training)
         if not count:
             raise TrainingError("no token of the validation split would be scored")
-        return (total / count).item()
+        loss = (total / count).item()
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {self.step}: the validation loss is {loss}; the last checkpoint is sound")
+        return loss
 
 
 def _real_tokens(batch: TokenBatch) -> Tensor:

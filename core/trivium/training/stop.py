@@ -20,14 +20,18 @@ class StopController:
     best: float | None = None
     best_step: int = 0
     waited: int = 0
+    reference: float | None = None  # what patience compares with: it moves by min_delta at least, `best` by anything
 
     def update(self, loss: float, step: int) -> bool:
-        """Tell it a validation loss; True if it is the best so far."""
-        if self.best is None or loss < self.best - self.min_delta:
-            self.best, self.best_step, self.waited = loss, step, 0
-            return True
-        self.waited += 1
-        return False
+        """Tell it a validation loss; True if it is the lowest so far."""
+        if self.reference is None or loss < self.reference - self.min_delta:
+            self.reference, self.waited = loss, 0
+        else:
+            self.waited += 1
+        lowest = self.best is None or loss < self.best
+        if lowest:
+            self.best, self.best_step = loss, step
+        return lowest
 
     @property
     def exhausted(self) -> bool:
@@ -36,11 +40,13 @@ class StopController:
 
     def state(self) -> dict[str, float | int | None]:
         """What a checkpoint keeps."""
-        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        fields = ("best", "best_step", "waited", "reference")
+        return {name: getattr(self, name) for name in fields}
 
     def restore(self, state: dict) -> None:
         """Take up a checkpoint's state."""
-        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+        for name in self.state():
+            setattr(self, name, state[name])
 
 
 @dataclass

@@ -42,7 +42,8 @@ FREE = ("trainer.max_steps",)
 class Job:
     """Everything a training run is made of. guard: what must be the same at a resume, as flat plain data.
 
-    begin: called once the folder is known to be this run's, before anything in it is changed.
+    form: "chat" or "text", how its data reads. begin: called once the folder is known to be this run's, before anything
+    in it is changed.
     """
 
     config: RunConfig
@@ -53,6 +54,7 @@ class Job:
     tokenizer: Tokenizer
     model_record: dict[str, Any]
     guard: dict[str, Any]
+    form: str
     sample: Callable[[], list[dict]]
     begin: Callable[[], None]
     console: Console
@@ -149,6 +151,7 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController) -> Content
     """What a checkpoint of this run holds."""
     state = {
         "phase": job.config.phase,
+        "form": job.form,
         "step": module.step,
         "tokens_seen": module.tokens_seen,
         "last": module.last,
