@@ -75,10 +75,3 @@ def test_explain_names_every_layer_in_order_the_winner_last(lab, launch):
     assert [f.endswith(e) for f, e in zip(layers, ends, strict=False)] == [True] * 4, layers
     assert layers[4:] == ["the command line: optim.lr=0.6"]
     assert "default  0.001" in told.stdout and "peak learning rate" in told.stdout
-
-
-def test_phase_without_data_in_a_domain_lists_the_phases_it_has(lab, launch):
-    """domain=full has data for its phase `mine` only."""
-    told = launch("phase=sft", "domain=full", path=[lab])
-    assert told.returncode == 2
-    assert told.stderr == "error: domain=full has no data for phase=sft; it has mine\n"

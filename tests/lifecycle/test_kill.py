@@ -75,32 +75,50 @@ def killed_twice(spawn, launch, overrides, run):
     return list(zip(kills, starts, strict=True))
 
 
+@pytest.fixture(scope="module")
+def unbroken(spawn, pretraining, tuning, tmp_path_factory):
+    """unbroken(phase) -> the folder of a run that nobody stops; it starts at once and is waited for by `finished`."""
+    runs, started = tmp_path_factory.mktemp("unbroken"), {}
+
+    def start(phase):
+        if phase not in started:
+            overrides = {"pretrain": pretraining(runs, phase, *PRETRAIN), "sft": tuning(runs, phase, *LONG)}
+            started[phase] = spawn(*overrides[phase])
+
+        def finished():
+            _, err = started[phase].communicate(timeout=120) if started[phase].returncode is None else ("", "")
+            assert started[phase].returncode == 0, err
+            return runs / phase
+
+        return finished
+
+    return start
+
+
 @pytest.mark.parametrize("phase", ["pretrain", "sft"])
-def test_run_killed_twice_equals_the_unbroken_one(phase, spawn, launch, pretraining, tuning, tmp_path):
+def test_run_killed_twice_equals_the_unbroken_one(phase, unbroken, spawn, launch, pretraining, tuning, tmp_path):
     """Losses of all steps, validation losses, weights and optimizer state; dropout on, packed rows."""
     overrides, settings = (pretraining, PRETRAIN) if phase == "pretrain" else (tuning, LONG)
-    unbroken = spawn(*overrides(tmp_path, "unbroken", *settings))
-    tried = killed_twice(spawn, launch, overrides(tmp_path, "killed", *settings), tmp_path / "killed")
-    _, err = unbroken.communicate(timeout=120)
-    assert unbroken.returncode == 0, err
+    finished, run = unbroken(phase), tmp_path / "killed"
+    tried = killed_twice(spawn, launch, overrides(tmp_path, "killed", *settings), run)
+    whole = finished()
     print(f"{phase}: killed at and continued from {tried}")
     for killed, start in tried:  # the newest checkpoint; the kill may fall between a step's line and its checkpoint
         assert start in (killed // 7 * 7, (killed - 1) // 7 * 7)
-    assert curve(tmp_path / "killed") == curve(tmp_path / "unbroken")
-    assert [r["step"] for r in rows_of(tmp_path / "killed")] == list(range(1, STEPS + 1))
-    assert digest(tmp_path / "killed") == digest(tmp_path / "unbroken")
+    assert curve(run) == curve(whole)
+    assert [r["step"] for r in rows_of(run)] == list(range(1, STEPS + 1))
+    assert digest(run) == digest(whole)
     if phase == "pretrain":
-        assert [r["step"] for r in rows_of(tmp_path / "killed") if "val/loss" in r] == list(range(20, 121, 20))
-    for name in ("killed", "unbroken"):
-        with open(tmp_path / name / "metrics.csv") as f:
+        assert [r["step"] for r in rows_of(run) if "val/loss" in r] == list(range(20, 121, 20))
+    for folder in (run, whole):
+        with open(folder / "metrics.csv") as f:
             table = [(int(r["step"]), float(r["train/loss"]).hex()) for r in csv.DictReader(f)]
-        assert table == [(step, loss) for step, loss, _ in curve(tmp_path / name)]
+        assert table == [(step, loss) for step, loss, _ in curve(folder)]
 
 
-def test_sigterm_saves_the_step_it_stopped_at_and_continues_bitwise(spawn, launch, pretraining, tmp_path):
+def test_sigterm_saves_the_step_it_stopped_at_and_continues_bitwise(unbroken, spawn, launch, pretraining, tmp_path):
     """143, a checkpoint off the schedule, the same command goes on; the curve is the unbroken run's."""
-    settings = (*LONG, "checkpoint.every_steps=1000")
-    unbroken = spawn(*pretraining(tmp_path, "unbroken", *settings))
+    finished, settings = unbroken("pretrain"), (*PRETRAIN, "checkpoint.every_steps=1000")
     process = spawn(*pretraining(tmp_path, "stopped", *settings))
     run = tmp_path / "stopped"
     reached = stop_at(process, run, random.randint(10, 80), signal.SIGTERM)
@@ -112,7 +130,6 @@ def test_sigterm_saves_the_step_it_stopped_at_and_continues_bitwise(spawn, launc
     rest = launch(*pretraining(tmp_path, "stopped", *settings))
     assert rest.returncode == 0, rest.stderr
     assert restarted_from(rest.stdout) == reached
-    unbroken.communicate(timeout=120)
-    assert curve(run) == curve(tmp_path / "unbroken") and len(curve(run)) == STEPS
-    assert digest(run) == digest(tmp_path / "unbroken")
+    assert curve(run) == curve(finished()) and len(curve(run)) == STEPS
+    assert digest(run) == digest(finished())
     assert json.loads((run / "MANIFEST.json").read_text())["status"] == "done"

@@ -181,7 +181,11 @@ def _load(file: Path) -> datasets.Dataset:
         guessed = [c for c in rows.column_names if str(getattr(rows.features[c], "dtype", "")).startswith("timestamp")]
         if guessed and KINDS[file.suffix] == "json":  # Arrow takes text that looks like a date for one
             text = file.read_text(encoding="utf-8")
-            whole = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+            whole = (
+                json.loads(text)
+                if text.lstrip().startswith("[")
+                else [json.loads(t) for t in text.split("\n") if t.strip()]
+            )
             rows = datasets.Dataset.from_list(whole)
         return rows  # type: ignore[return-value]
     except Exception as error:  # the library wraps whatever its readers raise
