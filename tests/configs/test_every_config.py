@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
 from trivium.build import (
     build_backend,
     build_model,

@@ -6,6 +6,7 @@ import functools
 import pytest
 import yaml
 from omegaconf import OmegaConf
+
 from trivium.compose import as_dict, component, compose, groups, run_config
 from trivium.errors import ConfigError
 from trivium.schema import StageConfig

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
 from trivium.inference.config import NativeConfig

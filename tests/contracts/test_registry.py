@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+
 from trivium.errors import ConfigError, PluginError
 from trivium.plugin import Plugin, register
 from trivium.registry import MODELS, Entry, Registry, extra, near_misses, registries

@@ -1,6 +1,7 @@
 """Conversations to ids and masks: by hand, and equal to what is read while chatting."""
 
 import pytest
+
 from trivium.data.chat import Chat
 from trivium.data.config import BPEConfig
 from trivium.data.packing import encode_examples

@@ -5,6 +5,7 @@ import json
 
 import datasets
 import pytest
+
 from trivium.data.config import FilesConfig
 from trivium.data.files import DOCUMENT, Files, documents, find_files
 from trivium.errors import DataError

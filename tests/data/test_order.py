@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from trivium.data.position import Order, key_of, permute
 
 SIZES = [

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from trivium.data.collate import collate
 from trivium.data.config import BPEConfig, SourceConfig
 from trivium.data.datamodule import StepDataModule, StepDataset, validation_batches

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+
 from trivium.data.config import BPEConfig
 from trivium.data.tokenizer import END, SPECIAL, Tokenizer, train_bpe
 from trivium.errors import DataError

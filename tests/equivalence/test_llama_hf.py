@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from trivium.data.chat import Chat
 from trivium.data.config import BPEConfig, SourceConfig
 from trivium.data.source import Source

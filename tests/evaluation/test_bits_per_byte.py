@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from trivium.data.config import BPEConfig
 from trivium.data.tokenizer import train_bpe
 from trivium.errors import ConfigError

@@ -1,6 +1,7 @@
 """Bootstrap intervals, and accuracy as the mean over tasks."""
 
 import pytest
+
 from trivium.evaluation.intervals import ratio_interval
 from trivium.evaluation.probes import Answer, accuracy
 from trivium.types import Score

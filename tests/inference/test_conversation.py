@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from tokenizers import pre_tokenizers
+
 from trivium.data.chat import Chat
 from trivium.data.config import BPEConfig
 from trivium.data.tokenizer import train_bpe

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from trivium.errors import BackendError
 from trivium.inference.config import NativeConfig
 from trivium.inference.native.engine import GROWTH, NativeBackend, collect

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from trivium.inference.sampling import filtered_probabilities, sample, uniforms
 from trivium.types import Request, SamplingParams
 

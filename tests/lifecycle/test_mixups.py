@@ -50,7 +50,8 @@ def test_model_tuned_on_pairs_is_asked_as_pairs(main, trained, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " odd"}) + "\n" for i in range(60)))
     tuned = main("phase=sft", "domain=files", f"data.path={pairs}", f"init_from={trained}", f"runs={tmp_path}",
-                 "name=pairs", "trainer.max_steps=2", "batch.size=2", "batch.micro_size=2", "batch.length=32")  # fmt: skip
+                 "name=pairs", "trainer.max_steps=2", "batch.size=2", "batch.micro_size=2",
+                 "batch.length=32")  # fmt: skip
     assert tuned.code == 0, tuned.err
     state = json.loads(next((tmp_path / "pairs/checkpoints").glob("step-2/state.json")).read_text())
     assert state["form"] == "text"

@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 
 import pytest
 from rich.console import Console
+
 from trivium.errors import DataError
 from trivium.lineage.report import Interval, load_run, smooth, summary_table, write_report
 

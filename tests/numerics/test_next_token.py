@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from trivium.objectives.config import NextTokenConfig, SFTConfig
 from trivium.objectives.next_token import SFT, NextToken
 from trivium.types import TokenBatch

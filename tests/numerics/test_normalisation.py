@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+
 from trivium.errors import TrainingError
 from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama

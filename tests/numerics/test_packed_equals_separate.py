@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from trivium.data.collate import collate
 from trivium.data.packing import TokenTable
 from trivium.models.config import LlamaConfig

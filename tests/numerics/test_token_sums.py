@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from trivium.objectives.config import NextTokenConfig, SFTConfig
 from trivium.objectives.logprobs import count_targets, logprobs, shift, token_sums
 from trivium.objectives.next_token import SFT, NextToken

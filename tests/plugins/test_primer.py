@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from trivium.data.source import Source, fingerprint_of
 from trivium.errors import ConfigError, DataError
 from trivium.plugin import Plugin

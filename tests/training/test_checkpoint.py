@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+
 from trivium.data.config import BPEConfig
 from trivium.data.tokenizer import Tokenizer, train_bpe
 from trivium.errors import CheckpointError

@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+
 from trivium.errors import ConfigError
 from trivium.schema import LoggerConfig
 from trivium.training.loggers import FileLogger, build_loggers

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from trivium.data.source import split_of
-
 from trivium_plugins.primer.config import PrimerConfig
 from trivium_plugins.primer.tasks import draw
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol
 from trivium.data.source import Example, Source, fingerprint_of
 from trivium.errors import DataError
 from trivium.types import Score
-
 from trivium_plugins.primer.chats import Chats
 from trivium_plugins.primer.config import PrimerConfig
 from trivium_plugins.primer.tasks import Tasks, is_right

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from trivium.data.source import split_of
 from trivium.errors import DataError
-
 from trivium_plugins.primer import texts
 from trivium_plugins.primer.config import PrimerConfig
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from trivium.data.source import split_of
 from trivium.errors import DataError
-
 from trivium_plugins.primer.config import PrimerConfig
 
 DATA = Path(__file__).parent / "data"
