@@ -74,11 +74,11 @@ class Run:
         self.config = config = dataclasses.replace(config, name=self.name)
         self.console = console
         self._sources: dict[str | None, Source] = {}
+        self.parent = load_artifact(config.init_from) if config.init_from else None  # a wrong one leaves no folder
         self.folder = make_folder(Path(config.runs) / self.name)
         there = read_manifest(self.folder).get("phase", config.phase)
         if there != config.phase:
             raise ConfigError(f"{self.folder} holds a run of phase={there}; choose another name=")
-        self.parent = load_artifact(config.init_from) if config.init_from else None
         plain = as_dict(config)
         keys = RESULTS_OF.get(config.phase, tuple(plain))
         key = digest_of(

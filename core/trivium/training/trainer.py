@@ -16,7 +16,7 @@ from rich.console import Console
 
 from trivium.data.datamodule import StepDataModule, StepDataset
 from trivium.data.tokenizer import Tokenizer
-from trivium.errors import CheckpointError, ConfigError
+from trivium.errors import CheckpointError, ConfigError, TrainingError
 from trivium.models.weights import load_weights, weights_of
 from trivium.schema import RunConfig
 from trivium.training.callbacks import Record, Sample, Save, Show, Validate
@@ -159,9 +159,13 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController) -> Content
         "next_sample": job.steps.sample_id(module.step),
         "guard": job.guard,
     }
+    weights = weights_of(module.model)
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:  # a checkpoint that can never be loaded must not push out a sound one
+        raise TrainingError(f"step {module.step}: {broken[0]} is no longer finite; the last checkpoint is sound")
     return Contents(
         tensors={
-            "model.safetensors": weights_of(module.model),
+            "model.safetensors": weights,
             "optimizer.safetensors": optimizer_tensors(module.optimizer),
         },
         json={"state.json": state, "model.json": job.model_record},
