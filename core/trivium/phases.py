@@ -410,14 +410,15 @@ def _refuse_trained_text(this: Run, parent: Artifact) -> None:
     """The same path cut another way than in training would call trained text held out."""
     ours = dataclasses.asdict(this.config.data.config) if this.config.data else {}
     theirs = {k.removeprefix("data."): v for k, v in parent.guard.items() if k.startswith("data.")}
-    if not ours.get("path") or ours["path"] != theirs.get("path"):
+    scored = ours.get("validation_path") or ours.get("path")
+    if not scored or scored != theirs.get("path"):
         return
     differ = [k for k in ("validation_path", "validation_share") if ours.get(k) != theirs.get(k)]
-    if differ and not ours.get("validation_path"):
-        shown = ", ".join(f"data.{k}={theirs[k]}" for k in differ)
+    if differ:
+        shown = ", ".join(f"data.{k}={theirs[k] or repr('')}" for k in differ)
         raise ConfigError(
-            f"{parent.path} was trained on {ours['path']} with {shown}; the same here, or data.validation_path= with "
-            "other text, keeps trained text out of the score"
+            f"{parent.path} was trained on {scored} with {shown}; the same here, or other text in "
+            "data.validation_path, keeps trained text out of the score"
         )
 
 

@@ -36,6 +36,9 @@ def test_evaluation_on_the_training_path_with_another_cut_is_refused(main, train
                 f"init_from={trained}", f"runs={tmp_path}")  # fmt: skip
     assert done.code == 2
     assert "data.validation_share=0.2" in done.err
+    whole = main("phase=evaluate", "domain=files", f"data.validation_path={corpus}", f"init_from={trained}",
+                 f"runs={tmp_path}")  # fmt: skip
+    assert whole.code == 2 and "keeps trained text out of the score" in whole.err
 
 
 def test_folder_of_another_phase_is_refused_and_left_alone(main, trained):
