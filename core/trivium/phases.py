@@ -313,13 +313,15 @@ def _header(this: Run, model: CausalLM, table: TokenTable, steps: StepDataset, d
     per_step = config.batch.size * config.batch.length
     total = per_step * config.trainer.max_steps
     epochs = total * steps.utilisation / max(1, len(table.tokens))
-    memory = model.num_parameters * 16 + config.batch.micro_size * config.batch.length * model.vocab_size * 4 // 8
+    # the libraries, weights with gradients and two moments, and about 40 fp32 values a layer, token and width
+    held = config.batch.micro_size * config.batch.length * model.width_times_depth * 160
+    memory = 0.6e9 + model.num_parameters * 16 + held
     this.say(
         f"{_count(model.num_parameters)} parameters, {'bf16' if dtype else 'fp32'}; "
         f"{config.trainer.max_steps} steps of {per_step:,} tokens ({epochs:.1f} epochs of {_count(len(table.tokens))})"
     )
     this.say(
-        f"rows {steps.utilisation:.1%} full, about {memory / 1e9 + 0.5:.1f} GB of memory"
+        f"rows {steps.utilisation:.1%} full, about {memory / 1e9:.1f} GB of memory"
         + (
             f"; {table.truncated} conversations cut at {config.batch.length} tokens, "
             f"{table.lost_ends} of them without their end"

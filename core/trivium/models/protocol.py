@@ -65,3 +65,8 @@ class CausalLM(nn.Module, ABC):
     def num_parameters(self) -> int:
         """Parameters, a tied one counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def width_times_depth(self) -> int:
+        """C x L, for estimates of memory; 0 for a family that names them otherwise."""
+        return getattr(self.config, "dim", 0) * getattr(self.config, "layers", 0)
