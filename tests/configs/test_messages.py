@@ -36,7 +36,7 @@ def choose(*overrides):
         (["phase=pretrian"], "unknown phase=pretrian. Did you mean pretrain? Available: chat, evaluate, generate, pre"),
         (["domain=file"], "unknown domain=file. Did you mean files? Available: files, primer"),
         (["pipeline=three"], "unknown pipeline=three."),
-        (["experiment=x"], "unknown experiment=x. Available: (none)"),
+        (["experiment=x"], "unknown experiment=x. Available: primer_long_sft"),
         (["data=primr"], "unknown data=primr. Did you mean primer? Available: files, primer"),
         (["optim.lr=fast"], "optim.lr=fast is not a number"),
         (["trainer.max_steps=1.5"], "trainer.max_steps=1.5 is not a whole number"),
