@@ -12,6 +12,7 @@ import torch
 
 from trivium.compose import Component, component
 from trivium.data.config import BPEConfig
+from trivium.data.packing import pair_sides
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
 from trivium.disk import cache_folder, make_folder
@@ -113,6 +114,8 @@ def _said(example: Any) -> str:
         return example["text"]
     if "messages" in example:
         return "\n".join(m["content"] for m in example["messages"])
+    if "chosen" in example:
+        return "\n".join(map(_said, pair_sides(example)))
     return example["prompt"] + example["completion"]
 
 
@@ -128,6 +131,11 @@ class Artifact:
     form: str = "text"
     """What its model was last trained on: "chat" or "text" (which prompt and completion are, too)."""
 
+    @property
+    def scores(self) -> bool:
+        """Whether it is a reward model."""
+        return self.checkpoint is not None and bool(read_checkpoint_json(self.checkpoint, "model.json").get("scores"))
+
     def model(self, wanted: Component | None) -> tuple[CausalLM, dict[str, Any]]:
         """The checkpoint's model, and its record. wanted: refuse it unless its architecture is this one."""
         if self.checkpoint is None:
@@ -138,6 +146,8 @@ class Artifact:
         if wanted is not None:
             here = self._agreeing(wanted, here)
         model = build(MODELS, here, record["vocab_size"])
+        if record.get("scores"):
+            model.add_score_head()
         load_weights(model, model_tensors(self.checkpoint), str(self.checkpoint))
         return model, model_record(here, record["vocab_size"])
 
@@ -155,8 +165,29 @@ class Artifact:
 
 
 def model_record(chosen: Component, vocab_size: int) -> dict[str, Any]:
-    """What a checkpoint says of its model."""
+    """What a checkpoint says of its model; with "scores" it has a score head besides."""
     return {"name": chosen.name, "config": dataclasses.asdict(chosen.config), "vocab_size": vocab_size}
+
+
+def same_tokenizer(role: str, companion: Artifact, tokenizer: Tokenizer) -> None:
+    """Refuse a companion that reads text otherwise: the same ids would mean other words."""
+    if companion.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{role}.init_from={companion.path} has another tokenizer than this run "
+            f"({companion.tokenizer.fingerprint[:10]} and {tokenizer.fingerprint[:10]}); log-probabilities compare "
+            "only on the same tokens. Start from that run's tokenizer (init_from=) or choose another companion"
+        )
+
+
+def build_companion(role: str, companion: Artifact, tokenizer: Tokenizer, length: int) -> CausalLM:
+    """A companion's language model, checked to read what this run reads."""
+    same_tokenizer(role, companion, tokenizer)
+    model, _ = companion.model(None)
+    if model.score is not None:
+        raise ConfigError(f"{role}.init_from={companion.path} is a reward model; a {role} must be a language model")
+    if model.context < length:
+        raise ConfigError(f"the {role}'s context of {model.context} is shorter than this run's {length} tokens")
+    return model
 
 
 def load_artifact(init_from: str) -> Artifact:
@@ -172,7 +203,9 @@ def load_artifact(init_from: str) -> Artifact:
         trained = [s for s in facts.get("stages", []) if (path / s["path"] / "checkpoints").is_dir()]
         if not trained:
             raise CheckpointError(f"{path} has no trained stage yet")
-        return load_artifact(str(path / trained[-1]["path"]))
+        speaks = [s for s in trained if s["phase"] != "reward"] or trained
+        result = next((s for s in trained if s["name"] == facts.get("result")), speaks[-1])
+        return load_artifact(str(path / result["path"]))
     store = CheckpointStore(path / "checkpoints")
     checkpoint = path if (path / RECORD).is_file() else store.best() or store.latest()
     if checkpoint is not None:

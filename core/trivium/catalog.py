@@ -21,6 +21,27 @@ CATALOG = Plugin(
         "sft": Entry(
             "trivium.objectives.next_token:SFT", "trivium.objectives.config:SFTConfig", "on assistant tokens only"
         ),
+        "dpo": Entry(
+            "trivium.objectives.preference:Preference",
+            "trivium.objectives.config:PreferenceConfig",
+            "chosen against rejected, from a reference (DPO, cDPO, robust, SLiC, IPO)",
+        ),
+        "kto": Entry(
+            "trivium.objectives.unpaired:KTO", "trivium.objectives.config:UnpairedConfig", "verdicts without pairs"
+        ),
+        "reward": Entry(
+            "trivium.objectives.reward:Reward", "trivium.objectives.config:RewardConfig", "a score head from pairs"
+        ),
+        "grpo": Entry(
+            "trivium.objectives.policy_gradient:GRPO",
+            "trivium.objectives.config:GRPOConfig",
+            "policy gradient on groups of its own samples",
+        ),
+        "distill": Entry(
+            "trivium.objectives.distill:Distill",
+            "trivium.objectives.config:DistillConfig",
+            "a teacher's distribution (forward KL, reverse KL, JSD)",
+        ),
     },
     backends={
         "native": Entry(

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -24,14 +25,14 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.plugin import conf_folders, conf_roots, discover
 from trivium.registry import Registry, extra, near_misses, registries
-from trivium.schema import DATA_PHASES, RunConfig
+from trivium.schema import DATA_PHASES, PHASES, PipelineConfig, RunConfig
 
 VERSION_BASE = "1.3"
 REFUSALS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
@@ -260,6 +261,26 @@ def run_config(cfg: DictConfig) -> RunConfig:
     if values["data"] is None and values["phase"] in DATA_PHASES:
         raise _no_option("data", f"{values['domain']}/{values['phase']}", ())
     return RunConfig(**values)
+
+
+def pipeline_from_file(path: Path, skip: Sequence[str] = ()) -> PipelineConfig:
+    """A pipeline that somebody wrote: a YAML list of stages, or a mapping that has one as `stages`."""
+    try:
+        content = OmegaConf.load(path)
+        if isinstance(content, ListConfig):
+            content = OmegaConf.create({"stages": content})
+        settings = {"name": path.stem, **OmegaConf.to_container(content), **({"skip": list(skip)} if skip else {})}  # type: ignore[dict-item]
+        settings["stages"] = [{"phase": s} if isinstance(s, str) else s for s in settings.get("stages") or []]
+        pipeline = _typed(PipelineConfig, settings)
+    except OSError as error:
+        raise ConfigError(f"pipeline={path} cannot be read: {error.strerror or error}") from error
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is no pipeline: {str(error).splitlines()[0]}") from error
+    unknown = [p for p in (*(s.phase for s in pipeline.stages), *pipeline.after) if p not in PHASES]
+    if unknown or not pipeline.stages:
+        wrong = f"phase {unknown[0]!r} is not one of {', '.join(PHASES)}" if unknown else "it has no stages"
+        raise ConfigError(f"{path} is no pipeline: {wrong}")
+    return pipeline
 
 
 _DEFAULT = RunConfig(data=Component("none", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,30 +10,36 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from trivium.build import build_source
-from trivium.compose import as_dict, compose, options, run_config
+from trivium.build import build_objective, build_source
+from trivium.compose import as_dict, compose, options, pipeline_from_file, run_config
 from trivium.disk import make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.report import summary_table, write_report
-from trivium.phases import run
-from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig
+from trivium.phases.start import run
+from trivium.registry import near_misses
+from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig, StageConfig
 from trivium.training.checkpoint import RECORD
+
+STARTS_MODEL = ("pretrain", "distill")
+"""Phases that bring a model of their own, unless init_from= names a trained one."""
 
 
 def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) -> int:
-    """Run a pipeline's stages in one process, each from the newest stage that made what it needs."""
+    """Run a pipeline's stages in one process; a stage that is done already is left as it is."""
     pipeline = config.pipeline
     name = config.name or f"{pipeline.name}-{config.domain}"
+    plan = plan_stages(overrides, config, name)  # all of them before the first starts: bad settings cost no time
     folder = make_folder(Path(config.runs) / name)
     replace_file(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(as_dict(config)))).encode())
     record = Manifest(
-        folder, digest_of(list(overrides)), name=name, phase="pipeline", domain=config.domain, seed=config.seed
-    )
-    stages = plan_stages(overrides, config, name)  # all of them before the first starts: bad settings cost no time
+        folder, digest_of([list(overrides), dataclasses.asdict(pipeline)]), name=name, phase="pipeline",
+        domain=config.domain, seed=config.seed, result=plan.result, left_out=plan.left_out,
+    )  # fmt: skip
+    for stage in plan.left_out:
+        console.print(f"left out: {stage['name']}: {stage['why']}", highlight=False, markup=False)
     done: list[dict[str, str]] = []
-    trained = config.init_from
-    for stage in stages:
+    for stage in plan.stages:
         done.append(stage.entry)
         record.update("running", stages=done)
         try:
@@ -44,14 +51,13 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
             record.update("stopped")
             write_report(folder)
             return code
-        if stage.makes:
-            trained = f"{config.runs}/{name}/{stage.entry['path']}"
-    commands = next_commands(trained)
+    commands = next_commands(f"{config.runs}/{name}/{plan.result}") if plan.result else []
     record.update("done", next_commands=commands)
     report = write_report(folder)
     console.print(summary_table(folder))
     console.print(f"report: {report}", highlight=False)
-    console.print("next:")
+    if commands:
+        console.print("next:")
     for command in commands:
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -59,56 +65,141 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, ready to run. makes: later stages may start from it."""
+    """One stage, ready to run. entry: what the pipeline's manifest says of it."""
 
     config: RunConfig
     entry: dict[str, str]
-    makes: bool
 
 
-def plan_stages(overrides: Sequence[str], config: RunConfig, name: str) -> list[Stage]:
+@dataclass
+class Plan:
+    """The stages that will run, those that will not and why, and the stage whose model stands for the whole."""
+
+    stages: list[Stage]
+    left_out: list[dict[str, str]]
+    result: str
+
+
+class _Planner:
+    """Walks through a pipeline's stages and keeps what each one made."""
+
+    def __init__(self, overrides: Sequence[str], config: RunConfig, name: str) -> None:
+        self.overrides, self.config, self.name = overrides, config, name
+        self.made: dict[str, str] = {}  # stage -> the folder a later stage starts from
+        self.newest = config.init_from
+        self.plan = Plan([], [], "")
+
+    def folder(self, stage: str) -> str:
+        return f"{self.config.runs}/{self.name}/{stage}"
+
+    def earlier(self, stage: str, named: str, what: str) -> str:
+        """The folder that `named` left. Raises ConfigError for a stage that does not come before."""
+        if named not in self.made:
+            raise ConfigError(
+                f"stage {stage}: {what}={named} is no earlier stage.{near_misses(named, self.made)} "
+                f"Earlier: {', '.join(self.made) or '(none)'}"
+            )
+        return self.made[named]
+
+    def add(self, settings: StageConfig) -> None:
+        """Plan a stage and what follows it."""
+        stage = settings.name or settings.phase
+        if stage in self.made:
+            raise ConfigError(f"two stages are called {stage}; give one another name")
+        origin = self.earlier(stage, settings.init_from, "init_from") if settings.init_from else self.newest
+        self.made[stage] = origin  # of a stage that is left out: what it would have started from
+        if stage in self.config.pipeline.skip:
+            self.plan.left_out.append({"name": stage, "phase": settings.phase, "why": "pipeline.skip names it"})
+            return
+        teacher = self.earlier(stage, settings.teacher, "teacher") if settings.teacher else ""
+        if settings.versus:
+            self.earlier(stage, settings.versus, "versus")
+        composed = self.compose(stage, settings.phase, settings.overrides, origin)
+        if composed is None:
+            return
+        entry = {"name": stage, "phase": settings.phase, "path": stage}
+        if settings.versus:
+            entry["versus"] = settings.versus
+        if settings.phase not in TRAINING_PHASES:
+            if origin and settings.phase != "tokenizer":
+                entry["of"] = Path(origin).name
+            self.plan.stages.append(Stage(composed, entry))
+            if settings.phase == "tokenizer":
+                self.made[stage] = self.newest = self.folder(stage)
+            return
+        assert composed.objective is not None
+        objective = build_objective(composed.objective, settings.phase)
+        if teacher and "teacher" in objective.companions:
+            given = [*settings.overrides, f"teacher.init_from={teacher}"]
+            composed = self.compose(stage, settings.phase, given, origin) or composed
+        self.plan.stages.append(Stage(composed, entry))
+        self.made[stage] = self.folder(stage)
+        if not objective.scores:
+            self.newest, self.plan.result = self.folder(stage), stage
+        for phase in self.config.pipeline.after:
+            if objective.scores and phase != "evaluate":
+                continue  # a reward model has nothing to say
+            more = [f"teacher.init_from={teacher}"] if teacher and phase == "evaluate" else []
+            following = self.compose(f"{phase}_{stage}", phase, more, self.folder(stage))
+            if following is not None:
+                name = f"{phase}_{stage}"
+                self.plan.stages.append(Stage(following, {"name": name, "phase": phase, "path": name, "of": stage}))
+
+    def compose(self, stage: str, phase: str, stage_overrides: Sequence[str], origin: str) -> RunConfig | None:
+        """A stage's settings; None, and a note in the plan, when the domain has nothing for it."""
+        overrides, domain = stage_overrides_of(self.overrides, phase, stage_overrides)
+        if phase in DATA_PHASES and not any(o.startswith("data=") for o in overrides):
+            has = [o.split("/")[1] for o in options("data") if o.startswith(f"{domain}/")]
+            if has and phase not in has:
+                why = f"domain={domain} has no data for phase={phase}"
+                self.plan.left_out.append({"name": stage, "phase": phase, "why": why})
+                return None
+        fixed = [f"phase={phase}", f"name={self.name}/{stage}", f"init_from={origin}"]
+        composed = run_config(compose(with_checkpoint_model([*fixed, *overrides])))
+        if phase == "generate" and not (composed.prompt or composed.prompts):
+            return None
+        if phase in DATA_PHASES:
+            build_source(composed.data, phase).expect(phase)
+        return composed
+
+
+def plan_stages(overrides: Sequence[str], config: RunConfig, name: str) -> Plan:
     """The stages with their settings composed and checked. One that would generate from no prompts is left out."""
-    first = next(iter(config.pipeline.stages.values())).phase
-    if config.init_from and first == "tokenizer":
+    pipeline = config.pipeline
+    names = [s.name or s.phase for s in pipeline.stages]
+    if config.init_from and pipeline.stages[0].phase == "tokenizer":
         raise ConfigError(
-            f"pipeline={config.pipeline.name} starts from nothing, with a tokenizer of its own; leave init_from= away "
+            f"pipeline={pipeline.name} starts from nothing, with a tokenizer of its own; leave init_from= away "
             "or run one phase, for instance phase=sft init_from=..."
         )
-    stages = []
-    trained = config.init_from
-    for stage, settings in config.pipeline.stages.items():
-        origin = f"{config.runs}/{name}/{settings.init_from}" if settings.init_from else trained
-        composed = stage_run_config(overrides, settings.phase, settings.overrides, f"{name}/{stage}", origin)
-        if settings.phase == "generate" and not (composed.prompt or composed.prompts):
-            continue
-        if settings.phase in DATA_PHASES:
-            build_source(composed.data, settings.phase).expect(settings.phase)
-        entry = {"name": stage, "phase": settings.phase, "path": stage}
-        if origin and settings.phase in ("evaluate", "generate", "chat"):
-            entry["of"] = Path(origin).name
-        makes = settings.phase in ("tokenizer", *TRAINING_PHASES)
-        stages.append(Stage(composed, entry, makes))
-        if makes:
-            trained = f"{config.runs}/{name}/{stage}"
-    return stages
+    for key, wanted in (("skip", pipeline.skip), ("result", [pipeline.result] if pipeline.result else [])):
+        unknown = [w for w in wanted if w not in names]
+        if unknown:
+            raise ConfigError(
+                f"pipeline.{key}={unknown[0]} is no stage.{near_misses(unknown[0], names)} Stages: {', '.join(names)}"
+            )
+    planner = _Planner(overrides, config, name)
+    for settings in pipeline.stages:
+        planner.add(settings)
+    if pipeline.result:
+        planner.plan.result = Path(planner.made[pipeline.result]).name
+    return planner.plan
 
 
-def stage_run_config(
-    overrides: Sequence[str], phase: str, stage_overrides: Sequence[str], name: str, init_from: str
-) -> RunConfig:
-    """The settings of one stage: its own overrides, then the command line's, which beat them.
+def stage_overrides_of(overrides: Sequence[str], phase: str, own: Sequence[str]) -> tuple[list[str], str]:
+    """The overrides of one stage, its own first, then the command line's, which beat them; and its domain.
 
     `data.*` of the command line goes to the stages that have data, `model.*` to those that start a model.
     """
     aside = ("phase=", "pipeline=", "pipeline.", "name=", "init_from=")
     given = [o for o in overrides if not o.startswith(aside)]
-    domain = next((o.split("=", 1)[1] for o in [*stage_overrides, *given][::-1] if o.startswith("domain=")), None)
-    if f"{domain or compose([]).domain}/{phase}" not in options("data"):
+    domain = next((o.split("=", 1)[1] for o in [*own, *given][::-1] if o.startswith("domain=")), None)
+    domain = domain or compose([]).domain
+    if f"{domain}/{phase}" not in options("data"):
         given = [o for o in given if not o.startswith(("data.", "data="))]
     if phase != "pretrain" and not any(o.startswith("model=") for o in given):
         given = [o for o in given if not o.startswith("model.")]
-    fixed = [f"phase={phase}", f"name={name}", f"init_from={init_from}"]
-    return run_config(compose(with_checkpoint_model([*fixed, *stage_overrides, *given])))
+    return [*own, *given], domain
 
 
 def with_checkpoint_model(overrides: Sequence[str]) -> list[str]:
@@ -117,7 +208,7 @@ def with_checkpoint_model(overrides: Sequence[str]) -> list[str]:
     path = Path(said.get("init_from", "").strip("'\""))
     trained = (path / "checkpoints").is_dir() or (path / RECORD).is_file()
     chosen = any(key == "model" or key.startswith("model.") for key in said)
-    return [*overrides, "~model"] if trained and not chosen and said.get("phase") == "pretrain" else list(overrides)
+    return [*overrides, "~model"] if trained and not chosen and said.get("phase") in STARTS_MODEL else list(overrides)
 
 
 def next_commands(trained: str) -> list[str]:
@@ -132,7 +223,11 @@ def next_commands(trained: str) -> list[str]:
 def launch(overrides: Sequence[str]) -> int:
     """The front door of phases and pipelines: overrides in, exit code out."""
     console = Console(soft_wrap=True)
-    config = run_config(compose(with_checkpoint_model(overrides)))
+    files = [o for o in overrides if o.startswith("pipeline=") and o.endswith((".yaml", ".yml"))]
+    config = run_config(compose(with_checkpoint_model([o for o in overrides if o not in files])))
+    for chosen in files:
+        skip = config.pipeline.skip
+        config = dataclasses.replace(config, pipeline=pipeline_from_file(Path(chosen.partition("=")[2]), skip))
     if config.pipeline.stages:
         return run_pipeline(overrides, config, console)
     return run(config, console)

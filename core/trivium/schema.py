@@ -10,8 +10,8 @@ from typing import Any
 
 from trivium.errors import ConfigError
 
-PHASES = ("tokenizer", "pretrain", "sft", "evaluate", "generate", "chat")
-TRAINING_PHASES = ("pretrain", "sft")
+TRAINING_PHASES = ("pretrain", "sft", "preference", "reward", "rlhf", "distill")
+PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat")
 DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
 """Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -126,17 +126,42 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class CompanionConfig:
+    """A frozen model beside the one that is trained; its architecture is its checkpoint's own."""
+
+    init_from: str = ""  # a run or one of its checkpoints
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What a policy is asked before it learns from its own answers (phase=rlhf); how is inference.sampling."""
+
+    prompts: int = 16  # asked together; more is steadier and slower
+    samples: int = 8  # answers for each, which are compared with one another; at least 2
+    updates: int = 1  # optimizer steps a rollout serves; more is faster and leaves the policy that drew it
+
+    def __post_init__(self) -> None:
+        _positive("rollout", self, "prompts", "samples", "updates")
+        if self.samples < 2:
+            raise ConfigError("rollout.samples=1 leaves nothing to compare an answer with; 2 is the least")
+        if self.prompts % self.updates:
+            raise ConfigError(f"rollout.prompts={self.prompts} must be a multiple of rollout.updates={self.updates}")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How much held-out data an evaluation reads."""
 
     max_texts: int = 100  # documents for bits per byte; more is steadier and slower
-    max_tasks: int = 480  # verifiable examples, for accuracy
+    max_tasks: int = 480  # verifiable examples, for accuracy and reward
+    max_pairs: int = 300  # preference pairs, for chosen over rejected
+    max_chats: int = 200  # conversations (verifiable ones too), for the KL to teacher.init_from
     stride: int = 0  # tokens scored a window after the first; 0 is half the window
     confidence: float = 0.95  # of the bootstrap intervals
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        _positive("evaluation", self, "max_texts", "max_tasks", "resamples")
+        _positive("evaluation", self, "max_texts", "max_tasks", "max_pairs", "max_chats", "resamples")
         _not_negative("evaluation", self, "stride")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"evaluation.confidence={self.confidence} must be more than 0 and less than 1")
@@ -144,19 +169,25 @@ class EvaluationConfig:
 
 @dataclass  # not frozen: OmegaConf makes the stages of a YAML file one by one and must be able to fill them
 class StageConfig:
-    """One stage of a pipeline: a phase with its overrides."""
+    """One stage of a pipeline: a phase with its overrides. init_from, teacher and versus name earlier stages."""
 
     phase: str = ""
-    init_from: str = ""  # an earlier stage's name; empty is the newest stage that made what this phase needs
+    name: str = ""  # empty is the phase
+    init_from: str = ""  # empty is the newest stage that made a language model (or tokenizer)
+    teacher: str = ""  # whom phase=distill learns from, and whom the stage's evaluation measures the KL to
+    versus: str = ""  # the stage that the report compares with; empty is the one it continues
     overrides: list[str] = field(default_factory=list)  # as on the command line, which beats them
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """Stages in order, by name."""
+    """Stages in order; `after` are the phases that follow every training stage, on what it made."""
 
     name: str = ""
-    stages: dict[str, StageConfig] = field(default_factory=dict)
+    stages: list[StageConfig] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    result: str = ""  # the stage whose model stands for the whole; empty is the last trained one
+    skip: list[str] = field(default_factory=list)  # stages to leave out, by name
 
 
 @dataclass(frozen=True)
@@ -190,6 +221,9 @@ class RunConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reference: CompanionConfig = field(default_factory=CompanionConfig)
+    teacher: CompanionConfig = field(default_factory=CompanionConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
@@ -203,5 +237,7 @@ class RunConfig:
             group, _, field_name = name.partition(".")
             if getattr(getattr(self, group), field_name) and not self.validation.every_steps:
                 raise ConfigError(f"{name} needs validation.every_steps greater than 0")
+        if self.phase == "rlhf" and self.validation.every_steps:
+            raise ConfigError("phase=rlhf has no held-out loss: set validation.every_steps=0, and phase=evaluate")
         if self.data is None and self.phase in DATA_PHASES:
             raise ConfigError(f"phase={self.phase} needs data, and domain={self.domain} has none for it")

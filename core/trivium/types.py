@@ -7,14 +7,14 @@ width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from trivium.errors import BackendError
 
 if TYPE_CHECKING:  # the nouns are needed where torch must not be imported (sources, the command line)
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 IGNORE = -100
 """The label of a token that is not trained on."""
@@ -35,13 +35,64 @@ class TokenBatch:
     positions: Tensor
     segments: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> TokenBatch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
-        segments = None if self.segments is None else self.segments.to(device, non_blocking=True)
-        tokens, labels, positions = (
-            t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions)
-        )
-        return TokenBatch(tokens, labels, positions, segments)
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in held.items() if hasattr(v, "to") and v is not None}
+        return replace(self, **moved)
+
+
+@dataclass
+class PreferenceBatch(TokenBatch):
+    """Packed pairs: in every row, segments 2k-1 and 2k are the chosen and the rejected document of one pair.
+
+    reference: (B, S) fp32, the log-probability of each segment's trained tokens under the reference; column s-1 is
+    segment s, 0 where a row has fewer. None until it is known.
+    """
+
+    reference: Tensor | None = None
+
+
+@dataclass
+class UnpairedBatch(TokenBatch):
+    """Packed verdicts: segment 2k-1 is a judged document, 2k the same prompt with another example's completion.
+
+    desirable: (B, S) fp32, 1 or 0 for each document. reference: (B, S), as for pairs. baseline: the step's, a scalar.
+    """
+
+    desirable: Tensor | None = None
+    reference: Tensor | None = None
+    baseline: Tensor | None = None
+
+
+@dataclass
+class DistillBatch(TokenBatch):
+    """Rows of tokens with what the teacher made of them.
+
+    teacher: (N, C) hidden states before each of the N trained tokens, in the order of the rows; teacher_head: what
+    turns them into logits. None until the teacher was asked.
+    """
+
+    teacher: Tensor | None = None
+    teacher_head: nn.Linear | None = None
+
+
+@dataclass
+class RolloutBatch(TokenBatch):
+    """Packed samples of the policy, each a prompt and its completion; only what the policy wrote is labelled.
+
+    advantage: (B, S) fp32, one a segment. old, reference: (B, T) fp32 log-probabilities of each token under the policy
+    that drew it and under the reference, aligned with `tokens` (0 where not trained). None until they are known.
+    temperature: at which it was drawn and every log-probability is taken. max_tokens: the longest completion asked.
+    drawn: (N,) the sampler's own log-probability of each labelled token, in the order of the rows, at temperature 1.
+    """
+
+    advantage: Tensor | None = None
+    old: Tensor | None = None
+    reference: Tensor | None = None
+    temperature: float = 1.0
+    max_tokens: int = 1
+    drawn: Tensor | None = None
 
 
 class Metric(NamedTuple):

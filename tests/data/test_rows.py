@@ -262,7 +262,7 @@ def talk(number, question, answer):
 
 def test_tokenise_splits_long_texts_and_every_token_is_a_target_once(tokenizer):
     """bos, ten digits, eos = 12 tokens; rows of 5 share one token: 0-4, 4-8, 8-11, so 4 + 4 + 3 = 11 targets."""
-    table = tokenise(Listed([{"id": "a", "text": "0123456789"}]), tokenizer, 5, chats=False)
+    table = tokenise(Listed([{"id": "a", "text": "0123456789"}]), tokenizer, 5, form="text")
     assert table.lengths.tolist() == [5, 5, 4]
     whole = [tokenizer.bos_id, *tokenizer.encode("0123456789"), tokenizer.eos_id]
     targets = [t for d in range(3) for t in table.document(d)[0][1:].tolist()]
@@ -274,7 +274,7 @@ def test_tokenise_splits_long_texts_and_every_token_is_a_target_once(tokenizer):
 @pytest.mark.parametrize("digits", [2, 3, 6, 7])
 def test_tokenise_never_leaves_a_tail_without_a_target(tokenizer, digits):
     """A tail of one token would have no target: the end of the text would never be learnt. Rows of 5."""
-    table = tokenise(Listed([{"id": "a", "text": "7" * digits}]), tokenizer, 5, chats=False)
+    table = tokenise(Listed([{"id": "a", "text": "7" * digits}]), tokenizer, 5, form="text")
     assert sum(table.lengths - 1) == digits + 1
     assert table.tokens[-1] == tokenizer.eos_id and min(table.lengths) >= 2
 
@@ -284,7 +284,7 @@ def test_tokenise_counts_truncated_conversations_and_lost_ends(tokenizer):
     0: 2 + 3 fits exactly. 1: 2 + 4 loses its last end. 2: 5 + 3 keeps one digit of the answer, loses the end.
     3: 8 + 1 keeps nothing that is trained: it is left out, and counted with the others."""
     talks = [talk(0, "12", "345"), talk(1, "12", "3456"), talk(2, "12345", "789"), talk(3, "12345678", "9")]
-    table = tokenise(Listed(talks), tokenizer, 10, chats=True)
+    table = tokenise(Listed(talks), tokenizer, 10, form="chat")
     assert table.ids == ["0", "1", "2"] and table.lengths.tolist() == [10, 10, 10]
     assert [int(table.document(d)[1].sum()) for d in range(3)] == [4, 4, 1]
     assert table.document(0)[0][-1] == tokenizer.eot_id and table.document(1)[0][-1] == tokenizer.encode("6")[0]
@@ -294,23 +294,23 @@ def test_tokenise_counts_truncated_conversations_and_lost_ends(tokenizer):
 def test_tokenise_of_a_truncated_end_of_text_counts_it_lost(tokenizer):
     """Prompt and completion: bos, 2, 3, eos is 7 tokens; in 6 the eos is lost."""
     example = {"id": "p", "prompt": "12", "completion": "345"}
-    table = tokenise(Listed([example]), tokenizer, 6, chats=True)
+    table = tokenise(Listed([example]), tokenizer, 6, form="chat")
     assert (table.truncated, table.lost_ends) == (1, 1)
     assert table.trained.tolist() == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize(
-    ("examples", "chats", "message"),
+    ("examples", "form", "message"),
     [
-        ([], False, "the data set is empty"),
-        ([{"id": "7", "text": "x"}], True, "example 7 has text; this phase needs messages or prompt"),
-        ([talk(8, "q", "a")], False, "example 8 has messages; this phase needs text"),
-        ([talk(9, "123456789", "a")], True, "no token of 1 examples would be trained on"),
+        ([], "text", "the data set is empty"),
+        ([{"id": "7", "text": "x"}], "chat", "example 7 has text; this objective needs messages, or prompt"),
+        ([talk(8, "q", "a")], "text", "example 8 has messages; this objective needs text"),
+        ([talk(9, "123456789", "a")], "chat", "no token of 1 examples would be trained on"),
     ],
 )
-def test_tokenise_refuses_what_cannot_be_trained_on(tokenizer, examples, chats, message):
+def test_tokenise_refuses_what_cannot_be_trained_on(tokenizer, examples, form, message):
     with pytest.raises(DataError, match=message):
-        tokenise(Listed(examples), tokenizer, 10, chats=chats)
+        tokenise(Listed(examples), tokenizer, 10, form=form)
 
 
 def test_table_fingerprint_covers_tokens_masks_and_borders():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import lzma
+import re
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,14 @@ from trivium.data.source import Source, fingerprint_of
 from trivium.errors import ConfigError, DataError
 from trivium.plugin import Plugin
 from trivium.registry import load
+from trivium.testing.contracts import SourceContract
 from trivium.types import Score
 from trivium_plugins.primer import plugin, texts
 from trivium_plugins.primer.chats import TOPICS, values_of
-from trivium_plugins.primer.config import PARTS, TASKS, PrimerConfig
+from trivium_plugins.primer.config import DEFAULT_PARTS, PARTS, TASKS, PrimerConfig
+from trivium_plugins.primer.pairs import MISTAKES, wrong_answers
 from trivium_plugins.primer.source import Primer
+from trivium_plugins.primer.tasks import Problem, is_right
 
 SPLITS = ("train", "validation", "test")
 
@@ -38,22 +42,32 @@ def test_plugin_names_a_source_that_loads():
     entry = plugin.sources["primer"]
     assert load(entry.target) is Primer and issubclass(Primer, Source)
     assert load(entry.config) is PrimerConfig
-    assert Primer.phases == {"tokenizer", "pretrain", "sft", "evaluate"}
+    assert Primer.phases == {
+        "tokenizer", "pretrain", "sft", "preference", "reward", "rlhf", "distill", "evaluate",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("part", "sizes"), [("books", (2721, 40, 80)), ("definitions", (3590, 181, 229)), ("tasks", (12_000,) * 3)]
+    ("part", "sizes"),
+    [
+        ("books", (2721, 40, 80)),
+        ("definitions", (3590, 181, 229)),
+        ("tasks", (12_000,) * 3),
+        ("pairs", (6_000,) * 3),
+    ],
 )
 def test_sizes_of_parts(part, sizes):
-    """2,721 + 40 + 80 = 2,841 documents, 3,590 + 181 + 229 = 4,000 words; tasks are made in the number asked for."""
+    """2,721 + 40 + 80 = 2,841 documents, 3,590 + 181 + 229 = 4,000 words; tasks and pairs are as many as asked for."""
     assert tuple(len(primer(part, split=s)) for s in SPLITS) == sizes
 
 
-def test_default_config_is_all_parts_in_order():
+def test_default_config_is_all_parts_but_pairs_in_order():
+    """The tokenizer learns from the default: a part more would change every model made from it."""
     source = primer()
     assert len(source) == 2721 + 3590 + 12_000 + 3_000
     starts = [source[i]["id"].split("/")[0] for i in (0, 2720, 2721, 6310, 6311, 18_310, 18_311, len(source) - 1)]
-    assert starts == [part for part in PARTS for _ in range(2)]
+    assert starts == [part for part in DEFAULT_PARTS for _ in range(2)]
+    assert set(PARTS) - set(DEFAULT_PARTS) == {"pairs"}
 
 
 def test_parts_follow_the_order_of_the_config():
@@ -106,6 +120,7 @@ def test_what_the_code_makes_is_pinned():
     """If this fails on purpose, raise `source.VERSION`: old fingerprints must not match new content."""
     made = fingerprint_of(primer("tasks", "chats", num_tasks=120, num_chats=60))
     assert made[:16] == "2672101d47d27098"
+    assert fingerprint_of(primer("pairs", num_pairs=120))[:16] == "84d1621a96cb699b"
 
 
 # ---- splits never meet
@@ -224,6 +239,143 @@ def test_chats_answer_with_a_fact_told_in_the_same_chat():
     assert set(found) == set(TOPICS) and min(found.values()) > 80
 
 
+# ---- pairs
+
+
+def sides(pair):
+    return pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]
+
+
+def mistake_of(task, question, right, wrong):
+    """The mistakes that a wrong answer can come from, worked out from the texts alone and not as the plugin does."""
+    if task in ("add", "subtract"):
+        a, b = (int(w) for w in question.rstrip("?").split() if w.isdigit())
+        n, given = int(right), int(wrong)
+        other = {"subtracted": a - b} if task == "add" else {"added": a + b, "sign dropped": abs(n)}
+        digits = str(abs(n))
+        if len(digits) > 1:
+            other["digits swapped"] = int(digits[:-2] + digits[-1] + digits[-2]) * (1 if n > 0 else -1)
+        near = {"off by one": {n - 1, n + 1}, "off by ten": {n - 10, n + 10}}
+        found = {name for name, values in near.items() if given in values}
+        return found | {name for name, value in other.items() if given == value}
+    if task == "count":
+        return {{1: "off by one", 2: "off by two"}[abs(int(wrong) - int(right))]}
+    if task == "compare":
+        return {"other number"} if wrong in question.rstrip("?").replace(",", "").split() else set()
+    found = {"not turned round"} if task == "reverse" and wrong == question.split(": ")[1] else set()
+    old, new = right.split(" "), wrong.split(" ")
+    if len(new) == len(old) - 1:
+        return found | {"letter left out" for i in range(len(old)) if old[:i] + old[i + 1 :] == new}
+    places = [i for i, (x, y) in enumerate(zip(old, new, strict=True)) if x != y]
+    if len(places) == 1:
+        found.add("letter replaced")
+    if len(places) == 2 and places[1] == places[0] + 1 and sorted(old) == sorted(new):
+        found.add("letters swapped")
+    return found
+
+
+def test_wrong_answers_are_one_mistake_away_and_never_right():
+    """18,000 pairs of two seeds and all splits, every kind of mistake among them and none that is rare."""
+    found = Counter()
+    for seed, split in ((0, "train"), (1, "train"), (0, "test"), (0, "validation")):
+        for pair in primer("pairs", num_pairs=4_500, seed=seed, split=split):
+            (right, wrong), task, question = sides(pair), pair["task"], pair["chosen"][0]["content"]
+            assert pair["chosen"][:-1] == pair["rejected"][:-1] and len(pair["chosen"]) == 2
+            assert right == answer_again(task, question)
+            assert is_right(task, right, right) and not is_right(task, right, wrong), pair
+            mistakes = mistake_of(task, question, right, wrong)
+            assert mistakes and mistakes <= set(MISTAKES[task]), (pair, mistakes)
+            found.update((task, mistake) for mistake in mistakes)
+    assert set(found) == {(task, mistake) for task in TASKS for mistake in MISTAKES[task]}
+    assert min(found.values()) > 300  # of 3,000 a kind: the rarest needs a negative difference
+
+
+def test_wrong_answers_are_written_as_right_ones():
+    forms = {"copy": r"[a-z]( [a-z]){1,7}", "reverse": r"[a-z]( [a-z]){1,7}", "count": "[1-9][0-9]?"}
+    for pair in primer("pairs", num_pairs=6_000, seed=3):
+        for answer in sides(pair):
+            assert re.fullmatch(forms.get(pair["task"], "-?[1-9][0-9]*|0"), answer), pair
+        assert {m["role"] for m in pair["chosen"]} == {"user", "assistant"}
+        assert set(pair) == {"id", "task", "chosen", "rejected"}
+
+
+ANY_LETTER = object()
+
+
+@pytest.mark.parametrize(
+    ("task", "question", "answer", "wrong"),
+    [
+        ("add", "What is 0 + 0?", "0", {"off by one": {"1"}, "off by ten": {"10"}}),
+        ("add", "What is 1 + 9?", "10", {"off by one": {"9", "11"}, "off by ten": {"0", "20"}, "subtracted": {"-8"}}),
+        (
+            "subtract",
+            "What is 0 - 67?",
+            "-67",
+            {
+                "off by one": {"-66", "-68"},
+                "off by ten": {"-57", "-77"},
+                "digits swapped": {"-76"},
+                "added": {"67"},
+                "sign dropped": {"67"},
+            },
+        ),
+        ("subtract", "What is 5 - 0?", "5", {"off by one": {"4", "6"}, "off by ten": {"-5", "15"}}),
+        ("count", "How many letters: a", "1", {"off by one": {"2"}, "off by two": {"3"}}),
+        ("compare", "Which is larger, 5 or 55?", "55", {"other number": {"5"}}),
+        (
+            "copy",
+            "Copy: a a b",
+            "a a b",
+            {"letters swapped": {"a b a"}, "letter left out": {"a b", "a a"}, "letter replaced": ANY_LETTER},
+        ),
+        ("reverse", "Reverse: a a a", "a a a", {"letter left out": {"a a"}, "letter replaced": ANY_LETTER}),
+    ],
+)
+def test_wrong_answers_by_hand(task, question, answer, wrong):
+    """Only what can be made: 10 with its digits swapped is no number, and 0 + 0 has nothing below it.
+
+    All of it is found in 200 draws; for a replaced letter, which has 75 outcomes, more than half.
+    """
+    made = [wrong_answers(task, Problem("", question, answer), number) for number in range(200)]
+    assert all(set(m) == set(wrong) for m in made)
+    for name, expected in wrong.items():
+        found = {m[name] for m in made}
+        assert 38 < len(found) <= 75 if expected is ANY_LETTER else found == expected, name
+
+
+def test_pairs_share_no_problem_with_another_split_and_are_not_the_tasks():
+    """A model tuned on pairs of `train` is measured on tasks and on pairs of `test`: no problem may be in both."""
+
+    def problems(part, split, seed):
+        for example in primer(part, split=split, seed=seed, num_tasks=1_800, num_pairs=1_800):
+            question = (example.get("chosen") or example["messages"])[0]["content"]
+            numbers = sorted(int(w) for w in question.rstrip("?").replace(",", "").split() if w.isdigit())
+            yield example["task"], str(numbers or question.split(": ")[1])
+
+    train = {p for seed in (0, 1, 12345) for p in problems("pairs", "train", seed)}
+    for part in ("tasks", "pairs"):
+        held = {p for split in ("test", "validation") for seed in (0, 20261124) for p in problems(part, split, seed)}
+        assert len(held) > 1_000 and not train & held
+    drawn = [list(problems(part, "train", 0)) for part in ("tasks", "pairs")]
+    assert sum(a == b for a, b in zip(*drawn, strict=True)) < 20
+
+
+def test_pairs_are_the_same_at_every_call_and_follow_the_seed():
+    first, second = primer("pairs", num_pairs=300), primer("pairs", num_pairs=300)
+    backwards = [second[i] for i in reversed(range(300))][::-1]
+    assert [first[i] for i in range(300)] == backwards
+    other = list(primer("pairs", num_pairs=300, seed=1))
+    assert sum(a == b for a, b in zip(other, backwards, strict=True)) <= 3
+    changes = ({}, {"seed": 1}, {"num_pairs": 301}, {"split": "test"}, {"tasks": ["add"]})
+    marks = [primer("pairs", **{"num_pairs": 300, **change}).fingerprint for change in changes]
+    assert len(set(marks)) == len(marks) and second.fingerprint == marks[0]
+
+
+class TestPairs(SourceContract):
+    def make(self):
+        return primer("pairs", num_pairs=120)
+
+
 # ---- scores
 
 
@@ -308,6 +460,7 @@ def test_fingerprint_ignores_settings_that_change_no_example():
         {"num_tasks": 0},
         {"num_chats": -1},
         {"num_definitions": 0},
+        {"num_pairs": 0},
     ],
 )
 def test_bad_settings_are_refused(settings):
@@ -333,7 +486,8 @@ def flip(data):
     ids=["flipped", "cut", "empty", "plain", "not utf-8", "nothing inside", "missing"],
 )
 @pytest.mark.parametrize(
-    ("part", "name"), [("books", texts.BOOKS), ("definitions", texts.DEFINITIONS), ("tasks", texts.WORDS)]
+    ("part", "name"),
+    [("books", texts.BOOKS), ("definitions", texts.DEFINITIONS), ("tasks", texts.WORDS), ("pairs", texts.WORDS)],
 )
 def test_damaged_data_is_named(part, name, damage, tmp_path, monkeypatch):
     shutil.copytree(texts.DATA, tmp_path / "data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,15 @@ from trivium.data.packing import TokenTable
 from trivium.types import IGNORE, TokenBatch
 
 
-def collate(table: TokenTable, rows: Sequence[Sequence[int]], length: int, pad_id: int) -> TokenBatch:
-    """Rows of document numbers -> (B, length) TokenBatch.
+def collate(
+    table: TokenTable,
+    rows: Sequence[Sequence[int]],
+    length: int,
+    pad_id: int,
+    batch: type[TokenBatch] = TokenBatch,
+    **facts: Any,
+) -> TokenBatch:
+    """Rows of document numbers -> (B, length) batch of a type, whose fields the table's columns and `facts` fill.
 
     Positions restart at 0 in each document; the first label of each document is -100; padding has segment 0, label
     -100 and position 0. `segments` is None when every row is one whole document, the fast path of attention.
@@ -32,9 +40,20 @@ def collate(table: TokenTable, rows: Sequence[Sequence[int]], length: int, pad_i
             segments[b, here] = number
             start += len(ids)
     plain = bool((segments == 1).all())
-    return TokenBatch(
+    columns = {name: torch.from_numpy(by_segment(values, rows)) for name, values in table.columns.items()}
+    return batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
         torch.from_numpy(positions),
         None if plain else torch.from_numpy(segments),
+        **columns,
+        **facts,
     )
+
+
+def by_segment(values: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """One figure a document -> (B, S): column s-1 of a row is its segment s, 0 where it has fewer."""
+    out = np.zeros((len(rows), max(map(len, rows))), np.float32)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = values[row]
+    return out

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trivium.errors import ConfigError
 from trivium.registry import near_misses
 
 SPLITS = ("train", "validation", "test")
+SCHEMAS = ("auto", "text", "messages", "prompt_completion", "pairs", "labels")
+FORMS = ("text", "chat", "pairs", "labels")
 
 
 def one_of(owner: object, field: str, allowed: tuple[str, ...]) -> None:
@@ -42,11 +44,18 @@ class FilesConfig(SourceConfig):
     path: str = ""  # a file, a folder or a glob
     validation_path: str = ""  # held-out files; without it a share of `path` is held out
     validation_share: float = 0.02  # held out by content hash when there is no validation_path
-    schema: str = "auto"  # auto | text | messages | prompt_completion; auto recognises the columns
+    schema: str = "auto"  # auto | text | messages | prompt_completion | pairs | labels; auto recognises the columns
+    forms: list[str] = field(default_factory=list)  # of many files, read these: text | chat | pairs | labels; none: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "schema", ("auto", "text", "messages", "prompt_completion"))
+        one_of(self, "schema", SCHEMAS)
+        for form in self.forms:
+            if form not in FORMS:
+                raise ConfigError(
+                    f"data.forms={list(self.forms)} has {form!r}, which is not one of {', '.join(FORMS)}."
+                    f"{near_misses(str(form), FORMS)}"
+                )
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"data.validation_share={self.validation_share} must be at least 0 and less than 1")
 

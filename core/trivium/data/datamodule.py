@@ -2,32 +2,75 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import lightning as L
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from trivium.data.chat import Chat
 from trivium.data.collate import collate
 from trivium.data.packing import TokenTable, plan
 from trivium.data.position import Order
+from trivium.data.source import Example, Source
+from trivium.data.tokenizer import Tokenizer
 from trivium.types import TokenBatch
 
 
-class StepDataset(Dataset):
-    """step -> its micro-batches, a pure function of (table, seed, step)."""
+class Steps(Dataset):
+    """What a training run reads: step -> what that step needs, a pure function of (data, seed, step)."""
 
-    def __init__(self, table: TokenTable, *, size: int, micro_size: int, length: int, pad_id: int, seed: int) -> None:
-        self.table, self.length, self.pad_id = table, length, pad_id
+    @abstractmethod
+    def __getitem__(self, step: int) -> Any: ...
+
+    @abstractmethod
+    def sample_id(self, step: int) -> str:
+        """Id of the first example of a step: what a resume compares."""
+
+
+class StepDataset(Steps):
+    """step -> its micro-batches."""
+
+    def __init__(
+        self,
+        table: TokenTable,
+        *,
+        size: int,
+        micro_size: int,
+        length: int,
+        pad_id: int,
+        seed: int,
+        batch: type[TokenBatch] = TokenBatch,
+    ) -> None:
+        self.table, self.length, self.pad_id, self.batch = table, length, pad_id, batch
         self.size, self.micro_size = size, micro_size
         self.rows = plan(table, length, seed)
         self.order = Order(len(self.rows), seed, table.fingerprint)
 
     def __getitem__(self, step: int) -> list[TokenBatch]:
         chosen = self.order.rows(step * self.size, self.size)
-        parts = np.split(chosen, self.size // self.micro_size)
-        return [collate(self.table, [self.rows[r] for r in part], self.length, self.pad_id) for part in parts]
+        return [self.collated(part) for part in np.split(chosen, self.size // self.micro_size)]
+
+    def collated(self, rows: np.ndarray) -> TokenBatch:
+        """Rows, by number, as one batch."""
+        return collate(self.table, [self.rows[r] for r in rows], self.length, self.pad_id, self.batch)
+
+    def per_document(self, figures: Callable[[TokenBatch], Tensor], device: torch.device) -> np.ndarray:
+        """What `figures` says of every document of the table, (documents,) fp32: it makes (B, S) of each batch."""
+        values = np.zeros(len(self.table.ids), np.float32)
+        for start in range(0, len(self.rows), self.micro_size):
+            numbers = np.arange(start, min(start + self.micro_size, len(self.rows)))
+            said = figures(self.collated(numbers).to(device)).float().cpu().numpy()
+            for row, number in enumerate(numbers):
+                documents = self.rows[number]
+                values[documents] = said[row, : len(documents)]
+        return values
 
     def sample_id(self, step: int) -> str:
-        """Id of the first example of a step: what a resume compares."""
         return self.table.ids[self.rows[self.order.rows(step * self.size, 1)[0]][0]]
 
     @property
@@ -36,20 +79,55 @@ class StepDataset(Dataset):
         return float(self.table.lengths.sum() / (len(self.rows) * self.length))
 
 
+class Prompt(NamedTuple):
+    """What a policy is asked: an example, and the token ids it answers from."""
+
+    example: Example
+    ids: tuple[int, ...]
+
+
+class PromptDataset(Steps):
+    """step -> the prompts its rollout asks; `updates` steps in a row learn from one rollout."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, *, size: int, updates: int, seed: int) -> None:
+        chat = Chat(tokenizer)
+        examples = [source[i] for i in range(len(source))]
+        self.prompts = [Prompt(e, tuple(chat.prompt_ids(e["messages"][:-1]))) for e in examples]
+        self.size, self.updates = size, updates
+        self.order = Order(len(examples), seed, source.fingerprint)
+
+    def __getitem__(self, step: int) -> list[Prompt]:
+        return [self.prompts[i] for i in self.order.rows(step // self.updates * self.size, self.size)]
+
+    def sample_id(self, step: int) -> str:
+        return self[step][0].example["id"]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(p.ids) for p in self.prompts)
+
+
 def validation_batches(
-    table: TokenTable, *, max_rows: int, micro_size: int, length: int, pad_id: int
+    table: TokenTable,
+    *,
+    max_rows: int,
+    micro_size: int,
+    length: int,
+    pad_id: int,
+    batch: type[TokenBatch] = TokenBatch,
 ) -> list[TokenBatch]:
     """`max_rows` packed rows, drawn once: packing puts the longest documents first, so the first rows are no sample."""
     packed = plan(table, length, seed=0)
     chosen = Order(len(packed), 0, table.fingerprint).rows(0, min(max_rows, len(packed)))
     rows = [packed[r] for r in chosen]
-    return [collate(table, rows[i : i + micro_size], length, pad_id) for i in range(0, len(rows), micro_size)]
+    return [collate(table, rows[i : i + micro_size], length, pad_id, batch) for i in range(0, len(rows), micro_size)]
 
 
 class StepDataModule(L.LightningDataModule):
     """Feeds steps start..max_steps-1; its length is known, so no batch is lost at a resume."""
 
-    def __init__(self, steps: StepDataset, start: int, max_steps: int) -> None:
+    def __init__(self, steps: Steps, start: int, max_steps: int) -> None:
         super().__init__()
         self.steps, self.start, self.max_steps = steps, start, max_steps
 

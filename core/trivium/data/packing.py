@@ -9,13 +9,15 @@ end-of-turn losses apart).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from trivium.data.chat import Chat, Encoded
 from trivium.data.position import key_of, permute
-from trivium.data.source import Source
+from trivium.data.source import FORM_WORDS, Example, Source, form_of
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 
@@ -25,7 +27,11 @@ WINDOW = 8192
 
 @dataclass
 class TokenTable:
-    """Documents as one flat array. Document d is tokens[offsets[d]:offsets[d+1]]; `trained` is aligned with tokens."""
+    """Documents as one flat array. Document d is tokens[offsets[d]:offsets[d+1]]; `trained` is aligned with tokens.
+
+    group: so many documents in a row belong together and share a row: 2 for the chosen and rejected of a pair.
+    columns: by name, one fp32 figure for each document.
+    """
 
     tokens: np.ndarray  # int32 (N,)
     trained: np.ndarray  # bool (N,)
@@ -34,11 +40,13 @@ class TokenTable:
     num_bytes: int = 0
     truncated: int = 0  # documents cut at the row length
     lost_ends: int = 0  # of those, conversations whose last end-of-turn token went with it
+    group: int = 1
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
     fingerprint: str = field(default="")
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256()
-        for array in (self.tokens, self.trained, self.offsets):
+        for array in (self.tokens, self.trained, self.offsets, *(self.columns[k] for k in sorted(self.columns))):
             digest.update(np.ascontiguousarray(array).tobytes())
         self.fingerprint = digest.hexdigest()
 
@@ -53,57 +61,77 @@ class TokenTable:
         return self.tokens[here], self.trained[here]
 
 
-def tokenise(
-    source: Source, tokenizer: Tokenizer, length: int, *, chats: bool, train_on: str = "assistant"
-) -> TokenTable:
-    """Tokenise a whole source into documents of at most `length` tokens.
+def table_of(documents: Sequence[Encoded], ids: Sequence[str], **facts: Any) -> TokenTable:
+    """A table of documents as they are; facts: its further fields."""
+    offsets = np.concatenate(([0], np.cumsum([len(d.ids) for d in documents]))).astype(np.int64)
+    tokens = np.fromiter((i for d in documents for i in d.ids), np.int32, offsets[-1])
+    trained = np.fromiter((t for d in documents for t in d.trained), bool, offsets[-1])
+    return TokenTable(tokens, trained, offsets, list(ids), **facts)
 
-    chats: expect conversations or prompt/completion (tuning), else text (pretraining). Raises DataError for examples
-    of the other form, naming the first, and when nothing would be trained on.
+
+def tokenise(
+    source: Source | Sequence[Example],
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    form: str = "text",
+    train_on: str = "assistant",
+) -> TokenTable:
+    """Tokenise a whole source, or some examples, into documents that fit rows of `length` tokens.
+
+    form: what an objective reads: "text", "chat", "pairs", "labels", or "any" of text and chat. Raises DataError for
+    examples of another form, naming the first, and when nothing would be trained on.
     """
     if not len(source):
-        raise DataError(f"the data set is empty (split={source.config.split})")
+        split = f" (split={source.config.split})" if isinstance(source, Source) else ""
+        raise DataError(f"the data set is empty{split}")
     examples = [source[i] for i in range(len(source))]
     seen: set[str] = set()
     for example in examples:
         if example["id"] in seen:
             raise DataError(f"two examples have the id {example['id']!r}; a source must give each its own")
         seen.add(example["id"])
+    wanted = {"any": ("text", "chat", "answers"), "chat": ("chat", "answers")}.get(form, (form,))
     for example in examples:
-        form = "text" if "text" in example else "chat"
-        if form != ("chat" if chats else "text"):
-            wanted = "messages or prompt and completion" if chats else "text"
+        if form_of(example) not in wanted:
             raise DataError(
-                f"example {example['id']} has {', '.join(k for k in example if k != 'id')}; this phase needs {wanted}"
+                f"example {example['id']} has {', '.join(k for k in example if k != 'id')}; "
+                f"this objective needs {FORM_WORDS[wanted[0]]}"
             )
-    if chats:
-        encoded = encode_examples(examples, tokenizer, train_on)
-    else:
-        texts = tokenizer.encode_batch([e["text"] for e in examples])
-        encoded = [_text(ids, tokenizer) for ids in texts]
-    tokens, trained, lengths, ids = [], [], [], []
+    encoded = _ENCODERS[form](examples, tokenizer, train_on)
+    group = len(encoded[0])
+    documents, ids, numbers = [], [], []
     truncated = lost_ends = 0
-    for example, document in zip(examples, encoded, strict=True):
-        if chats and len(document.ids) > length:
-            truncated += 1
-            lost_ends += document.trained[-1] or tokenizer.eot_id in document.ids[length:]
-            document = Encoded(document.ids[:length], document.trained[:length])
-            if not any(document.trained[1:]):
+    for number, (example, unit) in enumerate(zip(examples, encoded, strict=True)):
+        if "text" in example:
+            pieces = [piece for document in unit for piece in _split(document, length)]
+        else:
+            pieces = [Encoded(d.ids[: length // group], d.trained[: length // group]) for d in unit]
+            cut = [d for d in unit if len(d.ids) > length // group]
+            truncated += len(cut)
+            lost_ends += sum(d.trained[-1] or tokenizer.eot_id in d.ids[length // group :] for d in cut)
+            if cut and not all(any(p.trained[1:]) for p in pieces):
                 continue  # nothing left to learn from: counted above
-        # pieces of a long text share one token: the last of one is what the next one's first target follows from
-        for start in range(0, len(document.ids) - 1, length - 1):
-            piece = document.ids[start : start + length]
-            tokens.append(np.asarray(piece, dtype=np.int32))
-            trained.append(np.asarray(document.trained[start : start + length], dtype=bool))
-            lengths.append(len(piece))
-            ids.append(example["id"])
-    if not ids or not any(t[1:].any() for t in trained):
+        documents += pieces
+        ids += [example["id"]] * len(pieces)
+        numbers += [number] * len(pieces)
+    if not any(any(d.trained[1:]) for d in documents):
         raise DataError(
             f"no token of {len(examples)} examples would be trained on; raise batch.length={length} or look at the data"
         )
-    num_bytes = sum(len(e["text"].encode()) for e in examples) if not chats else 0
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-    return TokenTable(np.concatenate(tokens), np.concatenate(trained), offsets, ids, num_bytes, truncated, lost_ends)
+    columns = {}
+    if form == "labels":
+        columns["desirable"] = np.array([float(examples[n]["label"]) for n in numbers], np.float32)
+    num_bytes = sum(len(e["text"].encode()) for e in examples if "text" in e)
+    return table_of(
+        documents, ids, num_bytes=num_bytes, truncated=truncated, lost_ends=lost_ends, group=group, columns=columns
+    )
+
+
+def _split(document: Encoded, length: int) -> list[Encoded]:
+    """A long text in pieces that share one token: the last of one is what the next one's first target follows from."""
+    starts = range(0, len(document.ids) - 1, length - 1)
+    return [Encoded(document.ids[s : s + length], document.trained[s : s + length]) for s in starts]
 
 
 def _text(ids: list[int], tokenizer: Tokenizer) -> Encoded:
@@ -111,7 +139,7 @@ def _text(ids: list[int], tokenizer: Tokenizer) -> Encoded:
     return Encoded(whole, [True] * len(whole))
 
 
-def encode_examples(examples: list, tokenizer: Tokenizer, train_on: str) -> list[Encoded]:
+def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str) -> list[Encoded]:
     """Conversations through the template; prompt/completion pairs as plain text ending in the end-of-text token."""
     chat = Chat(tokenizer)
     talks = [e for e in examples if "messages" in e]
@@ -124,6 +152,65 @@ def encode_examples(examples: list, tokenizer: Tokenizer, train_on: str) -> list
         num_prompt = 0 if train_on == "all" else len(prompt) + 1
         encoded[example["id"]] = Encoded(ids, [i >= num_prompt for i in range(len(ids))])
     return [encoded[e["id"]] for e in examples]
+
+
+def _encode_texts(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: str) -> list[list[Encoded]]:
+    return [[_text(ids, tokenizer)] for ids in tokenizer.encode_batch([e["text"] for e in examples])]
+
+
+def _encode_chats(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str) -> list[list[Encoded]]:
+    return [[document] for document in encode_examples(examples, tokenizer, train_on)]
+
+
+def _encode_any(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str) -> list[list[Encoded]]:
+    texts, chats = [e for e in examples if "text" in e], [e for e in examples if "text" not in e]
+    found = iter(_encode_texts(texts, tokenizer, train_on)), iter(_encode_chats(chats, tokenizer, train_on))
+    return [next(found[0] if "text" in e else found[1]) for e in examples]
+
+
+def pair_sides(example: Example) -> list[dict[str, Any]]:
+    """The chosen and the rejected answer of a pair as two examples of their own, with one prompt."""
+    sides = []
+    for side in ("chosen", "rejected"):
+        name, said = f"{example['id']}#{side}", example[side]
+        talk = {"messages": said} if "prompt" not in example else {"prompt": example["prompt"], "completion": said}
+        sides.append({"id": name, **talk})
+    return sides
+
+
+def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: str) -> list[list[Encoded]]:
+    """What is compared is each side's last turn."""
+    encoded = encode_examples([side for e in examples for side in pair_sides(e)], tokenizer, "last_turn")
+    pairs = [encoded[i : i + 2] for i in range(0, len(encoded), 2)]
+    for example, (chosen, rejected) in zip(examples, pairs, strict=True):
+        if chosen.ids == rejected.ids:
+            raise DataError(f"example {example['id']}: chosen and rejected are the same")
+    return pairs
+
+
+def _encode_labels(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: str) -> list[list[Encoded]]:
+    """Each judged answer, and its prompt with the answer of the example before (for KTO's baseline)."""
+    if len(examples) < 2:
+        raise DataError("one example alone has no mismatched answer; objective=kto needs two or more")
+    mixed = []
+    for before, example in zip([examples[-1], *examples[:-1]], examples, strict=True):
+        answer = before["messages"][-1]["content"] if "messages" in before else before["completion"]
+        if "messages" in example:
+            told = {"messages": [*example["messages"][:-1], {**example["messages"][-1], "content": answer}]}
+        else:
+            told = {"prompt": example["prompt"], "completion": answer}
+        mixed += [example, {"id": f"{example['id']}#mismatched", **told}]
+    encoded = encode_examples(mixed, tokenizer, "last_turn")
+    return [encoded[i : i + 2] for i in range(0, len(encoded), 2)]
+
+
+_ENCODERS = {
+    "text": _encode_texts,
+    "chat": _encode_chats,
+    "any": _encode_any,
+    "pairs": _encode_pairs,
+    "labels": _encode_labels,
+}
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -155,10 +242,15 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def plan(table: TokenTable, capacity: int, seed: int) -> list[list[int]]:
-    """Rows of document numbers: shuffled once, packed inside windows; each epoch then permutes the rows."""
-    order = permute(np.arange(len(table.ids)), len(table.ids), key_of("plan", seed, table.fingerprint))
+    """Rows of document numbers: shuffled once, packed inside windows; each epoch then permutes the rows.
+
+    The documents of a group stay together and in their order.
+    """
+    sizes = table.lengths.reshape(-1, table.group).sum(1)
+    order = permute(np.arange(len(sizes)), len(sizes), key_of("plan", seed, table.fingerprint))
     rows = []
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
-        rows += [window[row].tolist() for row in pack(table.lengths[window], capacity)]
+        for row in pack(sizes[window], capacity):
+            rows.append((window[row][:, None] * table.group + np.arange(table.group)).flatten().tolist())
     return rows

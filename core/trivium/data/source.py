@@ -7,6 +7,11 @@ An example is a plain dict in one of these forms, each with a unique string `id`
     {"id", "messages": [{"role", "content"}, ...]}         tuning; roles system, user, assistant
     {"id", "prompt", "completion"}                         tuning without a chat template
     {"id", "messages", "answer", "task"}                   verifiable: the last message is a right assistant turn
+    {"id", "chosen", "rejected"}                           pairs: two lists of messages that begin alike, up to an
+                                                           assistant turn, and each end in one
+    {"id", "prompt", "chosen", "rejected"}                 pairs of text, without a chat template
+    {"id", "messages", "label"}                            labelled: True if the last turn is desirable, False if not
+    {"id", "prompt", "completion", "label"}                labelled text
 
 An example carries its own answer; `score` never looks anything up by the prompt's text.
 """
@@ -16,7 +21,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, ClassVar
 
 from trivium.data.config import SourceConfig
@@ -24,11 +30,45 @@ from trivium.errors import DataError
 from trivium.types import Score
 
 Example = Mapping[str, Any]
-FORMS = {
-    "pretrain": (("text",), "text"),
-    "sft": (("messages", "prompt"), "messages or prompt and completion"),
+Messages = Sequence[Mapping[str, str]]
+FORM_WORDS = {
+    "text": "text",
+    "chat": "messages, or prompt and completion",
+    "answers": "messages with an answer to score against",
+    "pairs": "chosen and rejected",
+    "labels": "a completion with a label",
 }
-"""What each training phase reads: an example has one of these keys, said in these words."""
+"""The forms of examples, and what each holds."""
+READS = {
+    "pretrain": ("text",),
+    "sft": ("chat", "answers"),
+    "preference": ("pairs", "labels"),
+    "reward": ("pairs",),
+    "rlhf": ("answers",),
+    "distill": ("chat", "answers", "text"),
+}
+"""The forms that each training phase can use; tokenizer and evaluate take any."""
+
+
+def form_of(example: Example) -> str:
+    """Which of the FORM_WORDS an example is: the most specific, so that a bad answer is never one to imitate."""
+    marks = {"chosen": "pairs", "label": "labels", "answer": "answers", "text": "text"}
+    return next((form for key, form in marks.items() if key in example), "chat")
+
+
+def prompt_of(example: Example) -> str | Messages:
+    """What the answers of a pair, or a labelled answer, follow: text, or messages.
+
+    >>> ask, yes, no = ({"role": r, "content": c} for r, c in (("user", "4?"), ("assistant", "4"), ("assistant", "5")))
+    >>> prompt_of({"id": "1", "chosen": [ask, yes], "rejected": [ask, no]}) == [ask]
+    True
+    """
+    if "prompt" in example:
+        return example["prompt"]
+    if "chosen" not in example:
+        return example["messages"][:-1]
+    both = zip(example["chosen"], example["rejected"], strict=False)
+    return [chosen for chosen, _ in takewhile(lambda turns: turns[0] == turns[1], both)]
 
 
 class Source(ABC):
@@ -60,10 +100,9 @@ class Source(ABC):
 
     def expect(self, phase: str) -> None:
         """Refuse the first example of a form that `phase` cannot use. Raises DataError naming it."""
-        keys, words = FORMS.get(phase, ((), ""))
-        example = self[0] if keys else {}
-        if keys and not any(key in example for key in keys):
+        if phase in READS and form_of(example := self[0]) not in READS[phase]:
             found = ", ".join(k for k in example if k != "id")
+            words = ", or ".join(FORM_WORDS[form] for form in READS[phase])
             raise DataError(f"example {example['id']} has {found}; phase={phase} needs {words}")
 
     def score(self, example: Example, completion: str) -> Score:

@@ -1,4 +1,4 @@
-"""Verifiable tasks: ask, answer greedily, let the source judge."""
+"""Verifiable tasks: ask, answer, let the source judge."""
 
 from __future__ import annotations
 
@@ -25,11 +25,19 @@ class Answer:
 
 
 def answer_tasks(
-    backend: Backend, tokenizer: Tokenizer, source: Source, examples: Sequence[Example], *, max_tokens: int
+    backend: Backend,
+    tokenizer: Tokenizer,
+    source: Source,
+    examples: Sequence[Example],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
 ) -> list[Answer]:
-    """Answer each example's question (its messages but the last) greedily and score it."""
+    """Answer each example's question (its messages but the last), greedily unless told otherwise, and score it."""
     chat = Chat(tokenizer)
-    params = SamplingParams(max_tokens=max_tokens, stop_ids=(tokenizer.eot_id, tokenizer.eos_id))
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, stop_ids=(tokenizer.eot_id, tokenizer.eos_id)
+    )
     prompts = [chat.prompt_ids(e["messages"][:-1]) for e in examples]
     texts = complete(backend, tokenizer, prompts, params)
     return [Answer(e, text, source.score(e, text)) for e, text in zip(examples, texts, strict=True)]
@@ -49,3 +57,9 @@ def accuracy(answers: Sequence[Answer], *, resamples: int, confidence: float) ->
     values = [v / len(vs) for vs in by_task.values() for v in vs]
     weights = [1 / len(vs) for vs in by_task.values() for _ in vs]
     return {"accuracy": mean(values, weights), **found}
+
+
+def mean_score(answers: Sequence[Answer], *, resamples: int, confidence: float) -> Estimate:
+    """The mean of the source's own scores."""
+    values = [a.score.value for a in answers]
+    return ratio_interval(values, [1.0] * len(values), resamples=resamples, confidence=confidence)

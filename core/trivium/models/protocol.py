@@ -16,7 +16,8 @@ from trivium.models.cache import KVCache
 class CausalLM(nn.Module, ABC):
     """Built as `cls(config, vocab_size)`; building allocates but does not initialise (`init_weights` does).
 
-    embed: the token embedding. head: hidden -> logits, a module of its own.
+    embed: the token embedding. head: hidden -> logits, a module of its own. score: hidden -> (..., 1), of a reward
+    model; None in a language model.
     """
 
     supports_packing: ClassVar[bool] = False
@@ -24,11 +25,19 @@ class CausalLM(nn.Module, ABC):
 
     embed: nn.Embedding
     head: nn.Linear
+    score: nn.Linear | None
 
     def __init__(self, config: Any, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
+        self.score = None
+
+    def add_score_head(self) -> None:
+        """Make a reward model of it. The head starts at zero: no answer is better than another yet."""
+        weight = self.embed.weight
+        self.score = nn.Linear(weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.score.weight)
 
     @abstractmethod
     def forward(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from trivium.types import IGNORE
+from trivium.types import IGNORE, TokenBatch
 
 CHUNK = 256
 """Tokens that meet the vocabulary at once: the logits of a chunk stay in the processor's cache. At a vocabulary of
@@ -62,6 +63,69 @@ def token_sums(head: nn.Linear, states: Tensor, targets: Tensor, token_loss: Tok
     return _TokenSums.apply(*tensors, targets, token_loss, chunk)
 
 
+def chunk_logits(states: Tensor, weight: Tensor, bias: Tensor | None, chunk: int = CHUNK) -> Tensor:
+    """(n, C) states, n <= chunk -> (n, V) logits, at least fp32. Always computed for `chunk` rows: for a last chunk of
+    another size each step the matrix library would make, and keep, a kernel of its own (LOG.md)."""
+    full = F.pad(states, (0, 0, 0, chunk - len(states)))
+    return at_least_fp32(F.linear(full, weight, bias))[: len(states)]
+
+
+def token_values(head: nn.Linear, states: Tensor, targets: Tensor, value: Callable, chunk: int = CHUNK) -> Tensor:
+    """(N,) what `value` makes of each token's (N, V) logits and target, each with a gradient of its own.
+
+    For losses that are no sum over tokens. A chunk's logits are made again in the backward pass (Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174), so (N, V) is never held here either.
+    """
+
+    def some(h: Tensor, y: Tensor) -> Tensor:
+        return value(chunk_logits(h, head.weight, head.bias, chunk), y)
+
+    parts = [
+        checkpoint(some, states[i : i + chunk], targets[i : i + chunk], use_reentrant=False, preserve_rng_state=False)
+        for i in range(0, max(len(states), 1), chunk)
+    ]
+    return torch.cat(parts)  # type: ignore[arg-type]
+
+
+def target_logprobs(forward: Any, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+    """(N,) log-probability of each trained token of `batch`, in the order of the rows, with gradient."""
+    states, targets = shift(forward(batch.tokens, batch.positions, batch.segments), batch.labels)
+    return token_values(forward.head, states, targets, lambda logits, y: logprobs(logits / temperature, y))
+
+
+def num_segments(batch: TokenBatch) -> int:
+    """S: the largest number of documents in a row."""
+    return 1 if batch.segments is None else int(batch.segments.max())
+
+
+def segment_index(batch: TokenBatch) -> Tensor:
+    """(N,) where each trained token's document stands in a flat (B * S,) table; column s-1 is segment s."""
+    trained = batch.labels[:, 1:] != IGNORE
+    rows = torch.arange(len(trained), device=trained.device)[:, None].expand_as(trained)
+    if batch.segments is None:
+        return rows[trained]
+    return (rows * num_segments(batch) + batch.segments[:, 1:] - 1)[trained]
+
+
+def segment_sums(values: Tensor, batch: TokenBatch) -> Tensor:
+    """(N,) values of trained tokens -> (B, S) their sums over each document; 0 where a row has fewer documents."""
+    rows, columns = len(batch.tokens), num_segments(batch)
+    sums = values.new_zeros(rows * columns).index_add(0, segment_index(batch), values)
+    return sums.view(rows, columns)
+
+
+def sequence_logprobs(forward: Any, batch: TokenBatch) -> Tensor:
+    """(B, S) log-probability of each document's trained tokens: a sum, prompts and padding left out."""
+    return segment_sums(target_logprobs(forward, batch), batch)
+
+
+def spread(values: Tensor, labels: Tensor) -> Tensor:
+    """(N,) values of trained tokens -> (B, T), aligned with the tokens themselves, 0 elsewhere."""
+    out = values.new_zeros(labels.shape)
+    out[:, 1:][labels[:, 1:] != IGNORE] = values
+    return out
+
+
 class _TokenSums(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -82,9 +146,7 @@ class _TokenSums(torch.autograd.Function):
             here = slice(start, start + chunk)
             with torch.set_grad_enabled(any(needed)):
                 h = states[here].detach().requires_grad_(needed[0])
-                # A last chunk of another size each step would have the matrix library make, and keep, a kernel for it.
-                full = F.pad(h, (0, 0, 0, chunk - len(h)))
-                sums = [s.sum() for s in token_loss(at_least_fp32(F.linear(full, w, b))[: len(h)], targets[here])]
+                sums = [s.sum() for s in token_loss(chunk_logits(h, w, b, chunk), targets[here])]
             if any(needed):
                 sums[0].backward()
             if states_grad is not None and h.grad is not None:

@@ -49,6 +49,7 @@ class NextToken(Objective):
 class SFT(NextToken):
     """Cross-entropy on what the assistant wrote; which tokens those are is in the labels."""
 
+    reads: ClassVar[str] = "chat"
     phases: ClassVar[frozenset[str]] = frozenset({"sft"})
     config: SFTConfig
 

@@ -7,14 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from trivium.data.source import Source
+from trivium.data.source import Source, form_of, prompt_of
 from trivium.errors import BackendError
 from trivium.inference.protocol import Backend
 from trivium.models.protocol import CausalLM
 from trivium.objectives.protocol import Objective
 from trivium.types import Request, SamplingParams, TokenBatch
 
-FORMS = ({"text"}, {"messages"}, {"prompt", "completion"})
+FORMS = {
+    "text": ({"text"},),
+    "chat": ({"messages"}, {"prompt", "completion"}),
+    "answers": ({"messages", "answer"},),
+    "pairs": ({"chosen", "rejected"},),
+    "labels": ({"messages", "label"}, {"prompt", "completion", "label"}),
+}
+"""The keys that an example of each form has, beside its id."""
 
 
 class SourceContract:
@@ -32,7 +39,25 @@ class SourceContract:
     def test_examples_have_a_known_form(self) -> None:
         source = self.make()
         for i in range(len(source)):
-            assert any(form <= set(source[i]) for form in FORMS), f"example {source[i]['id']} has {sorted(source[i])}"
+            keys = set(source[i])
+            assert any(needed <= keys for needed in FORMS[form_of(source[i])]), f"{source[i]['id']} has {sorted(keys)}"
+
+    def test_pairs_are_two_answers_to_one_prompt(self) -> None:
+        source = self.make()
+        for pair in (e for e in (source[i] for i in range(len(source))) if form_of(e) == "pairs"):
+            prompt, sides = prompt_of(pair), (pair["chosen"], pair["rejected"])
+            assert prompt and sides[0] != sides[1], pair
+            if "prompt" in pair:
+                assert all(isinstance(said, str) and said for said in (prompt, *sides)), pair
+                continue
+            answers = [said[len(prompt) :] for said in sides]
+            assert all(a and a[0]["role"] == a[-1]["role"] == "assistant" for a in answers), pair
+
+    def test_labels_are_verdicts_on_a_last_turn(self) -> None:
+        source = self.make()
+        for example in (e for e in (source[i] for i in range(len(source))) if form_of(e) == "labels"):
+            assert isinstance(example["label"], bool) and prompt_of(example), example
+            assert "messages" not in example or example["messages"][-1]["role"] == "assistant", example
 
     def test_examples_are_the_same_at_every_call_in_any_order(self) -> None:
         first, second = self.make(), self.make()

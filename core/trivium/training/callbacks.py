@@ -122,6 +122,7 @@ class Save(AfterStep):
     ) -> None:
         self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
         self.watch = SignalWatch()
+        self._due = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.watch.__enter__()  # after Lightning has set its own handlers, which save nothing
@@ -135,8 +136,10 @@ class Save(AfterStep):
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         signalled = self.watch.received is not None
         best = self.best_of is not None and self.best_of.improved
-        due = module.step % self.every_steps == 0 or module.step == self.max_steps or trainer.should_stop
-        if due or best or signalled:
+        ends = module.step == self.max_steps or trainer.should_stop
+        self._due |= module.step % self.every_steps == 0 or ends or best or signalled
+        if self._due and module.between_items:  # in the midst of a rollout the steps that are left come first
             self.save(module, best)
-        if signalled:
-            trainer.should_stop = True
+            self._due = False
+            if signalled:
+                trainer.should_stop = True

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from trivium.data.datamodule import StepDataModule, StepDataset
+from trivium.data.datamodule import StepDataModule, Steps
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import CheckpointError, ConfigError, TrainingError
 from trivium.models.weights import load_weights, weights_of
@@ -49,7 +49,7 @@ class Job:
     config: RunConfig
     folder: Path
     module: ObjectiveModule
-    steps: StepDataset
+    steps: Steps
     validation: list[TokenBatch]
     tokenizer: Tokenizer
     model_record: dict[str, Any]

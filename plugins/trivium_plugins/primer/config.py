@@ -7,25 +7,27 @@ from dataclasses import dataclass, field
 from trivium.data.config import SourceConfig, positive
 from trivium.errors import ConfigError
 
-PARTS = ("books", "definitions", "tasks", "chats")
+DEFAULT_PARTS = ("books", "definitions", "tasks", "chats")
+PARTS = (*DEFAULT_PARTS, "pairs")  # pairs say nothing that tasks do not, so a tokenizer needs none of them
 TASKS = ("add", "subtract", "copy", "reverse", "count", "compare")
 
 
 @dataclass(frozen=True)
 class PrimerConfig(SourceConfig):
-    """Which parts of the primer, and how much of each; `seed` changes the tasks and the chats, never the split."""
+    """Which parts of the primer, and how much of each; `seed` changes what is made, never the split."""
 
-    parts: list[str] = field(default_factory=lambda: list(PARTS))  # in this order; more parts, a more varied mixture
+    parts: list[str] = field(default_factory=lambda: list(DEFAULT_PARTS))  # in this order; more parts, more variety
     tasks: list[str] = field(default_factory=lambda: list(TASKS))  # more kinds leave each a smaller share of num_tasks
     num_tasks: int = 12_000  # over all kinds, evenly; more brings new problems until they repeat (about 8,000 sums)
     num_chats: int = 3_000  # more brings new combinations of facts and phrasings
+    num_pairs: int = 6_000  # right and wrong answers, over the kinds of tasks; more brings new problems and mistakes
     num_definitions: int = 4_000  # at most, the commonest words first; more brings rarer words, up to all there are
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _some_of(self, "parts", PARTS)
         _some_of(self, "tasks", TASKS)
-        positive(self, "num_tasks", "num_chats", "num_definitions")
+        positive(self, "num_tasks", "num_chats", "num_pairs", "num_definitions")
 
 
 def _some_of(owner: PrimerConfig, name: str, allowed: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The source `primer`: bundled books, definitions, made problems and made chats, one after the other."""
+"""The source `primer`: bundled books, definitions, made problems, chats and pairs, one after the other."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from trivium.errors import DataError
 from trivium.types import Score
 from trivium_plugins.primer.chats import Chats
 from trivium_plugins.primer.config import PrimerConfig
+from trivium_plugins.primer.pairs import Pairs
 from trivium_plugins.primer.tasks import Tasks, is_right
 from trivium_plugins.primer.texts import Books, Definitions
 
@@ -35,13 +36,17 @@ class Part(Protocol):
         ...
 
 
-PARTS: dict[str, type[Part]] = {"books": Books, "definitions": Definitions, "tasks": Tasks, "chats": Chats}
+PARTS: dict[str, type[Part]] = {
+    "books": Books, "definitions": Definitions, "tasks": Tasks, "chats": Chats, "pairs": Pairs,
+}  # fmt: skip
 
 
 class Primer(Source):
     """The parts of the config, in its order; every example is made when asked for and is the same at every call."""
 
-    phases: ClassVar[frozenset[str]] = frozenset({"tokenizer", "pretrain", "sft", "evaluate"})
+    phases: ClassVar[frozenset[str]] = frozenset(
+        {"tokenizer", "pretrain", "sft", "preference", "reward", "rlhf", "distill", "evaluate"}
+    )
 
     def __init__(self, config: PrimerConfig) -> None:
         super().__init__(config)

@@ -93,6 +93,15 @@ KINDS: dict[str, Callable[[int], Problem]] = {
 }  # fmt: skip
 
 
+def problem_of(kind: str, split: str, *key: object) -> Problem:
+    """The first problem of `kind` drawn for `key` that belongs to the split."""
+    for attempt in range(10_000):  # one in ten is of the test split, so the end is never reached with whole data
+        problem = KINDS[kind](draw(*key, attempt))
+        if split_of(f"{kind}/{problem.key}", 0.1, 0.1) == split:
+            return problem
+    raise DataError(f"no {kind!r} problem of the {split} split can be made from the bundled words")
+
+
 class Tasks:
     """`num_tasks` problems, the kinds taking turns, so that any run of examples is balanced."""
 
@@ -106,17 +115,9 @@ class Tasks:
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, which = divmod(index, len(self.config.tasks))
         kind = self.config.tasks[which]
-        problem = self._problem(kind, number)
+        problem = problem_of(kind, self.config.split, self.config.seed, kind, number)
         turns = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.answer}]
         return {"id": f"tasks/{kind}/{number}", "task": kind, "messages": turns, "answer": problem.answer}
-
-    def _problem(self, kind: str, number: int) -> Problem:
-        """The first problem drawn for (seed, kind, number) that belongs to the split."""
-        for attempt in range(10_000):  # one in ten is of the test split, so the end is never reached with whole data
-            problem = KINDS[kind](draw(self.config.seed, kind, number, attempt))
-            if split_of(f"{kind}/{problem.key}", 0.1, 0.1) == self.config.split:
-                return problem
-        raise DataError(f"no {kind!r} problem of the {self.config.split} split can be made from the bundled words")
 
     def identity(self) -> list[Any]:
         """What the content follows from, beyond the split."""

@@ -1,0 +1,110 @@
+"""Held-out figures of a trained model, each with an interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from trivium.build import Artifact, build_backend, same_tokenizer
+from trivium.data.source import Example, form_of
+from trivium.errors import ConfigError, DataError
+from trivium.evaluation.divergence import kl_to_teacher
+from trivium.evaluation.intervals import Estimate
+from trivium.evaluation.pairs import chosen_over_rejected
+from trivium.evaluation.perplexity import bits_per_byte
+from trivium.evaluation.probes import accuracy, answer_tasks, mean_score
+from trivium.inference.config import SamplingConfig
+from trivium.phases.run import Run
+
+
+def run_evaluate(this: Run) -> int:
+    """Bits per byte, accuracy and reward on tasks, chosen over rejected, KL to a teacher: what the data allows."""
+    config, settings = this.config, this.config.evaluation
+    parent = this.needs_parent()
+    sampling = config.inference.config.sampling
+    if config.system or dataclasses.replace(sampling, max_tokens=64) != SamplingConfig():
+        raise ConfigError("phase=evaluate answers greedily and without a system message; only max_tokens may be set")
+    source = this.source()
+    _refuse_trained_text(this, parent)
+    model, _ = parent.model(config.model)
+    examples = [source[i] for i in range(len(source))]
+    random.Random(0).shuffle(examples)  # a cap must not read one book or one task only
+    texts = [e["text"] for e in examples if form_of(e) == "text"][: settings.max_texts]
+    tasks = balanced([e for e in examples if form_of(e) == "answers"], settings.max_tasks)
+    pairs = balanced([e for e in examples if form_of(e) == "pairs"], settings.max_pairs)
+    chats = balanced([e for e in examples if form_of(e) in ("chat", "answers")], settings.max_chats)
+    if model.score is not None:
+        this.say("a reward model: it scores answers and writes none, so only its choice between answers is measured")
+        texts, tasks, chats = [], [], []
+    if "teacher" not in this.companions:
+        chats = []
+    if not (texts or tasks or pairs or chats):
+        raise DataError(
+            f"data={config.data.name if config.data else ''} has neither text nor verifiable tasks nor pairs to "
+            f"evaluate {parent.path} on"
+        )
+    read = {"texts": len(texts), "tasks": len(tasks), "pairs": len(pairs), "conversations": len(chats)}
+    shown = ", ".join(f"{n} {name}" for name, n in read.items() if n)
+    this.say(f"{shown} of the {len(source)} examples held out")
+    bootstrap: dict[str, Any] = {"resamples": settings.resamples, "confidence": settings.confidence}
+    found: dict[str, Estimate] = {}
+    tokenizer = parent.tokenizer
+    backend = build_backend(config.inference, model, tokenizer.pad_id, config.trainer.accelerator)
+    if texts:
+        found["bits_per_byte"] = bits_per_byte(model, tokenizer, texts, stride=settings.stride, **bootstrap)
+    if tasks:
+        limit = min(sampling.max_tokens, model.context // 4)
+        answers = answer_tasks(backend, tokenizer, source, tasks, max_tokens=limit)
+        this.write_samples(
+            [
+                {
+                    "kind": "evaluate",
+                    "task": a.example["task"],
+                    "prompt": a.example["messages"][-2]["content"],
+                    "completion": a.completion,
+                    "answer": a.example["answer"],
+                    "correct": a.score.correct,
+                }
+                for a in answers
+            ]
+        )
+        found |= accuracy(answers, **bootstrap)
+        drawn = answer_tasks(backend, tokenizer, source, tasks, max_tokens=limit, temperature=1.0)
+        found["reward"] = mean_score(drawn, **bootstrap)
+    if pairs:
+        found |= chosen_over_rejected(model, tokenizer, pairs, **bootstrap)
+    if chats:
+        teacher = this.companions["teacher"]
+        same_tokenizer("teacher", teacher, tokenizer)
+        found["kl_to_teacher"] = kl_to_teacher(model, teacher.model(None)[0], tokenizer, chats, **bootstrap)
+    for name, e in found.items():
+        this.say(f"{name:<20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]  n={e.count}")
+    this.manifest.update(results={k: dataclasses.asdict(e) for k, e in found.items()}, source=source.fingerprint)
+    return 0
+
+
+def _refuse_trained_text(this: Run, parent: Artifact) -> None:
+    """The same path cut another way than in training would call trained text held out."""
+    ours = dataclasses.asdict(this.config.data.config) if this.config.data else {}
+    theirs = {k.removeprefix("data."): v for k, v in parent.guard.items() if k.startswith("data.")}
+    scored = ours.get("validation_path") or ours.get("path")
+    if not scored or scored != theirs.get("path"):
+        return
+    differ = [k for k in ("validation_path", "validation_share") if ours.get(k) != theirs.get(k)]
+    if differ:
+        shown = ", ".join(f"data.{k}={theirs[k] or repr('')}" for k in differ)
+        raise ConfigError(
+            f"{parent.path} was trained on {scored} with {shown}; the same here, or other text in "
+            "data.validation_path, keeps trained text out of the score"
+        )
+
+
+def balanced(examples: Sequence[Example], limit: int) -> list[Example]:
+    """At most `limit` examples, as many of each task as can be."""
+    by_task: dict[str, list] = {}
+    for example in examples:
+        by_task.setdefault(example.get("task", ""), []).append(example)
+    share = max(1, limit // max(1, len(by_task)))
+    return [e for _, some in sorted(by_task.items()) for e in some[:share]]

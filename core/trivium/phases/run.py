@@ -1,0 +1,103 @@
+"""One run: its folder, manifest, parent, companions and console: what every phase needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from trivium.build import Artifact, build_source, load_artifact
+from trivium.compose import as_dict
+from trivium.data.source import Source
+from trivium.disk import make_folder, replace_file
+from trivium.errors import ConfigError
+from trivium.lineage.manifest import Manifest, digest_of, masked
+from trivium.lineage.manifest import read as read_manifest
+from trivium.schema import DATA_PHASES, RunConfig
+
+COMPANIONS = ("reference", "teacher")
+ASIDE = ("name", "runs", "debug", "pipeline", "init_from", *COMPANIONS)
+"""Settings that change no result: init_from, here and of companions, is replaced by the hash of what it named."""
+RESULTS_OF = {
+    "tokenizer": ("data", "tokenizer", "phase", "domain"),
+    "evaluate": ("data", "evaluation", "inference", "system", "phase", "domain"),
+    "generate": ("prompt", "prompts", "prompt_format", "system", "inference", "phase"),
+    "chat": ("prompts", "system", "inference", "phase"),
+}
+
+
+class Run:
+    """One run's folder, manifest, parent and console."""
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        speaks = config.phase in ("evaluate", "generate", "chat") and config.init_from
+        self.name = config.name or f"{config.phase}-{Path(config.init_from).name if speaks else config.domain}"
+        self.config = config = dataclasses.replace(config, name=self.name)
+        self.console = console
+        self._sources: dict[str | None, Source] = {}
+        # loaded before the folder is made: a wrong one leaves none
+        self.parent = load_artifact(config.init_from) if config.init_from else None
+        self.companions: dict[str, Artifact] = {}
+        for name in COMPANIONS:
+            if getattr(config, name).init_from:
+                self.companions[name] = load_artifact(getattr(config, name).init_from)
+        self.folder = make_folder(Path(config.runs) / self.name)
+        there = read_manifest(self.folder).get("phase", config.phase)
+        if there != config.phase:
+            raise ConfigError(f"{self.folder} holds a run of phase={there}; choose another name=")
+        plain = as_dict(config)
+        keys = RESULTS_OF.get(config.phase, tuple(plain))
+        came_from = [self.parent.sha256 if self.parent else "", *(self.companions[n].sha256 for n in self.companions)]
+        key = digest_of([{k: plain[k] for k in keys if k not in ASIDE}, *came_from, config.seed])
+        roles = {"init_from": self.parent, **self.companions}
+        parents = [
+            {"role": role, "path": str(artifact.checkpoint or artifact.path), "sha256": artifact.sha256}
+            for role, artifact in roles.items()
+            if artifact is not None
+        ]
+        self.manifest = Manifest(
+            self.folder, key, name=self.name, phase=config.phase, domain=config.domain, seed=config.seed,
+            config=masked(plain), parents=parents,
+        )  # fmt: skip
+
+    def begin(self, **facts: Any) -> None:
+        """Make the folder this run's own. Training waits until its checkpoints are known to be this run's."""
+        text = OmegaConf.to_yaml(OmegaConf.create(self.manifest.facts["config"]))
+        replace_file(self.folder / "config.yaml", text.encode())
+        self.manifest.update("running", **facts)
+
+    def say(self, text: str) -> None:
+        """A line under the phase's header, on the console and in log.txt."""
+        self.console.print(f"  {text}", highlight=False, markup=False)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def source(self, split: str | None = None) -> Source:
+        """The run's data, built once for each split."""
+        if split not in self._sources:
+            self._sources[split] = build_source(self.config.data, self.config.phase, split)
+        return self._sources[split]
+
+    def same_content(self) -> bool:
+        """Whether the data holds what it held when the run was done."""
+        if self.config.phase not in DATA_PHASES:
+            return True
+        return self.manifest.facts.get("source") == self.source().fingerprint
+
+    def needs_parent(self) -> Artifact:
+        """The parent of a phase that cannot start from nothing."""
+        if self.parent is None:
+            raise ConfigError(f"phase={self.config.phase} needs a trained model: set init_from=runs/...")
+        return self.parent
+
+    def write_samples(self, rows: Sequence[dict]) -> None:
+        """samples.jsonl, whole."""
+        replace_file(
+            self.folder / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+        )

@@ -1,0 +1,97 @@
+"""Answers in the terminal: prompts completed once, or a conversation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from trivium.build import build_backend
+from trivium.data.chat import Chat
+from trivium.data.tokenizer import Tokenizer
+from trivium.errors import CheckpointError, ConfigError
+from trivium.evaluation.generation import complete
+from trivium.inference.chat import HELP, Conversation, sampling_params, talk
+from trivium.models.protocol import CausalLM
+from trivium.phases.run import Run
+
+
+def speaking_model(this: Run) -> CausalLM:
+    """The parent's language model. Raises CheckpointError for a reward model, which has nothing to say."""
+    parent = this.needs_parent()
+    model, _ = parent.model(this.config.model)
+    if model.score is not None:
+        raise CheckpointError(f"{parent.path} is a reward model: it scores answers and writes none")
+    return model
+
+
+def prompt_ids(this: Run, tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    """Token ids to answer each prompt from, as a user turn or as plain text."""
+    if not chat:
+        return [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+    system = [{"role": "system", "content": this.config.system}] if this.config.system else []
+    talker = Chat(tokenizer)
+    return [talker.prompt_ids([*system, {"role": "user", "content": p}]) for p in prompts]
+
+
+def run_generate(this: Run) -> int:
+    """Answer prompts."""
+    config = this.config
+    parent = this.needs_parent()
+    prompts = [config.prompt] if config.prompt else config.prompts
+    if not prompts:
+        raise ConfigError("phase=generate needs prompt='...' or prompts=['...','...']")
+    model = speaking_model(this)
+    tokenizer = parent.tokenizer
+    backend = build_backend(config.inference, model, tokenizer.pad_id, config.trainer.accelerator)
+    chat = config.prompt_format == "chat" or (config.prompt_format == "auto" and parent.form == "chat")
+    params = sampling_params(config.inference.config.sampling, (tokenizer.eot_id, tokenizer.eos_id))
+    texts = complete(backend, tokenizer, prompt_ids(this, tokenizer, prompts, chat=chat), params)
+    for prompt, text in zip(prompts, texts, strict=True):
+        this.console.print(f"  [bold]{_plain(prompt)}[/]{'' if not chat else ' ->'} {_plain(text)}", highlight=False)
+    this.write_samples(
+        [{"kind": "generate", "prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]
+    )
+    return 0
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[").strip("\n")
+
+
+def run_chat(this: Run) -> int:
+    """Talk in the terminal, or hold the conversation that `prompts` scripts."""
+    config = this.config
+    parent = this.needs_parent()
+    if parent.form != "chat":
+        this.say("warning: this model was not tuned on conversations; expect its text to run on")
+    model = speaking_model(this)
+    backend = build_backend(config.inference, model, parent.tokenizer.pad_id, config.trainer.accelerator)
+    conversation = Conversation(backend, parent.tokenizer, config.inference.config.sampling, config.system)
+    script = iter(config.prompts)
+    interactive = sys.stdin.isatty() and not config.prompts
+
+    def read() -> str | None:
+        if config.prompts:
+            line = next(script, None)
+            if line is not None:
+                sys.stdout.write(f"  you: {line}\n  model: ")
+            return line
+        try:
+            line = input("you: " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            return None
+        return line.encode("utf-8", "replace").decode()  # a terminal may send bytes that are no UTF-8
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    if interactive:
+        this.say(HELP)
+    try:
+        talk(conversation, read, write)
+    finally:
+        turns = [m["content"] for m in conversation.messages if m["role"] != "system"]
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        this.write_samples([{"kind": "chat", "prompt": q, "completion": a} for q, a in pairs])
+    return 0

@@ -1,0 +1,370 @@
+"""Training phases: data and models to a job, a job to a trained run. The tokenizer's training too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium.build import (
+    Artifact,
+    build_backend,
+    build_companion,
+    build_model,
+    build_objective,
+    build_optimizer,
+    build_schedule,
+    cached_tokenizer,
+    device_of,
+    model_record,
+    train_tokenizer,
+)
+from trivium.compose import as_dict
+from trivium.data.datamodule import PromptDataset, StepDataset, Steps, validation_batches
+from trivium.data.packing import TokenTable, tokenise
+from trivium.data.source import Source
+from trivium.data.tokenizer import Tokenizer
+from trivium.errors import ConfigError
+from trivium.evaluation.generation import complete
+from trivium.inference.chat import sampling_params
+from trivium.inference.config import SamplingConfig
+from trivium.models.protocol import CausalLM
+from trivium.objectives.protocol import Objective
+from trivium.phases.run import ASIDE, Run
+from trivium.phases.speak import prompt_ids
+from trivium.training.companions import COLUMN, note_reference
+from trivium.training.objective_module import ObjectiveModule, StepSettings
+from trivium.training.rollout_module import RolloutModule, RolloutSettings
+from trivium.training.stop import EXIT_CODE
+from trivium.training.trainer import Job, autocast_dtype, fit
+from trivium.types import TokenBatch
+
+UNGUARDED = (
+    *("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts"),
+    *("prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE),
+)
+"""Settings that may change between the starts of one training run, since no weight depends on them."""
+
+
+def run_tokenizer(this: Run) -> int:
+    """Train a tokenizer on the domain's text."""
+    if this.config.tokenizer.config.path:
+        raise ConfigError("phase=tokenizer trains one; tokenizer.path= is for the phases that use one")
+    source = this.source()
+    tokenizer = train_tokenizer(this.config.tokenizer, source)
+    tokenizer.save(this.folder)
+    said = [source[i] for i in range(0, len(source), max(1, len(source) // 200))]
+    texts = [e["text"] for e in said if "text" in e] or [m["content"] for e in said for m in e.get("messages", ())]
+    per_token = sum(len(t.encode()) for t in texts) / max(1, sum(map(len, tokenizer.encode_batch(texts))))
+    this.say(f"{tokenizer.vocab_size:,} tokens, {per_token:.2f} bytes a token")
+    results = {"vocab_size": tokenizer.vocab_size, "bytes_per_token": round(per_token, 4)}
+    this.manifest.update(tokenizer=tokenizer.fingerprint, source=source.fingerprint, results=results)
+    return 0
+
+
+def run_training(this: Run) -> int:
+    """Every phase that trains: the same path with another objective, from data or from the policy's own samples."""
+    config = this.config
+    objective = build_objective(config.objective, config.phase)
+    companions = _companions(this, objective)
+    source = this.source()
+    model, record, tokenizer = _model_and_tokenizer(this, source, objective)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
+    dtype = autocast_dtype(config.precision, config.trainer.accelerator)
+    fresh_head = objective.scores and not (this.parent and this.parent.scores)
+    equal = all(this.parent is not None and c.sha256 == this.parent.sha256 for c in companions.values())
+    parts = (
+        model,
+        objective,
+        lambda m: build_optimizer(config.optim, m),
+        build_schedule(config.schedule, config.trainer.max_steps),
+        StepSettings(config.trainer.grad_clip, config.seed, dtype, equal and (fresh_head or not objective.scores)),
+    )
+    prepare = _from_samples if objective.reads == "answers" else _from_data
+    ready = prepare(this, parts, companions, source, tokenizer, dtype)
+    if config.trainer.compile:
+        ready.module.compile_model()
+    guard = _guard(this, ready.data["train"], tokenizer, dtype, companions)
+    make_samples = _sampler(this, model, tokenizer, ready.form)
+    _header(this, ready, dtype)
+    facts = {
+        "model": {"name": record["name"], "parameters": model.num_parameters},
+        "data": ready.data,
+        "source": source.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    job = Job(config, this.folder, ready.module, ready.steps, ready.validation, tokenizer, record, guard,
+              ready.form, make_samples, lambda: this.begin(**facts), this.console)  # fmt: skip
+    fitted = fit(job)
+    kept = ("train/loss", "val/loss", "train/nll", "rollout/reward")
+    results = {k: v for k, v in fitted.figures.items() if k in kept}
+    this.manifest.update(steps=fitted.steps, tokens_seen=fitted.tokens, results=results)
+    if fitted.signal:
+        this.say(f"stopped by signal {fitted.signal} after step {fitted.steps}, saved; the same command continues")
+        return EXIT_CODE
+    early = " (early: the validation loss no longer falls)" if fitted.stopped_early else ""
+    shown = {"val/loss": ", val loss {:.3f}", "rollout/reward": ", reward {:.3f}"}
+    more = "".join(text.format(fitted.figures[k]) for k, text in shown.items() if k in fitted.figures)
+    already = "was done already" if fitted.resumed_from == fitted.steps else "done"
+    loss = fitted.figures.get("train/loss", float("nan"))
+    this.say(f"{already}: step {fitted.steps}{early}, train loss {loss:.3f}{more}")
+    return 0
+
+
+@dataclasses.dataclass
+class Ready:
+    """What a training run is made of. form: "chat" or "text". data: fingerprints by split. about: for the header."""
+
+    module: ObjectiveModule
+    steps: Steps
+    form: str
+    data: dict[str, str]
+    about: str
+    validation: list[TokenBatch] = dataclasses.field(default_factory=list)
+
+
+def _companions(this: Run, objective: Objective) -> dict[str, Artifact]:
+    """The objective's companions: those that were named, and as reference where none was, what the run starts from."""
+    for name in this.companions.keys() - set(objective.companions):
+        raise ConfigError(f"objective={this.config.objective.name} has no {name}; leave {name}.init_from away")
+    found = {}
+    for name in objective.companions:
+        artifact = this.companions.get(name) or (this.parent if name == "reference" else None)
+        if artifact is None or artifact.checkpoint is None:
+            raise ConfigError(
+                f"objective={this.config.objective.name} needs a {name}: set {name}.init_from=runs/..."
+                + (", or init_from= of a tuned model, which then is the reference" if name == "reference" else "")
+            )
+        found[name] = artifact
+    return found
+
+
+def _from_data(
+    this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+) -> Ready:  # fmt: skip
+    """Packed rows of a data set."""
+    config = this.config
+    model, objective = parts[:2]
+    length = config.batch.length
+    form = objective.reads
+    if form == "pairs" and "label" in source[0]:
+        raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
+
+    def table_of(split: Source) -> TokenTable:
+        return tokenise(split, tokenizer, length, form=form, train_on=getattr(objective.config, "train_on", "all"))
+
+    table = table_of(source)
+    longest = length // table.group
+    if longest > model.context:
+        most = f"; {table.group} documents share a row, so {table.group * model.context} is the most"
+        raise ConfigError(
+            f"batch.length={length} is longer than the model's context of {model.context}{most * (table.group > 1)}"
+        )
+    sizes: dict[str, Any] = {"micro_size": config.batch.micro_size, "length": length, "pad_id": tokenizer.pad_id}
+    steps = StepDataset(table, size=config.batch.size, seed=config.seed, batch=objective.batch, **sizes)
+    tables = {"train": table}
+    if config.validation.every_steps:
+        tables["validation"] = table_of(this.source("validation"))
+    models = {name: artifact for name, artifact in companions.items() if name != COLUMN}
+    if COLUMN in companions:
+        reference = companions[COLUMN]
+
+        def load() -> CausalLM:
+            return build_companion(COLUMN, reference, tokenizer, longest)
+
+        for split in tables.values():
+            rows = steps if split is table else StepDataset(split, size=steps.size, seed=0, batch=steps.batch, **sizes)
+            device = device_of(config.trainer.accelerator)
+            note_reference(objective, load, reference.sha256, rows, dtype, device)
+    validation = []
+    if "validation" in tables:
+        rows = config.validation.max_rows
+        validation = validation_batches(tables["validation"], max_rows=rows, batch=objective.batch, **sizes)
+    loaded = {name: build_companion(name, artifact, tokenizer, longest) for name, artifact in models.items()}
+    module = ObjectiveModule(*parts, companions=loaded)
+    per_step = config.batch.size * length
+    epochs = per_step * config.trainer.max_steps * steps.utilisation / max(1, len(table.tokens))
+    units = f", {len(table.ids) // table.group:,} {objective.unit}s" if table.group > 1 else ""
+    about = (
+        f"{config.trainer.max_steps} steps of {per_step:,} tokens ({epochs:.1f} epochs of {_count(len(table.tokens))}"
+        f"{units}), rows {steps.utilisation:.1%} full"
+    )
+    if table.truncated:
+        about += f"; {table.truncated} documents cut at {longest} tokens, {table.lost_ends} of them without their end"
+    talks = any("text" not in e and "prompt" not in e for e in map(source.__getitem__, range(len(source))))
+    data = {name: t.fingerprint for name, t in tables.items()}
+    return Ready(module, steps, "chat" if talks else "text", data, about, validation)
+
+
+def _from_samples(
+    this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+) -> Ready:  # fmt: skip
+    """Prompts, and a backend that answers them from the weights that are trained."""
+    config, rollout, model = this.config, this.config.rollout, parts[0]
+    sampling = config.inference.config.sampling
+    if sampling.temperature <= 0 or sampling.top_k or sampling.top_p < 1:
+        raise ConfigError(
+            "phase=rlhf learns from samples of the policy itself, so inference.sampling.temperature="
+            f"{sampling.temperature} must be greater than 0, and top_k={sampling.top_k} and top_p={sampling.top_p} off "
+            "(0 and 1), or the ratios would be of another distribution"
+        )
+    if config.trainer.max_steps % rollout.updates:
+        raise ConfigError(
+            f"trainer.max_steps={config.trainer.max_steps} must be a multiple of rollout.updates={rollout.updates}"
+        )
+    steps = PromptDataset(source, tokenizer, size=rollout.prompts, updates=rollout.updates, seed=config.seed)
+    longest = steps.longest + sampling.max_tokens
+    room = min(config.batch.length, model.context)
+    if longest > room:
+        raise ConfigError(
+            f"a prompt of {steps.longest} tokens and inference.sampling.max_tokens={sampling.max_tokens} do not fit "
+            f"{room} tokens (batch.length={config.batch.length}, the model's context {model.context})"
+        )
+    backend = build_backend(config.inference, model, tokenizer.pad_id, config.trainer.accelerator)
+    if not backend.capabilities().shares_weights:
+        raise ConfigError(
+            f"inference={config.inference.name} does not sample from the weights being trained; phase=rlhf needs a "
+            "backend that does, such as inference=native"
+        )
+    loaded = {name: build_companion(name, artifact, tokenizer, longest) for name, artifact in companions.items()}
+    settings = RolloutSettings(
+        samples=rollout.samples,
+        updates=rollout.updates,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        micro_size=config.batch.micro_size,
+        length=config.batch.length,
+    )
+    module = RolloutModule(
+        *parts, companions=loaded, backend=backend, source=source, tokenizer=tokenizer, rollouts=settings
+    )
+    asked = config.trainer.max_steps // rollout.updates * rollout.prompts
+    about = (
+        f"{config.trainer.max_steps} steps on {rollout.samples} answers to each of {rollout.prompts} prompts "
+        f"({asked / len(source):.1f} epochs of {_count(len(source))})"
+    )
+    return Ready(module, steps, "chat", {"train": source.fingerprint}, about)
+
+
+def _model_and_tokenizer(this: Run, source: Source, objective: Objective) -> tuple[CausalLM, dict[str, Any], Tokenizer]:
+    model, record, tokenizer = _start(this, source)
+    if objective.scores:
+        if model.score is None:
+            model.add_score_head()
+        if model.head.weight is not model.embed.weight:
+            model.head.requires_grad_(False)  # not used: an optimizer that waits for its gradient has no state to save
+        record["scores"] = True
+    elif model.score is not None:
+        raise ConfigError(
+            f"init_from={this.config.init_from} is a reward model; phase={this.config.phase} trains a language model"
+        )
+    return model, record, tokenizer
+
+
+def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokenizer]:
+    config, parent = this.config, this.parent
+    if parent is not None and parent.checkpoint is not None:
+        if (
+            config.tokenizer.config.path
+            and Tokenizer.load(Path(config.tokenizer.config.path)).fingerprint != parent.tokenizer.fingerprint
+        ):
+            raise ConfigError(
+                f"tokenizer.path={config.tokenizer.config.path} is not the tokenizer of {parent.checkpoint}"
+            )
+        model, record = parent.model(config.model)
+        this.say(f"starts from {parent.checkpoint}")
+        return model, record, parent.tokenizer
+    if config.model is None:
+        raise ConfigError(
+            f"phase={config.phase} needs a model: set init_from=runs/... to tune one, or model= to start anew"
+        )
+    if parent is not None:
+        if config.tokenizer.config.path:
+            raise ConfigError("init_from= names a tokenizer already; leave tokenizer.path= away")
+        tokenizer = parent.tokenizer
+        this.say(f"tokenizer from {parent.path}")
+    elif this.companions and not config.tokenizer.config.path:
+        companion = next(iter(this.companions.values()))
+        tokenizer = companion.tokenizer  # no other would do
+        this.say(f"tokenizer from {companion.path}")
+    else:
+        tokenizer, how = cached_tokenizer(config.tokenizer, source)
+        this.say(how)
+    if config.phase not in ("pretrain", "distill"):
+        this.say("warning: tunes a model that starts from random weights; init_from=runs/... tunes a pretrained one")
+    model = build_model(config.model, tokenizer.vocab_size, config.seed)
+    return model, model_record(config.model, tokenizer.vocab_size), tokenizer
+
+
+def _guard(
+    this: Run, data: str, tokenizer: Tokenizer, dtype: torch.dtype | None, companions: dict[str, Artifact]
+) -> dict[str, Any]:
+    """What must be the same when this run is continued: settings, data, tokenizer, parent and companions."""
+    flat: dict[str, Any] = {}
+    sampled = this.config.phase == "rlhf"  # there the weights depend on how answers are drawn
+
+    def walk(prefix: str, value: Any) -> None:
+        if prefix in UNGUARDED and not (sampled and prefix == "inference"):
+            return
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(f"{prefix}.{k}" if prefix else k, v)
+        else:
+            flat[prefix] = value
+
+    walk("", as_dict(this.config))
+    flat |= {f"{name} weights": artifact.sha256 for name, artifact in companions.items()}
+    flat |= {"data fingerprint": data, "tokenizer fingerprint": tokenizer.fingerprint}
+    flat |= {"precision": str(dtype), "parent": this.parent.sha256 if this.parent else ""}
+    return flat
+
+
+def _count(number: float) -> str:
+    """1234567 -> 1.23 M.
+
+    >>> _count(950), _count(24_600), _count(2_570_304)
+    ('950', '24.6 k', '2.57 M')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"
+
+
+def _header(this: Run, ready: Ready, dtype: torch.dtype | None) -> None:
+    model, batch = ready.module.model, this.config.batch
+    # the libraries, weights with gradients and two moments, and about 40 fp32 values a layer, token and width
+    held = batch.micro_size * batch.length * model.width_times_depth * 160
+    others = sum(c.num_parameters for c in ready.module.companions.values()) * 4
+    memory = 0.6e9 + model.num_parameters * 16 + held + others
+    this.say(f"{_count(model.num_parameters)} parameters, {'bf16' if dtype else 'fp32'}; {ready.about}")
+    this.say(f"about {memory / 1e9:.1f} GB of memory")
+
+
+def _sampler(this: Run, model: CausalLM, tokenizer: Tokenizer, form: str) -> Callable[[], list[dict]]:
+    """A function that completes the run's sample prompts. What never fits is refused now, not at the first sample."""
+    samples = this.config.samples
+    backend = build_backend(this.config.inference, model, tokenizer.pad_id, this.config.trainer.accelerator)
+    params = dataclasses.replace(
+        sampling_params(SamplingConfig(), (tokenizer.eot_id, tokenizer.eos_id)), max_tokens=samples.max_tokens
+    )
+    prompts = prompt_ids(this, tokenizer, samples.prompts, chat=form == "chat")
+    longest = max(map(len, prompts), default=0)
+    if samples.every_steps and longest + samples.max_tokens > model.context:
+        raise ConfigError(
+            f"samples.max_tokens={samples.max_tokens} after a prompt of {longest} tokens is more than the model's "
+            f"context of {model.context}"
+        )
+
+    def make() -> list[dict]:
+        texts = complete(backend, tokenizer, prompts, params)
+        return [{"prompt": p, "completion": t} for p, t in zip(samples.prompts, texts, strict=True)]
+
+    return make

@@ -1,0 +1,161 @@
+"""Everything that learns from its own samples: as ObjectiveModule, but for where the data comes from.
+
+An item of the loader is a list of prompts. The policy answers each several times through the backend, on the very
+weights that are being trained; the source judges each answer; the answers, with their advantages, are the micro-batches
+of the next `updates` optimizer steps. Ids travel as they were drawn: text is made for the judge only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trivium.data.chat import Encoded
+from trivium.data.collate import collate
+from trivium.data.datamodule import Prompt
+from trivium.data.packing import pack, table_of
+from trivium.data.position import key_of
+from trivium.data.source import Source
+from trivium.data.tokenizer import Tokenizer
+from trivium.errors import TrainingError
+from trivium.inference.native.engine import collect
+from trivium.inference.protocol import Backend
+from trivium.objectives.advantage import group_advantage
+from trivium.objectives.logprobs import target_logprobs
+from trivium.training.objective_module import ObjectiveModule
+from trivium.types import Request, RolloutBatch, SamplingParams, TokenEvent
+
+MISMATCH = 0.2
+"""Nats a token by which the sampler's and the trainer's log-probabilities may differ on average: rounding stays far
+below it, weights that were not synced far above."""
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """samples: answers for each prompt. updates: optimizer steps a rollout serves. length: tokens of a packed row."""
+
+    samples: int
+    updates: int
+    max_tokens: int
+    temperature: float
+    seed: int
+    micro_size: int
+    length: int
+
+
+class RolloutModule(ObjectiveModule):
+    """Composes a policy, an objective, a backend that samples from the policy, and a source that scores."""
+
+    def __init__(
+        self,
+        *parts: Any,
+        backend: Backend,
+        source: Source,
+        tokenizer: Tokenizer,
+        rollouts: RolloutSettings,
+        **more: Any,
+    ) -> None:
+        super().__init__(*parts, **more)
+        self.backend, self.source, self.tokenizer, self.rollouts = backend, source, tokenizer, rollouts
+        self._pending: list[list[RolloutBatch]] = []
+        self._figures: dict[str, float] = {}
+
+    @property
+    def between_items(self) -> bool:
+        return not self._pending
+
+    def training_step(self, prompts: Sequence[Prompt], _index: int) -> None:
+        with self.timed():
+            if not self._pending:
+                self._pending = self.roll_out(prompts)
+            self.take_step(self._pending.pop(0))
+        self.last |= self._figures
+
+    def roll_out(self, prompts: Sequence[Prompt]) -> list[list[RolloutBatch]]:
+        """Sample, score, compare within groups: the micro-batches of each of the next `updates` steps."""
+        r = self.rollouts
+        self.backend.update_weights(self.step)
+        answers = self._sample(prompts)
+        asked = zip(prompts, answers, strict=True)
+        rewards = torch.tensor([[self._score(prompt, answer) for answer in group] for prompt, group in asked])
+        advantage = group_advantage(rewards, self.objective.config.advantage).numpy()
+        parts = [range(u, len(prompts), r.updates) for u in range(r.updates)]
+        steps = [self._batches(prompts, answers, advantage, part) for part in parts]
+        apart = [self._consulted(batches) for batches in steps]
+        ends = [answer[-1].finish_reason for group in answers for answer in group]
+        lengths = [len(answer) for group in answers for answer in group]
+        self._figures = {
+            "rollout/reward": rewards.mean().item(),
+            "rollout/length": float(np.mean(lengths)),
+            "rollout/truncated": ends.count("length") / len(ends),
+            "rollout/idle_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+            "rollout/mismatch": float(np.mean(apart)),
+        }
+        if self._figures["rollout/mismatch"] > MISMATCH:
+            raise TrainingError(
+                f"step {self.step}: the sampler's log-probabilities are {self._figures['rollout/mismatch']:.2f} nats a "
+                f"token away from the trainer's (at most {MISMATCH}); it does not sample from the weights being trained"
+            )
+        return steps
+
+    def _sample(self, prompts: Sequence[Prompt]) -> list[list[list[TokenEvent]]]:
+        """The events of each prompt's answers. Every answer has an id, and so random numbers, of its own."""
+        r = self.rollouts
+        params = SamplingParams(
+            max_tokens=r.max_tokens,
+            temperature=r.temperature,
+            seed=key_of(self.settings.seed, r.seed, "rollout", self.step) % 2**31,
+            stop_ids=(self.tokenizer.eot_id, self.tokenizer.eos_id),
+        )
+        names = [[f"{i}/{p.example['id']}/{g}" for g in range(r.samples)] for i, p in enumerate(prompts)]
+        asked = [Request(n, p.ids, params) for p, group in zip(prompts, names, strict=True) for n in group]
+        events = collect(self.backend, asked)
+        return [[events[n] for n in group] for group in names]
+
+    def _score(self, prompt: Prompt, answer: list[TokenEvent]) -> float:
+        text = self.tokenizer.decode([e.token_id for e in answer if e.finish_reason != "stop"])
+        value = self.source.score(prompt.example, text).value
+        if not math.isfinite(value):
+            raise TrainingError(f"step {self.step}: the score of example {prompt.example['id']} is {value}")
+        return value
+
+    def _batches(
+        self, prompts: Sequence[Prompt], answers: list[list[list[TokenEvent]]], advantage: np.ndarray, part: range
+    ) -> list[RolloutBatch]:
+        """The answers to `part` of the prompts, packed."""
+        r = self.rollouts
+        documents, drawn = [], []
+        for i in part:
+            for answer in answers[i]:
+                ids = [e.token_id for e in answer]
+                documents.append(Encoded([*prompts[i].ids, *ids], [False] * len(prompts[i].ids) + [True] * len(ids)))
+                drawn.append([e.logprob for e in answer])
+        columns = {"advantage": advantage[list(part)].flatten()}
+        table = table_of(documents, [""] * len(documents), columns=columns)
+        rows = pack(table.lengths, r.length)
+        batches = []
+        for start in range(0, len(rows), r.micro_size):
+            here = rows[start : start + r.micro_size]
+            facts = {"temperature": r.temperature, "max_tokens": r.max_tokens}
+            batch = collate(table, here, r.length, self.tokenizer.pad_id, RolloutBatch, **facts)
+            assert isinstance(batch, RolloutBatch)
+            batch.drawn = torch.tensor([x for row in here for d in row for x in drawn[d]])
+            batches.append(batch.to(self.device))
+        return batches
+
+    def _consulted(self, batches: list[RolloutBatch]) -> float:
+        """Ask policy and companions; returns by how many nats a token the sampler was away from the policy."""
+        apart, tokens = 0.0, 0
+        with self.asking() as models:
+            for batch in batches:
+                self.objective.consult(batch, models)
+                assert batch.drawn is not None
+                raw = target_logprobs(models["policy"], batch)
+                apart += (raw - batch.drawn).abs().sum().item()
+                tokens += len(raw)
+        return apart / tokens
