@@ -1,20 +1,53 @@
 """Ways to start Trivium as a person does, tiny settings, and throw-away plugins."""
 
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TINY = (
-    *("model.dim=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=64"),
+TINY_MODEL = ("model.dim=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=64")
+TINY_RUN = (
     *("tokenizer.vocab_size=320", "batch.size=4", "batch.micro_size=4", "batch.length=64"),
     *("validation.every_steps=0", "validation.max_rows=8", "samples.every_steps=0", "trainer.max_steps=6"),
 )
+TINY = (*TINY_MODEL, *TINY_RUN)
+FORKER = """
+import json, os, select, sys
+from launch import main
+import trivium.pipeline
+
+orders, children = open(0, "rb", buffering=0, closefd=False), {}
+while True:
+    while children and (found := os.waitpid(-1, os.WNOHANG))[0]:
+        place = children.pop(found[0])
+        with open(place + ".tmp", "w") as f:
+            f.write(str(os.waitstatus_to_exitcode(found[1])))
+        os.rename(place + ".tmp", place + ".code")
+    if not select.select([orders], [], [], 0.005)[0]:
+        continue
+    line = orders.readline()
+    if not line:
+        [os.kill(pid, 9) for pid in children]
+        sys.exit()
+    order = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(order["place"] + "." + kind, os.O_WRONLY | os.O_CREAT), number)
+        sys.exit(main(order["args"]))
+    children[pid] = order["place"]
+    print(pid, flush=True)
+"""
+"""Imports everything once, then forks a process for each line of its input; `.code` appears when that one has ended."""
 
 
 def overridden(*groups):
@@ -62,6 +95,67 @@ def launch(spawn):
     return launch
 
 
+class Forked:
+    """A running command line with a process of its own; as much of Popen as the tests need."""
+
+    def __init__(self, pid, place):
+        self.pid, self.place = pid, place
+        self.returncode = None
+
+    def poll(self):
+        code = self.place.with_suffix(".code")
+        if self.returncode is None and code.is_file():
+            self.returncode = int(code.read_text())
+        return self.returncode
+
+    def wait(self, timeout):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                raise TimeoutError(f"process {self.pid} still runs after {timeout} s: {self.out}{self.err}")
+            time.sleep(0.002)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    @property
+    def out(self):
+        return self.place.with_suffix(".out").read_text()
+
+    @property
+    def err(self):
+        return self.place.with_suffix(".err").read_text()
+
+    def done(self, timeout=120):
+        """Wait for it to end; returns it."""
+        self.wait(timeout)
+        return self
+
+
+@pytest.fixture(scope="session")
+def fork(cache, tmp_path_factory):
+    """fork("phase=pretrain", ...) -> a running Forked, at once: a real process to kill, without seconds of imports."""
+    env = {**os.environ, "TRIVIUM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    forker = subprocess.Popen([sys.executable, "-c", FORKER], cwd=ROOT, env=env, text=True, bufsize=1, **pipes)
+    folder = tmp_path_factory.mktemp("forked")
+    started = []
+
+    def fork(*args):
+        place = folder / str(len(started))
+        forker.stdin.write(json.dumps({"place": str(place), "args": [str(a) for a in args]}) + "\n")
+        started.append(Forked(int(forker.stdout.readline()), place))
+        return started[-1]
+
+    yield fork
+    forker.stdin.close()
+    forker.wait(timeout=20)
+    forker.stdout.close()
+
+
 @pytest.fixture
 def main(cache, monkeypatch, capsys):
     """main("phase=pretrain", ...) -> code, out, err of the same command line, in this process (no 3 s of imports)."""
@@ -107,6 +201,77 @@ def tuning():
     def overrides(runs, name, *changes):
         fixed = ("phase=sft", "model=primer", "data.parts=[tasks]", "data.num_tasks=400")
         return overridden(fixed, TINY, (f"runs={runs}", f"name={name}"), changes)
+
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def tuned(fork, tuning, tmp_path_factory):
+    """A finished tuning run on one kind of task, whose answers are one digit: right now and then. Never to be changed."""
+    runs = tmp_path_factory.mktemp("tuned")
+    settings = ("data.tasks=[count]", "trainer.max_steps=120", "optim.lr=1e-2")
+    done = fork(*tuning(runs, "tuned", *settings)).done()
+    assert done.returncode == 0, done.err
+    return runs / "tuned"
+
+
+def tiny(phase, *own):
+    """The fixture of a phase that learns on `data.tasks=[count]`: (runs, name, *changes) -> overrides."""
+
+    def overrides(runs, name, *changes):
+        fixed = (f"phase={phase}", "data.tasks=[count]", *TINY_RUN, *own)
+        return overridden(fixed, (f"runs={runs}", f"name={name}"), changes)
+
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def preferring(tuned):
+    """preferring(runs, name, *changes) -> the overrides of a tiny DPO run; `tuned` is start and reference."""
+    return tiny("preference", f"init_from={tuned}", "data.num_pairs=200", "batch.length=128")
+
+
+@pytest.fixture(scope="session")
+def rewarding(tuned):
+    """rewarding(runs, name, *changes) -> the overrides of a tiny reward model on the pairs of `preferring`."""
+    return tiny("reward", f"init_from={tuned}", "data.num_pairs=200", "batch.length=128")
+
+
+@pytest.fixture(scope="session")
+def rolling(tuned):
+    """rolling(runs, name, *changes) -> the overrides of a tiny GRPO run, two steps on each rollout."""
+    rollout = ("rollout.prompts=4", "rollout.samples=4", "rollout.updates=2", "inference.sampling.max_tokens=4")
+    return tiny("rlhf", f"init_from={tuned}", "data.num_tasks=200", *rollout)
+
+
+@pytest.fixture(scope="session")
+def distilling(tuned):
+    """distilling(runs, name, *changes) -> the overrides of a student half as wide with `tuned` as its teacher."""
+    small = ("model.dim=16", "model.layers=1", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=32")
+    return tiny("distill", f"teacher.init_from={tuned}", "data.parts=[tasks]", "data.num_tasks=400", *small)
+
+
+@pytest.fixture(scope="session")
+def verdicts(tmp_path_factory):
+    """A file of 60 labelled answers, half of them undesirable."""
+    path = tmp_path_factory.mktemp("verdicts") / "verdicts.jsonl"
+    rows = []
+    for i in range(60):
+        asked = {"role": "user", "content": f"How many letters has {'ab' * (i % 5 + 1)}?"}
+        said = {"role": "assistant", "content": str(2 * (i % 5 + 1) + i % 2)}
+        rows.append({"messages": [asked, said], "label": i % 2 == 0})
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def judging(tuned, verdicts):
+    """judging(runs, name, *changes) -> the overrides of a tiny KTO run on the verdicts."""
+
+    def overrides(runs, name, *changes):
+        fixed = ("phase=preference", "objective=kto", "domain=files", f"data.path={verdicts}", f"init_from={tuned}")
+        length = ("batch.length=128", "data.validation_share=0.1")
+        return overridden(fixed, TINY_RUN, length, (f"runs={runs}", f"name={name}"), changes)
 
     return overrides
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -81,6 +82,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return found
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Put something that was made once into a cache, with the digest that `kept` checks."""
+    make_folder(path.parent)
+    replace_file(path, hashlib.sha256(data).digest() + data)
+
+
+def kept(path: Path) -> bytes | None:
+    """What `keep` put there; None if there is nothing, or if a byte of it has changed."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
 
 
 def cache_folder() -> Path:

@@ -106,7 +106,9 @@ class _Planner:
         stage = settings.name or settings.phase
         if stage in self.made:
             raise ConfigError(f"two stages are called {stage}; give one another name")
-        origin = self.earlier(stage, settings.init_from, "init_from") if settings.init_from else self.newest
+        origin = "" if settings.phase == "distill" else self.newest  # a student is new unless it is said otherwise
+        if settings.init_from:
+            origin = self.earlier(stage, settings.init_from, "init_from")
         self.made[stage] = origin  # of a stage that is left out: what it would have started from
         if stage in self.config.pipeline.skip:
             self.plan.left_out.append({"name": stage, "phase": settings.phase, "why": "pipeline.skip names it"})

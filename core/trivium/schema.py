@@ -173,7 +173,7 @@ class StageConfig:
 
     phase: str = ""
     name: str = ""  # empty is the phase
-    init_from: str = ""  # empty is the newest stage that made a language model (or tokenizer)
+    init_from: str = ""  # empty is the newest stage that made a language model (or tokenizer); for distill, none
     teacher: str = ""  # whom phase=distill learns from, and whom the stage's evaluation measures the KL to
     versus: str = ""  # the stage that the report compares with; empty is the one it continues
     overrides: list[str] = field(default_factory=list)  # as on the command line, which beats them

@@ -11,10 +11,23 @@ from trivium.inference.config import NativeConfig
 from trivium.inference.native.engine import NativeBackend
 from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
-from trivium.objectives.config import NextTokenConfig, SFTConfig
+from trivium.objectives.config import (
+    DistillConfig,
+    GRPOConfig,
+    NextTokenConfig,
+    PreferenceConfig,
+    RewardConfig,
+    SFTConfig,
+    UnpairedConfig,
+)
+from trivium.objectives.distill import Distill
 from trivium.objectives.next_token import SFT, NextToken
+from trivium.objectives.policy_gradient import GRPO
+from trivium.objectives.preference import Preference
+from trivium.objectives.reward import Reward
+from trivium.objectives.unpaired import KTO
 from trivium.testing import BackendContract, ModelContract, ObjectiveContract, SourceContract
-from trivium.types import IGNORE, TokenBatch
+from trivium.types import IGNORE, DistillBatch, PreferenceBatch, RolloutBatch, TokenBatch, UnpairedBatch
 from trivium_plugins.primer.config import PrimerConfig
 from trivium_plugins.primer.source import Primer
 
@@ -72,6 +85,58 @@ class TestSFT(TestNextToken):
     def make(self):
         _, model, batch = super().make()
         return SFT(SFTConfig(dft=True)), model, batch
+
+
+def packed(batch=TokenBatch, **facts):
+    """Three rows of two documents, four and three tokens and a pad; of the first two are trained, of the second one."""
+    tokens = torch.arange(24).view(3, 8)
+    labels = tokens.clone()
+    labels[:, [0, 1, 4, 5, 7]] = IGNORE
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 0]).expand(3, -1)
+    segments = torch.tensor([1, 1, 1, 1, 2, 2, 2, 0]).expand(3, -1)
+    return batch(tokens, labels, positions, segments, **facts)
+
+
+def another_llama():
+    model = tiny_llama()
+    model.init_weights(1)
+    return model
+
+
+class TestPreference(ObjectiveContract):
+    def companions(self):
+        return {"reference": another_llama()}
+
+    def make(self):
+        return Preference(PreferenceConfig(sft_weight=0.1)), tiny_llama(), packed(PreferenceBatch)
+
+
+class TestKTO(TestPreference):
+    def make(self):
+        verdicts = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+        return KTO(UnpairedConfig(desirable_weight=2.0)), tiny_llama(), packed(UnpairedBatch, desirable=verdicts)
+
+
+class TestReward(ObjectiveContract):
+    def make(self):
+        model = tiny_llama()
+        model.add_score_head()
+        torch.nn.init.normal_(model.score.weight, std=0.1)
+        return Reward(RewardConfig(centering=0.01)), model, packed(PreferenceBatch)
+
+
+class TestGRPO(TestPreference):
+    def make(self):
+        advantage = torch.tensor([[1.0, -1.0], [0.5, -0.5], [0.0, 2.0]])
+        return GRPO(GRPOConfig()), tiny_llama(), packed(RolloutBatch, advantage=advantage)
+
+
+class TestDistill(ObjectiveContract):
+    def companions(self):
+        return {"teacher": another_llama()}
+
+    def make(self):
+        return Distill(DistillConfig(beta=0.3, ce_weight=0.2)), tiny_llama(), packed(DistillBatch)
 
 
 class TestNative(BackendContract):

@@ -7,7 +7,7 @@ import pytest
 
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
-from trivium.data.source import READS, Source, form_of, prompt_of
+from trivium.data.source import Source, form_of, prompt_of
 from trivium.errors import ConfigError, DataError
 from trivium.testing.contracts import SourceContract
 
@@ -321,14 +321,24 @@ EXAMPLES = {
     "pairs": WHOLE,
     "labels": {"prompt": "a", "completion": "b", "label": False},
 }
+TAKEN = {
+    "tokenizer": set(EXAMPLES),
+    "evaluate": set(EXAMPLES),
+    "pretrain": {"text"},
+    "sft": {"chat", "answers"},
+    "preference": {"pairs", "labels"},
+    "reward": {"pairs"},
+    "rlhf": {"answers"},
+    "distill": {"chat", "answers", "text"},
+}
 
 
-@pytest.mark.parametrize("phase", ["tokenizer", "evaluate", *READS])
+@pytest.mark.parametrize("phase", TAKEN)
 @pytest.mark.parametrize("form", EXAMPLES)
 def test_phase_takes_the_forms_it_reads(phase, form):
     source = Fixed(EXAMPLES[form])
     assert form_of(source[0]) == form
-    if form in READS.get(phase, EXAMPLES):
+    if form in TAKEN[phase]:
         source.expect(phase)
         return
     with pytest.raises(DataError, match=f"example 7 has {next(iter(EXAMPLES[form]))}.*; phase={phase} needs "):

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from trivium.schema import TRAINING_PHASES
+
 ROOT = Path(__file__).parents[2]
 SHORT = {
     "training": "trainer.max_steps=4 batch.size=4 batch.micro_size=4 batch.length=64 validation.max_rows=4",
-    "evaluate": "evaluation.max_texts=2 evaluation.max_tasks=6 evaluation.resamples=10",
+    "rollout": "rollout.prompts=4",
+    "evaluate": "evaluation.max_texts=2 evaluation.max_tasks=6 evaluation.max_pairs=6 evaluation.resamples=10",
 }
 TINY_MODEL = "model=primer model.dim=32 model.layers=1 model.heads=2 model.kv_heads=1 model.ffn_dim=32"
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md"))]
@@ -36,8 +39,10 @@ def shortened(command: str) -> list[str]:
         return words
     phase = next((w.removeprefix("phase=") for w in words if w.startswith("phase=")), "pipeline")
     extra = []
-    if phase in ("pretrain", "sft", "pipeline"):
+    if phase in (*TRAINING_PHASES, "pipeline"):
         extra += SHORT["training"].split()
+    if phase in ("rlhf", "pipeline"):
+        extra += SHORT["rollout"].split()
     if phase == "pretrain" or (phase == "pipeline" and "init_from" not in command):
         extra += TINY_MODEL.split()
     if phase in ("evaluate", "pipeline"):
@@ -55,9 +60,18 @@ def reader(tmp_path):
     )
     turn = [{"role": "user", "content": "What is a heron?"}, {"role": "assistant", "content": "A long-legged bird."}]
     rows = [{"messages": [{**turn[0], "content": f"What is heron {i}?"}, turn[1]]} for i in range(300)]
-    (place / "my.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pairs = [
+        {"prompt": f"What is heron {i}?", "chosen": "A long-legged bird.", "rejected": "A fish."} for i in range(300)
+    ]
+    (place / "mine").mkdir()
+    for folder, name, what in ((place, "my.jsonl", rows), (place / "mine", "chats.jsonl", rows),
+                               (place / "mine", "pairs.jsonl", pairs)):  # fmt: skip
+        (folder / name).write_text("".join(json.dumps(r) + "\n" for r in what))
+    for block in re.findall(r"```yaml\n(name: mine\n.*?)```", (ROOT / "docs/improve.md").read_text(), flags=re.S):
+        (place / "mine.yaml").write_text(block)
     text = "The heron stood in the river and waited, as herons do, for number {} to pass by.\n\n"
-    (place / "my.txt").write_text("".join(text.format(i) for i in range(2000)))
+    for path in (place / "my.txt", place / "mine/text.txt"):
+        path.write_text("".join(text.format(i) for i in range(2000)))
     return place
 
 

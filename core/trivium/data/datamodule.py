@@ -59,11 +59,21 @@ class StepDataset(Steps):
         """Rows, by number, as one batch."""
         return collate(self.table, [self.rows[r] for r in rows], self.length, self.pad_id, self.batch)
 
-    def per_document(self, figures: Callable[[TokenBatch], Tensor], device: torch.device) -> np.ndarray:
-        """What `figures` says of every document of the table, (documents,) fp32: it makes (B, S) of each batch."""
-        values = np.zeros(len(self.table.ids), np.float32)
-        for start in range(0, len(self.rows), self.micro_size):
-            numbers = np.arange(start, min(start + self.micro_size, len(self.rows)))
+    def first_rows(self, count: int) -> np.ndarray:
+        """The numbers of the rows among the first `count` that are read, each once."""
+        return np.unique(self.order.rows(0, min(count, len(self.rows))))
+
+    def per_document(
+        self, figures: Callable[[TokenBatch], Tensor], device: torch.device, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What `figures` makes of each document, (documents,) fp32; it is given batches and makes (B, S) of each.
+
+        rows: the numbers of the rows to ask about, all unless given; documents of other rows get NaN.
+        """
+        values = np.full(len(self.table.ids), np.nan, np.float32)
+        asked = np.arange(len(self.rows)) if rows is None else rows
+        for start in range(0, len(asked), self.micro_size):
+            numbers = asked[start : start + self.micro_size]
             said = figures(self.collated(numbers).to(device)).float().cpu().numpy()
             for row, number in enumerate(numbers):
                 documents = self.rows[number]

@@ -23,8 +23,9 @@ from trivium.build import (
     train_tokenizer,
 )
 from trivium.compose import as_dict
+from trivium.data.cache import cached_table
 from trivium.data.datamodule import PromptDataset, StepDataset, Steps, validation_batches
-from trivium.data.packing import TokenTable, tokenise
+from trivium.data.packing import TokenTable
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError
@@ -156,7 +157,7 @@ def _from_data(
         raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
 
     def table_of(split: Source) -> TokenTable:
-        return tokenise(split, tokenizer, length, form=form, train_on=getattr(objective.config, "train_on", "all"))
+        return cached_table(split, tokenizer, length, form=form, train_on=getattr(objective.config, "train_on", "all"))
 
     table = table_of(source)
     longest = length // table.group
@@ -177,10 +178,13 @@ def _from_data(
         def load() -> CausalLM:
             return build_companion(COLUMN, reference, tokenizer, longest)
 
-        for split in tables.values():
-            rows = steps if split is table else StepDataset(split, size=steps.size, seed=0, batch=steps.batch, **sizes)
-            device = device_of(config.trainer.accelerator)
-            note_reference(objective, load, reference.sha256, rows, dtype, device)
+        device = device_of(config.trainer.accelerator)
+        read = {"train": (steps, config.trainer.max_steps * steps.size)}
+        if "validation" in tables:
+            held_out = StepDataset(tables["validation"], size=1, seed=0, batch=steps.batch, **sizes)
+            read["validation"] = (held_out, config.validation.max_rows)
+        for split, count in read.values():
+            note_reference(objective, load, reference.sha256, split, split.first_rows(count), dtype, device)
     validation = []
     if "validation" in tables:
         rows = config.validation.max_rows

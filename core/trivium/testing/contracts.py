@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -148,21 +149,36 @@ class ModelContract:
 
 
 class ObjectiveContract:
-    """Define `make() -> (objective, model, batch)` with a batch of at least two rows; `rows` cuts one out of it."""
+    """Define `make() -> (objective, model, batch)`, two rows or more; `companions` where it needs any."""
 
     tolerance = 1e-4  # relative, of fp32 sums in another order
 
     def make(self) -> tuple[Objective, CausalLM, Any]:
         raise NotImplementedError
 
+    def companions(self) -> dict[str, CausalLM]:
+        """Fresh frozen models by name, for `consult`."""
+        return {}
+
     def rows(self, batch: TokenBatch, part: slice) -> TokenBatch:
-        segments = None if batch.segments is None else batch.segments[part]
-        return TokenBatch(batch.tokens[part], batch.labels[part], batch.positions[part], segments)
+        """Some rows of a batch: every tensor of it has the rows first."""
+        held = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        cut = {k: v[part] for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim()}
+        return dataclasses.replace(batch, **cut)
+
+    def consulted(self, objective: Objective, model: CausalLM, batches: list[Any]) -> None:
+        """What a training step does before the losses of its micro-batches."""
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                objective.consult(batch, {**self.companions(), "policy": model})
+            objective.prepare(model, batches, lambda value: value)
 
     def test_loss_is_a_sum_over_rows_and_so_is_the_count(self) -> None:
         objective, model, batch = self.make()
-        model.eval()
         parts = [self.rows(batch, slice(0, 1)), self.rows(batch, slice(1, None))]
+        self.consulted(objective, model, [batch])
+        self.consulted(objective, model, parts)
         whole = objective(model, batch).loss_sum
         split = sum(objective(model, p).loss_sum for p in parts)
         torch.testing.assert_close(whole, split, rtol=self.tolerance, atol=0)
@@ -170,11 +186,13 @@ class ObjectiveContract:
 
     def test_gradients_reach_the_model(self) -> None:
         objective, model, batch = self.make()
+        self.consulted(objective, model, [batch])
         objective(model, batch).loss_sum.backward()
         assert sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None) > 0
 
     def test_metrics_carry_their_own_counts(self) -> None:
         objective, model, batch = self.make()
+        self.consulted(objective, model, [batch])
         for name, metric in objective(model, batch).metrics.items():
             assert metric.count > 0 and not metric.total.requires_grad, name
 

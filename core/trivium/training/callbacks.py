@@ -20,6 +20,10 @@ PLAIN_SECONDS = 10.0
 """Seconds between lines where there is no terminal to draw a bar on."""
 
 
+SHOWN = {"train/accuracy": "accuracy", "rollout/reward": "reward", "train/divergence": "divergence"}
+"""Figures beside the loss, where a phase has them."""
+
+
 class AfterStep(L.Callback):
     """Calls `after(trainer, module)` when an optimizer step is done."""
 
@@ -97,7 +101,8 @@ class Show(AfterStep):
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         last = module.last
         held_out = f"  val {last['val/loss']:.3f}" if "val/loss" in last else ""
-        text = f"loss {last['train/loss']:.3f}{held_out}  {last['tokens_per_second']:,.0f} tokens/s"
+        more = "".join(f"  {name} {last[key]:.3f}" for key, name in SHOWN.items() if key in last)
+        text = f"loss {last['train/loss']:.3f}{held_out}{more}  {last['tokens_per_second']:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=module.step, description=text)
         now = time.monotonic()
