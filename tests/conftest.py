@@ -23,7 +23,10 @@ FORKER = """
 import json, os, select, sys
 from launch import main
 import trivium.pipeline
+from trivium.registry import registries
 
+for registry in registries().values():
+    [registry.load(name) for name in registry]
 orders, children = open(0, "rb", buffering=0, closefd=False), {}
 while True:
     while children and (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -47,12 +50,18 @@ while True:
     children[pid] = order["place"]
     print(pid, flush=True)
 """
-"""Imports everything once, then forks a process for each line of its input; `.code` appears when that one has ended."""
+"""Imports everything there is once, then forks a process for each line of its input; `.code` appears when that one has ended."""
 
 
 def overridden(*groups):
     """Overrides in order, each key once: a later one replaces an earlier one."""
     return list({o.partition("=")[0]: o for group in groups for o in group}.values())
+
+
+@pytest.fixture(scope="session", name="overridden")
+def overridden_fixture():
+    """overridden((...), (...)) -> overrides in order, each key once, for test modules."""
+    return overridden
 
 
 @pytest.fixture(scope="session")
@@ -207,10 +216,13 @@ def tuning():
 
 @pytest.fixture(scope="session")
 def tuned(fork, tuning, tmp_path_factory):
-    """A finished tuning run on one kind of task, whose answers are one digit: right now and then. Never to be changed."""
+    """A finished run of 120 steps, checkpoints 100 and 120, on a task whose answer is one digit. Never to be changed.
+
+    Its answers are right now and then, so that some samples of a prompt are and others are not.
+    """
     runs = tmp_path_factory.mktemp("tuned")
-    settings = ("data.tasks=[count]", "trainer.max_steps=120", "optim.lr=1e-2")
-    done = fork(*tuning(runs, "tuned", *settings)).done()
+    length = ("trainer.max_steps=120", "checkpoint.every_steps=100")
+    done = fork(*tuning(runs, "tuned", "data.tasks=[count]", "optim.lr=1e-2", "model.dropout=0.1", *length)).done()
     assert done.returncode == 0, done.err
     return runs / "tuned"
 
@@ -253,12 +265,12 @@ def distilling(tuned):
 
 @pytest.fixture(scope="session")
 def verdicts(tmp_path_factory):
-    """A file of 60 labelled answers, half of them undesirable."""
+    """A file of 80 labelled answers, half of them undesirable."""
     path = tmp_path_factory.mktemp("verdicts") / "verdicts.jsonl"
-    rows = []
-    for i in range(60):
-        asked = {"role": "user", "content": f"How many letters has {'ab' * (i % 5 + 1)}?"}
-        said = {"role": "assistant", "content": str(2 * (i % 5 + 1) + i % 2)}
+    draw, rows = random.Random(0), []
+    for i in range(80):
+        asked = {"role": "user", "content": f"How many letters: {' '.join(draw.choices('abcdef', k=3 + i % 5))}"}
+        said = {"role": "assistant", "content": str(3 + i % 5 + i % 2)}
         rows.append({"messages": [asked, said], "label": i % 2 == 0})
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
@@ -270,18 +282,18 @@ def judging(tuned, verdicts):
 
     def overrides(runs, name, *changes):
         fixed = ("phase=preference", "objective=kto", "domain=files", f"data.path={verdicts}", f"init_from={tuned}")
-        length = ("batch.length=128", "data.validation_share=0.1")
+        length = ("batch.length=128", "data.validation_share=0.2")
         return overridden(fixed, TINY_RUN, length, (f"runs={runs}", f"name={name}"), changes)
 
     return overrides
 
 
 @pytest.fixture(scope="session")
-def trained(launch, pretraining, tmp_path_factory):
+def trained(fork, pretraining, tmp_path_factory):
     """A finished pretraining run of 6 steps with checkpoints 4 and 6, never to be changed."""
     runs = tmp_path_factory.mktemp("trained")
-    done = launch(*pretraining(runs, "base", "checkpoint.every_steps=4"))
-    assert done.returncode == 0, done.stderr
+    done = fork(*pretraining(runs, "base", "checkpoint.every_steps=4")).done()
+    assert done.returncode == 0, done.err
     return runs / "base"
 
 

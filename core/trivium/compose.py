@@ -27,7 +27,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.plugin import conf_folders, conf_roots, discover
@@ -204,6 +204,10 @@ def explain_failure(error: BaseException, overrides: Sequence[str]) -> TriviumEr
         if key not in given:  # a file is to blame, and composing without it would meet it again
             file = re.search(r"In '([^']+)'", text)
             return ConfigError(f"unknown option {key!r}{f' in {file.group(1)}.yaml' if file else ''}")
+        if key.startswith("data."):  # no such key, or no data at all?
+            bare = compose([o for o, k in zip(overrides, given, strict=True) if not k.startswith("data.")])
+            if bare.data is None and bare.phase in DATA_PHASES:
+                return _no_option("data", f"{bare.domain}/{bare.phase}", overrides)
         known = _known_keys(compose([o for o, k in zip(overrides, given, strict=True) if k != key]))
         return ConfigError(
             f"unknown option {key!r}.{near_misses(key, {*known, *file_groups()})} `--help` lists the groups"
@@ -263,17 +267,23 @@ def run_config(cfg: DictConfig) -> RunConfig:
     return RunConfig(**values)
 
 
-def pipeline_from_file(path: Path, skip: Sequence[str] = ()) -> PipelineConfig:
+def pipeline_from_file(path: Path) -> PipelineConfig:
     """A pipeline that somebody wrote: a YAML list of stages, or a mapping that has one as `stages`."""
     try:
         content = OmegaConf.load(path)
         if isinstance(content, ListConfig):
             content = OmegaConf.create({"stages": content})
-        settings = {"name": path.stem, **OmegaConf.to_container(content), **({"skip": list(skip)} if skip else {})}  # type: ignore[dict-item]
-        settings["stages"] = [{"phase": s} if isinstance(s, str) else s for s in settings.get("stages") or []]
+        settings: dict[str, Any] = {"name": path.stem, **OmegaConf.to_container(content)}  # type: ignore[dict-item]
+        stages = settings.get("stages") or []
+        if not isinstance(stages, list):
+            raise TypeError("stages must be a list")
+        settings["stages"] = [{"phase": s} if isinstance(s, str) else s for s in stages]
         pipeline = _typed(PipelineConfig, settings)
     except OSError as error:
         raise ConfigError(f"pipeline={path} cannot be read: {error.strerror or error}") from error
+    except MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path} is no pipeline: {where}{error.problem}") from error
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no pipeline: {str(error).splitlines()[0]}") from error
     unknown = [p for p in (*(s.phase for s in pipeline.stages), *pipeline.after) if p not in PHASES]
@@ -312,6 +322,11 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
         return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
     return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def as_yaml(plain: Mapping[str, Any]) -> bytes:
+    """Plain data as the text of a config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(plain))).encode()
 
 
 def hydra_main(args: Sequence[str]) -> int:

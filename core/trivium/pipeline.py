@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from trivium.build import build_objective, build_source
-from trivium.compose import as_dict, compose, options, pipeline_from_file, run_config
+from trivium.compose import as_dict, as_yaml, compose, options, pipeline_from_file, run_config
 from trivium.disk import make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
@@ -31,7 +31,7 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
     name = config.name or f"{pipeline.name}-{config.domain}"
     plan = plan_stages(overrides, config, name)  # all of them before the first starts: bad settings cost no time
     folder = make_folder(Path(config.runs) / name)
-    replace_file(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(masked(as_dict(config)))).encode())
+    replace_file(folder / "config.yaml", as_yaml(masked(as_dict(config))))
     record = Manifest(
         folder, digest_of([list(overrides), dataclasses.asdict(pipeline)]), name=name, phase="pipeline",
         domain=config.domain, seed=config.seed, result=plan.result, left_out=plan.left_out,
@@ -86,6 +86,7 @@ class _Planner:
     def __init__(self, overrides: Sequence[str], config: RunConfig, name: str) -> None:
         self.overrides, self.config, self.name = overrides, config, name
         self.made: dict[str, str] = {}  # stage -> the folder a later stage starts from
+        self.trained: set[str] = set()  # folders that will hold a model
         self.newest = config.init_from
         self.plan = Plan([], [], "")
 
@@ -106,16 +107,18 @@ class _Planner:
         stage = settings.name or settings.phase
         if stage in self.made:
             raise ConfigError(f"two stages are called {stage}; give one another name")
+        if not re.fullmatch(r"\w[\w.-]*", stage):  # it is a folder's name, and part of an override
+            raise ConfigError(f"a stage cannot be called {stage!r}; a name is of letters, digits, '_', '-' and '.'")
         origin = "" if settings.phase == "distill" else self.newest  # a student is new unless it is said otherwise
         if settings.init_from:
             origin = self.earlier(stage, settings.init_from, "init_from")
+        teacher = self.earlier(stage, settings.teacher, "teacher") if settings.teacher else ""
+        if settings.versus:
+            self.earlier(stage, settings.versus, "versus")
         self.made[stage] = origin  # of a stage that is left out: what it would have started from
         if stage in self.config.pipeline.skip:
             self.plan.left_out.append({"name": stage, "phase": settings.phase, "why": "pipeline.skip names it"})
             return
-        teacher = self.earlier(stage, settings.teacher, "teacher") if settings.teacher else ""
-        if settings.versus:
-            self.earlier(stage, settings.versus, "versus")
         composed = self.compose(stage, settings.phase, settings.overrides, origin)
         if composed is None:
             return
@@ -136,6 +139,7 @@ class _Planner:
             composed = self.compose(stage, settings.phase, given, origin) or composed
         self.plan.stages.append(Stage(composed, entry))
         self.made[stage] = self.folder(stage)
+        self.trained.add(self.folder(stage))
         if not objective.scores:
             self.newest, self.plan.result = self.folder(stage), stage
         for phase in self.config.pipeline.after:
@@ -157,7 +161,7 @@ class _Planner:
                 self.plan.left_out.append({"name": stage, "phase": phase, "why": why})
                 return None
         fixed = [f"phase={phase}", f"name={self.name}/{stage}", f"init_from={origin}"]
-        composed = run_config(compose(with_checkpoint_model([*fixed, *overrides])))
+        composed = run_config(compose(with_checkpoint_model([*fixed, *overrides], trained=origin in self.trained)))
         if phase == "generate" and not (composed.prompt or composed.prompts):
             return None
         if phase in DATA_PHASES:
@@ -204,11 +208,14 @@ def stage_overrides_of(overrides: Sequence[str], phase: str, own: Sequence[str])
     return [*own, *given], domain
 
 
-def with_checkpoint_model(overrides: Sequence[str]) -> list[str]:
-    """Overrides under which a checkpoint in init_from= brings its own model, unless one is chosen beside it."""
+def with_checkpoint_model(overrides: Sequence[str], *, trained: bool = False) -> list[str]:
+    """Overrides under which a checkpoint in init_from= brings its own model, unless one is chosen beside it.
+
+    trained: there will be a checkpoint, even if an earlier stage has not made it yet.
+    """
     said = dict(o.split("=", 1) for o in overrides if "=" in o)
     path = Path(said.get("init_from", "").strip("'\""))
-    trained = (path / "checkpoints").is_dir() or (path / RECORD).is_file()
+    trained = trained or (path / "checkpoints").is_dir() or (path / RECORD).is_file()
     chosen = any(key == "model" or key.startswith("model.") for key in said)
     return [*overrides, "~model"] if trained and not chosen and said.get("phase") in STARTS_MODEL else list(overrides)
 
@@ -227,9 +234,11 @@ def launch(overrides: Sequence[str]) -> int:
     console = Console(soft_wrap=True)
     files = [o for o in overrides if o.startswith("pipeline=") and o.endswith((".yaml", ".yml"))]
     config = run_config(compose(with_checkpoint_model([o for o in overrides if o not in files])))
+    keys = {o.partition("=")[0] for o in overrides}
     for chosen in files:
-        skip = config.pipeline.skip
-        config = dataclasses.replace(config, pipeline=pipeline_from_file(Path(chosen.partition("=")[2]), skip))
+        said = {k: getattr(config.pipeline, k) for k in ("skip", "after", "result") if f"pipeline.{k}" in keys}
+        pipeline = dataclasses.replace(pipeline_from_file(Path(chosen.partition("=")[2])), **said)
+        config = dataclasses.replace(config, pipeline=pipeline)
     if config.pipeline.stages:
         return run_pipeline(overrides, config, console)
     return run(config, console)

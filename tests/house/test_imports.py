@@ -14,7 +14,7 @@ import trivium
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "core" / "trivium"
 FILES = sorted(CORE.rglob("*.py"))
-SANDBOX = ["cli.py", "compose.py", "explain.py", "plugin.py", "build.py", "phases.py", "pipeline.py", "sweep/"]
+SANDBOX = ["cli.py", "compose.py", "explain.py", "plugin.py", "sweep/"]
 
 
 def imports(path, *, nested):

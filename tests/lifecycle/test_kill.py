@@ -10,9 +10,22 @@ import time
 
 import pytest
 
-STEPS = 120
-LONG = (f"trainer.max_steps={STEPS}", "checkpoint.every_steps=7", "model.dropout=0.1")
-PRETRAIN = (*LONG, "validation.every_steps=20")
+STEPS = 60
+EVERY = 7
+LONG = (f"trainer.max_steps={STEPS}", f"checkpoint.every_steps={EVERY}")
+DROPOUT = "model.dropout=0.1"
+RECIPES = {
+    "pretrain": ("pretraining", (*LONG, DROPOUT, "validation.every_steps=20")),
+    "sft": ("tuning", (*LONG, DROPOUT)),
+    "preference": ("preferring", (*LONG, "validation.every_steps=20")),
+    "kto": ("judging", (*LONG, "validation.every_steps=20")),
+    "reward": ("rewarding", (*LONG, "validation.every_steps=20")),
+    "rlhf": ("rolling", (*LONG, "optim.lr=3e-3")),
+    "distill": ("distilling", (*LONG, DROPOUT, "validation.every_steps=20")),
+}
+"""By name, the fixture of a phase and its settings. What has no dropout here starts from a model that has it."""
+UPDATES = {"rlhf": 2}
+"""Optimizer steps an item of the loader serves, where it is more than one: checkpoints fall between items."""
 
 
 def rows_of(run):
@@ -23,8 +36,9 @@ def rows_of(run):
 
 
 def curve(run):
-    """Each step with its losses as hex floats: equal means equal in every bit."""
-    return [(r["step"], r["train/loss"].hex(), r.get("val/loss", 0.0).hex()) for r in rows_of(run)]
+    """Each step with its figures as hex floats: equal means equal in every bit."""
+    names = ("train/loss", "val/loss", "grad_norm", "rollout/reward", "rollout/length", "reward/margin")
+    return [(r["step"], *(float(r.get(name, 0.0)).hex() for name in names)) for r in rows_of(run)]
 
 
 def digest(run):
@@ -34,102 +48,170 @@ def digest(run):
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-def stop_at(process, run, step, number):
-    """Send a signal when metrics.jsonl has reached `step`; returns the last step it holds afterwards.
+def stop_at(process, run, step, number, *, midst=False):
+    """Send a signal when metrics.jsonl has reached `step`; returns the last step it held then.
 
-    The process must be alive and in the middle of its run, or the test proves nothing.
+    The process must be alive and in the middle of its run, or the test proves nothing: it is frozen first, looked at,
+    and gets the signal as it stands. midst: wait for an odd step, the first of the two that a rollout serves.
     """
     deadline = time.monotonic() + 90
-    while not (rows := rows_of(run)) or rows[-1]["step"] < step:
-        assert process.poll() is None, f"ended before step {step}: {process.communicate()}"
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.001)
-    assert process.poll() is None
+    while True:
+        while not (rows := rows_of(run)) or rows[-1]["step"] < step:
+            assert process.poll() is None, f"ended before step {step} with {process.returncode}"
+            assert time.monotonic() < deadline, f"step {step} was not reached"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)
+        frozen = time.monotonic() + 5
+        while state_of(process.pid) not in "TtZ":  # a stop takes effect at the kernel's leisure
+            assert time.monotonic() < frozen
+        reached = rows_of(run)[-1]["step"]
+        if not midst or reached % 2:
+            break
+        process.send_signal(signal.SIGCONT)
+        step = reached + 1
+    assert process.poll() is None and state_of(process.pid) in "Tt"
+    assert step <= reached < STEPS, f"too late: step {reached} of {STEPS}"
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     process.wait(timeout=60)
-    reached = rows_of(run)[-1]["step"]
-    assert step <= reached < STEPS, f"the signal came after the run: step {reached} of {STEPS}"
+    assert number != signal.SIGKILL or process.returncode == -signal.SIGKILL
     return reached
+
+
+def state_of(pid):
+    """The state letter of a process; needs Linux's /proc."""
+    with open(f"/proc/{pid}/stat") as f:
+        return f.read().rpartition(")")[2].split()[0]
 
 
 def restarted_from(out):
     return int(re.search(r"continues from \S*step-(\d+)", out.replace("\n", ""))[1])
 
 
-def killed_twice(spawn, launch, overrides, run):
+def saved_before(step, updates=1):
+    """The newest checkpoint that is on disk once `step` is done: every 7 steps, put off to the end of an item."""
+    return max(s for s in (-(-due // updates) * updates for due in range(0, STEPS, EVERY)) if s <= step)
+
+
+def killed_twice(fork, overrides, run, **how):
     """Two kill -9 at random steps, then the run's end. Returns [(killed at, continued from)]."""
-    first, second = random.randint(10, 45), random.randint(60, 95)
-    kills = [stop_at(spawn(*overrides), run, first, signal.SIGKILL)]
-    with open(run / "metrics.jsonl", "a") as log, open(run / "metrics.csv", "a") as table:
-        log.write('{"step": 999, "train/lo')  # what a kill inside the write would have left
-        table.write("999,0.1")
-    process = spawn(*overrides)
-    while not re.search(r"step-\d+", out := process.stdout.readline()):
-        assert out, f"ended at once: {process.stderr.read()}"
-    starts = [restarted_from("continues from " + out.split()[-1])]
-    kills.append(stop_at(process, run, second, signal.SIGKILL))
-    assert process.returncode == -signal.SIGKILL
-    last = launch(*overrides)
-    assert last.returncode == 0, last.stderr
-    starts.append(restarted_from(last.stdout))
+    kills, starts = [], []
+    for low, high in ((8, 24), (32, 48)):
+        process = fork(*overrides)
+        kills.append(stop_at(process, run, random.randint(low, high), signal.SIGKILL, **how))
+        if len(kills) == 2:
+            starts.append(restarted_from(process.out))
+        else:
+            with open(run / "metrics.jsonl", "a") as log, open(run / "metrics.csv", "a") as table:
+                log.write('{"step": 999, "train/lo')  # what a kill inside the write would have left
+                table.write("999,0.1")
+    last = fork(*overrides).done()
+    assert last.returncode == 0, last.err
+    starts.append(restarted_from(last.out))
     return list(zip(kills, starts, strict=True))
 
 
 @pytest.fixture(scope="module")
-def unbroken(spawn, pretraining, tuning, tmp_path_factory):
-    """unbroken(phase) -> the folder of a run that nobody stops; it starts at once and is waited for by `finished`."""
+def recipe(request):
+    """recipe(name, runs, run, *changes) -> the overrides of that recipe."""
+
+    def overrides(name, runs, run, *changes):
+        fixture, settings = RECIPES[name]
+        return request.getfixturevalue(fixture)(runs, run, *settings, *changes)
+
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def unbroken(fork, recipe, tmp_path_factory):
+    """unbroken(name) -> the folder of a run that nobody stops; it starts at once and is waited for by `finished`."""
     runs, started = tmp_path_factory.mktemp("unbroken"), {}
 
-    def start(phase):
-        if phase not in started:
-            overrides = {"pretrain": pretraining(runs, phase, *PRETRAIN), "sft": tuning(runs, phase, *LONG)}
-            started[phase] = spawn(*overrides[phase])
+    def start(name):
+        if name not in started:
+            started[name] = fork(*recipe(name, runs, name))
 
         def finished():
-            _, err = started[phase].communicate(timeout=120) if started[phase].returncode is None else ("", "")
-            assert started[phase].returncode == 0, err
-            return runs / phase
+            assert started[name].done().returncode == 0, started[name].err
+            return runs / name
 
         return finished
 
     return start
 
 
-@pytest.mark.parametrize("phase", ["pretrain", "sft"])
-def test_run_killed_twice_equals_the_unbroken_one(phase, unbroken, spawn, launch, pretraining, tuning, tmp_path):
-    """Losses of all steps, validation losses, weights and optimizer state; dropout on, packed rows."""
-    overrides, settings = (pretraining, PRETRAIN) if phase == "pretrain" else (tuning, LONG)
-    finished, run = unbroken(phase), tmp_path / "killed"
-    tried = killed_twice(spawn, launch, overrides(tmp_path, "killed", *settings), run)
+@pytest.mark.parametrize("name", RECIPES)
+def test_run_killed_twice_equals_the_unbroken_one(name, unbroken, recipe, fork, tmp_path):
+    """Every figure of all steps, weights and optimizer state; dropout on, packed rows, sampled answers.
+
+    Of rlhf both kills fall between the two steps of one rollout, whose answers are lost and drawn again.
+    """
+    finished, run = unbroken(name), tmp_path / "killed"
+    updates = UPDATES.get(name, 1)
+    tried = killed_twice(fork, recipe(name, tmp_path, "killed"), run, midst=updates > 1)
     whole = finished()
-    print(f"{phase}: killed at and continued from {tried}")
+    print(f"{name}: killed at and continued from {tried}")
     for killed, start in tried:  # the newest checkpoint; the kill may fall between a step's line and its checkpoint
-        assert start in (killed // 7 * 7, (killed - 1) // 7 * 7)
+        assert start in (saved_before(killed, updates), saved_before(killed - 1, updates))
     assert curve(run) == curve(whole)
     assert [r["step"] for r in rows_of(run)] == list(range(1, STEPS + 1))
     assert digest(run) == digest(whole)
-    if phase == "pretrain":
-        assert [r["step"] for r in rows_of(run) if "val/loss" in r] == list(range(20, 121, 20))
+    if "validation" in str(RECIPES[name]):
+        assert [r["step"] for r in rows_of(run) if "val/loss" in r] == [20, 40, 60]
     for folder in (run, whole):
         with open(folder / "metrics.csv") as f:
             table = [(int(r["step"]), float(r["train/loss"]).hex()) for r in csv.DictReader(f)]
-        assert table == [(step, loss) for step, loss, _ in curve(folder)]
+        assert table == [step[:2] for step in curve(folder)]
 
 
-def test_sigterm_saves_the_step_it_stopped_at_and_continues_bitwise(unbroken, spawn, launch, pretraining, tmp_path):
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_killed_learns(name, unbroken):
+    """A run whose weights stand still, or whose loss is always the same, would be equal however it is resumed."""
+    run = unbroken(name)()
+    model = json.loads((run / f"checkpoints/step-{STEPS}/model.json").read_text())
+    assert model["config"]["dropout"] == 0.1
+    rows = rows_of(run)
+    assert len({r["train/loss"] for r in rows}) > 50
+    assert all(r["grad_norm"] > 0 for r in rows)
+    if name == "rlhf":  # some groups differ in their rewards, so there is something to learn from the samples
+        assert sum(r["rollout/idle_groups"] < 1 for r in rows) > 30
+        assert len({r["rollout/reward"] for r in rows}) > 3
+
+
+def test_sigterm_saves_the_step_it_stopped_at_and_continues_bitwise(unbroken, spawn, launch, recipe, tmp_path):
     """143, a checkpoint off the schedule, the same command goes on; the curve is the unbroken run's."""
-    finished, settings = unbroken("pretrain"), (*PRETRAIN, "checkpoint.every_steps=1000")
-    process = spawn(*pretraining(tmp_path, "stopped", *settings))
+    finished, overrides = unbroken("pretrain"), recipe("pretrain", tmp_path, "stopped", "checkpoint.every_steps=1000")
+    process = spawn(*overrides)
     run = tmp_path / "stopped"
-    reached = stop_at(process, run, random.randint(10, 80), signal.SIGTERM)
+    stop_at(process, run, random.randint(10, 48), signal.SIGTERM)
+    reached = rows_of(run)[-1]["step"]
     assert process.returncode == 143
     out, err = process.communicate()
     assert f"stopped by signal 15 after step {reached}, saved" in out and not err
     assert [p.name for p in (run / "checkpoints").glob("step-*")] == [f"step-{reached}"]
     assert json.loads((run / "MANIFEST.json").read_text())["status"] == "stopped"
-    rest = launch(*pretraining(tmp_path, "stopped", *settings))
+    rest = launch(*overrides)
     assert rest.returncode == 0, rest.stderr
     assert restarted_from(rest.stdout) == reached
     assert curve(run) == curve(finished()) and len(curve(run)) == STEPS
     assert digest(run) == digest(finished())
     assert json.loads((run / "MANIFEST.json").read_text())["status"] == "done"
+
+
+def test_sigterm_in_the_midst_of_a_rollout_saves_at_its_end(unbroken, fork, recipe, tmp_path):
+    """The signal comes after the first step of two: the second is still taken, then it saves, once, and ends."""
+    finished, overrides = unbroken("rlhf"), recipe("rlhf", tmp_path, "stopped", "checkpoint.every_steps=1000")
+    run = tmp_path / "stopped"
+    process = fork(*overrides)
+    reached = stop_at(process, run, random.randint(10, 48), signal.SIGTERM, midst=True)
+    assert process.returncode == 143 and not process.err
+    saved = rows_of(run)[-1]["step"]
+    assert reached % 2 and saved in (reached + 1, reached + 3)  # it may be at the end of the second step already
+    assert f"stopped by signal 15 after step {saved}, saved" in process.out
+    assert [p.name for p in (run / "checkpoints").glob("step-*")] == [f"step-{saved}"]
+    assert json.loads((run / "MANIFEST.json").read_text())["status"] == "stopped"
+    rest = fork(*overrides).done()
+    assert rest.returncode == 0, rest.err
+    assert restarted_from(rest.out) == saved
+    assert curve(run) == curve(finished()) and len(curve(run)) == STEPS
+    assert digest(run) == digest(finished())

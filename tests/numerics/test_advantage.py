@@ -32,13 +32,15 @@ def test_batch_has_one_deviation_for_all_groups_and_a_mean_for_each():
 @pytest.mark.parametrize("kind", ["group", "none", "rloo", "batch"])
 @pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 0.0, -2.3])
 @pytest.mark.parametrize("samples", [2, 3, 6, 7])
-def test_equal_rewards_give_exactly_zero(kind, value, samples):
-    """The mean of equal floats need not be that float: (0.1 * 3) / 3 != 0.1 in fp32, and / (0 + 1e-4) makes 1e-4 of it.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_zero(kind, value, samples, dtype):
+    """The mean of equal floats need not be that float: 0.1 + 0.1 + 0.1 is more than 3 * 0.1, and what is left of it,
+    divided by 0 + 1e-4, is an advantage. fp32 rewards are safe in fp64 anyhow; fp64 ones are not.
 
     Another group, of unequal rewards, stands beside it: it must not be taken for idle.
     """
-    other = torch.arange(float(samples))
-    found = group_advantage(torch.stack([torch.full((samples,), value), other]), kind)
+    other = torch.arange(float(samples), dtype=dtype)
+    found = group_advantage(torch.stack([torch.full((samples,), value, dtype=dtype), other]), kind)
     assert found[0].tolist() == [0.0] * samples
     assert found[1].abs().max() > 0.1
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trivium.data.position import key_of
-from trivium.types import Request
+from trivium.types import Request, SamplingParams
 
 
 def uniforms(requests: Sequence[Request], positions: Sequence[int]) -> Tensor:
@@ -31,13 +31,12 @@ def filtered_probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, t
     >>> ids[0, :2].tolist(), [round(x, 4) for x in p[0].tolist()]  # e/(1+e) and 1/(1+e)
     ([1, 2], [0.7311, 0.2689, 0.0])
     """
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
-    ordered, ids = (logits.to(wide) / temperature.to(wide)[:, None]).sort(dim=-1, descending=True, stable=True)
+    ordered, ids = (_wide(logits) / _wide(temperature)[:, None]).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     limit = torch.where(top_k > 0, top_k, logits.shape[1])
     probabilities = ordered.masked_fill(rank >= limit[:, None], -torch.inf).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(before >= top_p.to(wide)[:, None], 0.0)
+    kept = probabilities.masked_fill(before >= _wide(top_p)[:, None], 0.0)
     return kept / kept.sum(-1, keepdim=True), ids
 
 
@@ -45,18 +44,33 @@ def sample(logits: Tensor, requests: Sequence[Request], positions: Sequence[int]
     """(B, V) fp32 logits -> (B,) tokens; temperature 0 is exactly argmax."""
     tokens = logits.argmax(-1)
     drawn = [i for i, r in enumerate(requests) if r.params.temperature > 0]
-    if not drawn:
-        return tokens
-    params = [requests[i].params for i in drawn]
-    device = logits.device
-    probabilities, ids = filtered_probabilities(
-        logits[drawn],
-        torch.tensor([p.temperature for p in params], device=device),
-        torch.tensor([p.top_k for p in params], device=device),
-        torch.tensor([p.top_p for p in params], device=device),
-    )
-    u = uniforms([requests[i] for i in drawn], [positions[i] for i in drawn]).to(device, probabilities.dtype)
-    chosen = (probabilities.cumsum(-1) <= u[:, None]).sum(-1)
-    last = (probabilities > 0).sum(-1) - 1  # rounding may leave the whole sum a hair under u
-    tokens[drawn] = ids.gather(1, torch.minimum(chosen, last)[:, None])[:, 0]
+    cut = [i for i in drawn if requests[i].params.top_k or requests[i].params.top_p < 1]
+    whole = [i for i in drawn if i not in set(cut)]  # most of the time: nothing is cut, and nothing need be sorted
+    for rows, filtered in ((cut, True), (whole, False)):
+        if rows:
+            params = [requests[i].params for i in rows]
+            u = uniforms([requests[i] for i in rows], [positions[i] for i in rows])
+            tokens[rows] = _draw(logits[rows], params, u.to(logits.device), filtered)
     return tokens
+
+
+def _draw(logits: Tensor, params: Sequence[SamplingParams], u: Tensor, filtered: bool) -> Tensor:
+    """The token at which the cumulated probability passes u, for each row. filtered: with top-k and top-p."""
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device)
+    ids = None
+    if filtered:
+        top_k = torch.tensor([p.top_k for p in params], device=device)
+        top_p = torch.tensor([p.top_p for p in params], device=device)
+        probabilities, ids = filtered_probabilities(logits, temperature, top_k, top_p)
+    else:
+        probabilities = (logits / temperature[:, None]).softmax(-1)
+    cumulated = _wide(probabilities).cumsum(-1)
+    # of the sum that rounding really left, so that a token is always found, and never one of probability 0
+    chosen = torch.searchsorted(cumulated, u.to(cumulated.dtype)[:, None] * cumulated[:, -1:], right=True)
+    return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp64, or fp32 where there is none (Apple's GPUs)."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)

@@ -80,10 +80,13 @@ class Preference(Objective):
 
     @property
     def at_start(self) -> Mapping[str, float]:
+        """The chosen answer's reward too: a wrong mask or scale of both answers alike cancels in their margin."""
         c = self.config
+        start = {"reward/margin": 0.0, "reward/chosen": 0.0}
         if c.sft_weight:
-            return {"reward/margin": 0.0}
-        return {"loss": {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "ipo": 0.25 / c.beta**2}[c.loss]}
+            return start
+        loss = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "ipo": 0.25 / c.beta**2}[c.loss]
+        return {"loss": loss, **start}
 
     def count(self, batch: PreferenceBatch) -> Tensor:
         return num_pairs(batch).sum()

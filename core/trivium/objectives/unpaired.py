@@ -48,8 +48,11 @@ class KTO(Objective):
 
     @property
     def at_start(self) -> Mapping[str, float]:
+        """The mean reward too: as many desirable as undesirable answers have loss 0.5 whatever the reference, and kl is
+        never below 0."""
         c = self.config
-        return {"loss": 0.5 * c.desirable_weight} if c.desirable_weight == c.undesirable_weight else {"kl": 0.0}
+        start = {"kl": 0.0, "reward/mean": 0.0}
+        return {"loss": 0.5 * c.desirable_weight, **start} if c.desirable_weight == c.undesirable_weight else start
 
     def count(self, batch: UnpairedBatch) -> Tensor:
         return num_pairs(batch).sum()
@@ -80,6 +83,7 @@ class KTO(Objective):
         figures = {
             "accuracy": Metric(((ratio > batch.baseline) == (desirable > 0.5)).float().sum(), units),
             "kl": Metric(batch.baseline * units, units),
+            "reward/mean": Metric((self.config.beta * ratio).detach().sum(), units),
             # a step may hold verdicts of one kind only
             "reward/chosen": Metric((self.config.beta * ratio * desirable).detach().sum(), good),
             "reward/rejected": Metric((self.config.beta * ratio * (1 - desirable)).detach().sum(), units - good),

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from trivium.build import Artifact, build_source, load_artifact
-from trivium.compose import as_dict
+from trivium.compose import as_dict, as_yaml
 from trivium.data.source import Source
 from trivium.disk import make_folder, replace_file
 from trivium.errors import ConfigError
@@ -68,8 +67,7 @@ class Run:
 
     def begin(self, **facts: Any) -> None:
         """Make the folder this run's own. Training waits until its checkpoints are known to be this run's."""
-        text = OmegaConf.to_yaml(OmegaConf.create(self.manifest.facts["config"]))
-        replace_file(self.folder / "config.yaml", text.encode())
+        replace_file(self.folder / "config.yaml", as_yaml(self.manifest.facts["config"]))
         self.manifest.update("running", **facts)
 
     def say(self, text: str) -> None:

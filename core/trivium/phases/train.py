@@ -72,6 +72,7 @@ def run_training(this: Run) -> int:
     objective = build_objective(config.objective, config.phase)
     companions = _companions(this, objective)
     source = this.source()
+    source.expect(config.phase)
     model, record, tokenizer = _model_and_tokenizer(this, source, objective)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")

@@ -21,12 +21,15 @@ class PrimerConfig(SourceConfig):
     num_tasks: int = 12_000  # over all kinds, evenly; more brings new problems until they repeat (about 8,000 sums)
     num_chats: int = 3_000  # more brings new combinations of facts and phrasings
     num_pairs: int = 6_000  # right and wrong answers, over the kinds of tasks; more brings new problems and mistakes
+    pair_tasks: list[str] = field(default_factory=list)  # kinds of the pairs; empty takes those of `tasks`
     num_definitions: int = 4_000  # at most, the commonest words first; more brings rarer words, up to all there are
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _some_of(self, "parts", PARTS)
         _some_of(self, "tasks", TASKS)
+        if self.pair_tasks:
+            _some_of(self, "pair_tasks", TASKS)
         positive(self, "num_tasks", "num_chats", "num_pairs", "num_definitions")
 
 

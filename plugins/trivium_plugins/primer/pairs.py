@@ -56,6 +56,13 @@ def _other_number(problem: Problem, r: int) -> str:
     return next(str(n) for n in _numbers(problem) if str(n) != problem.answer)
 
 
+def _digits_mixed(problem: Problem, r: int) -> str:
+    """The first digit of one number with the last of the other, where both have two."""
+    a, b = (str(n) for n in _numbers(problem))
+    mixed = (a[0] + b[1:], b[0] + a[1:])[r % 2]
+    return mixed if len(a) == len(b) == 2 and mixed not in (a, b) else ""
+
+
 def _letters_swapped(problem: Problem, r: int) -> str:
     """Two different neighbours the other way round."""
     letters = problem.answer.split(" ")
@@ -98,7 +105,7 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
     "copy": SPELLING,
     "reverse": {**SPELLING, "not turned round": _not_turned},
     "count": {"off by one": _off_by(1, low=1), "off by two": _off_by(2, low=1)},
-    "compare": {"other number": _other_number},
+    "compare": {"other number": _other_number, "digits mixed": _digits_mixed},
 }  # fmt: skip
 
 
@@ -114,13 +121,14 @@ class Pairs:
     def __init__(self, config: PrimerConfig) -> None:
         texts.words()  # a damaged word list is reported when the source is built, not in the middle of a run
         self.config = config
+        self.kinds = list(config.pair_tasks or config.tasks)
 
     def __len__(self) -> int:
         return self.config.num_pairs
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number, which = divmod(index, len(self.config.tasks))
-        kind = self.config.tasks[which]
+        number, which = divmod(index, len(self.kinds))
+        kind = self.kinds[which]
         key = (self.config.seed, "pairs", kind, number)  # the word keeps these draws apart from those of tasks
         problem = problem_of(kind, self.config.split, *key)
         wrong = list(wrong_answers(kind, problem, *key).values())
@@ -133,4 +141,4 @@ class Pairs:
 
     def identity(self) -> list[Any]:
         """What the content follows from, beyond the split."""
-        return [texts.digest(texts.WORDS), self.config.seed, list(self.config.tasks), self.config.num_pairs]
+        return [texts.digest(texts.WORDS), self.config.seed, self.kinds, self.config.num_pairs]
