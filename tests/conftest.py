@@ -50,7 +50,7 @@ while True:
     children[pid] = order["place"]
     print(pid, flush=True)
 """
-"""Imports everything there is once, then forks a process for each line of its input; `.code` appears when that one has ended."""
+"""Imports everything there is, then forks a process for each line of its input; `.code` appears when that has ended."""
 
 
 def overridden(*groups):

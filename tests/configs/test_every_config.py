@@ -23,9 +23,10 @@ from trivium.build import (
 from trivium.compose import Component, compose, file_groups, groups, node_type, options, run_config
 from trivium.errors import ConfigError
 from trivium.explain import owner_of
+from trivium.pipeline import STARTS_MODEL
 from trivium.plugin import conf_folders
 from trivium.schema import PHASES, TRAINING_PHASES, RunConfig
-from trivium.types import TokenBatch
+from trivium.types import IGNORE
 
 TINY_MODEL = {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 64, "context": 64}
 PLAIN_GROUPS = {g for g in file_groups() if g not in groups()}
@@ -63,7 +64,7 @@ def test_phase_on_domain_composes(phase, domain):
     if config.data is not None:
         assert type(config.data.config) is groups()["data"].config(config.data.name)
     assert type(config.optim.config) is groups()["optim"].config("adamw")
-    assert (config.model is not None) == (phase == "pretrain"), "only pretraining brings a model of its own"
+    assert (config.model is not None) == (phase in STARTS_MODEL), "all others take the model of their start"
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda v: str(v))
@@ -85,8 +86,55 @@ def test_every_phase_has_an_option():
 def test_stages_of_pipeline_compose(option):
     pipeline = choose(f"pipeline={option}").pipeline
     assert pipeline.name == option and pipeline.stages
-    for stage in pipeline.stages.values():
+    for stage in pipeline.stages:
         assert choose(f"phase={stage.phase}", *stage.overrides).phase == stage.phase
+
+
+@pytest.mark.parametrize("option", options("profile"))
+@pytest.mark.parametrize("domain", options("domain"))
+def test_profile_composes_and_the_command_line_beats_it(domain, option):
+    """In every phase that the domain has; a recipe of the profile goes over the domain's own."""
+    phases = [o.split("/")[1] for o in options("data") if o.startswith(f"{domain}/")]
+    for phase in phases:
+        config = choose(f"domain={domain}", f"phase={phase}", f"profile={option}", "trainer.max_steps=7777")
+        assert (config.phase, config.trainer.max_steps) == (phase, 7777)
+
+
+def test_quick_profile_is_shorter_and_changes_nothing_else_of_a_recipe():
+    """Each quick recipe of the primer has fewer steps than the full one, and its batches and rates."""
+    quick = [o.removeprefix("primer/quick/") for o in options("recipe") if o.startswith("primer/quick/")]
+    assert set(quick) == set(TRAINING_PHASES)
+    for phase in quick:
+        full, short = choose(f"phase={phase}"), choose(f"phase={phase}", "profile=quick")
+        assert short.trainer.max_steps < full.trainer.max_steps, phase
+        assert (short.batch, short.optim, short.rollout) == (full.batch, full.optim, full.rollout), phase
+    full, short = choose("phase=evaluate"), choose("phase=evaluate", "profile=quick")
+    assert short.evaluation.max_tasks < full.evaluation.max_tasks
+
+
+def test_half_of_a_primer_is_under_half():
+    """The student of phase=distill against the model of phase=pretrain, with the vocabulary of both."""
+    sizes = [build_model(choose(f"phase={p}").model, 4096, 0).num_parameters for p in ("distill", "pretrain")]
+    assert sizes[0] < sizes[1] / 2
+
+
+@pytest.mark.parametrize(
+    ("phase", "objective"),
+    [
+        *(("pretrain", "next_token"), ("sft", "sft"), ("preference", "dpo"), ("reward", "reward")),
+        *(("rlhf", "grpo"), ("distill", "distill")),
+    ],
+)
+def test_phase_chooses_its_objective(phase, objective):
+    config = choose(f"phase={phase}")
+    assert config.objective.name == objective
+    assert phase in groups()["objective"].load(objective).phases
+
+
+def test_answers_are_sampled_in_rlhf_and_greedy_elsewhere():
+    """A policy learns nothing from one answer given eight times."""
+    temperatures = {p: choose(f"phase={p}").inference.config.sampling.temperature for p in TRAINING_PHASES}
+    assert temperatures == {**dict.fromkeys(TRAINING_PHASES, 0.0), "rlhf": 1.0}
 
 
 # ---- every component becomes a real object
@@ -106,9 +154,7 @@ def built(group, option, corpus):
     if group == "model":
         return model.head(model(tokens, positions)).shape == (2, 6, 300)
     if group == "objective":
-        objective = build_objective(config.objective, config.phase)
-        loss = objective(model, TokenBatch(tokens, tokens, positions)).loss_sum
-        return 10 * 4 < loss.item() < 10 * 8  # 10 targets, each near ln 300 = 5.7
+        return starts_where_it_must(build_objective(config.objective, config.phase), model)
     if group == "optim":
         optimizer = build_optimizer(config.optim, model)
         model.head(model(tokens, positions)).logsumexp(-1).sum().backward()
@@ -130,6 +176,34 @@ def built(group, option, corpus):
         tokenizer = train_tokenizer(config.tokenizer, source)
         return tokenizer.decode(tokenizer.encode("heron 12")) == "heron 12"
     raise AssertionError(f"say here what an object of the group {group} must do")
+
+
+def starts_where_it_must(objective, model):
+    """Two rows of two documents, four and three tokens; the last two and the last one of them are trained.
+
+    The model is its own reference and teacher, so `at_start` holds; an objective that promises nothing there is a
+    cross-entropy on 6 targets, each near ln 300 = 5.7.
+    """
+    tokens = torch.arange(16).view(2, 8)
+    labels = tokens.clone()
+    labels[:, [0, 1, 4, 5, 7]] = IGNORE
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 0]).expand(2, -1)
+    segments = torch.tensor([1, 1, 1, 1, 2, 2, 2, 0]).expand(2, -1)
+    facts = {"desirable": torch.tensor([[1.0, 1.0], [0.0, 0.0]]), "advantage": torch.tensor([[1.0, -1.0], [0.5, -0.5]])}
+    known = {f.name for f in dataclasses.fields(objective.batch)}
+    batch = objective.batch(tokens, labels, positions, segments, **{k: v for k, v in facts.items() if k in known})
+    if objective.scores:
+        model.add_score_head()
+    model.eval()
+    with torch.no_grad():
+        objective.consult(batch, {"policy": model, **dict.fromkeys(objective.companions, model)})
+        objective.prepare(model, [batch], lambda value: value)
+        output = objective(model, batch)
+    mean = (output.loss_sum / objective.count(batch)).item()
+    if not objective.at_start:
+        return 4 < mean < 8
+    found = {"loss": mean, **{name: (m.total / m.count).item() for name, m in output.metrics.items()}}
+    return {name: found[name] for name in objective.at_start} == pytest.approx(dict(objective.at_start), abs=1e-4)
 
 
 def model_fields(choice):
@@ -233,7 +307,8 @@ def context_of(relative):
     """The overrides under which a file takes part."""
     group, *rest = relative.with_suffix("").parts
     if group in ("data", "recipe"):
-        return [f"domain={rest[0]}", f"phase={rest[1]}"]
+        domain, *profile, phase = rest
+        return [f"domain={domain}", f"phase={phase}", *(f"profile={p}" for p in profile)]
     return [f"{group}={'/'.join(rest)}"] if rest else []
 
 

@@ -33,7 +33,7 @@ def choose(*overrides):
         (["model=lama"], "unknown model=lama. Did you mean llama? Available: llama, primer"),
         (["optim=adam"], "unknown optim=adam. Did you mean adamw? Available: adamw"),
         (["schedule=cosin"], "unknown schedule=cosin. Did you mean cosine? Available: constant, cosine, linear, wsd"),
-        (["phase=pretrian"], "unknown phase=pretrian. Did you mean pretrain? Available: chat, evaluate, generate, pre"),
+        (["phase=pretrian"], "unknown phase=pretrian. Did you mean pretrain? Available: chat, distill, evaluate, "),
         (["domain=file"], "unknown domain=file. Did you mean files? Available: files, primer"),
         (["pipeline=three"], "unknown pipeline=three."),
         (["experiment=x"], "unknown experiment=x. Available: primer_long_sft"),
@@ -114,7 +114,7 @@ def test_config_travels_as_plain_dataclasses_and_comes_back():
     assert types(plain) <= {dict, list, str, int, float, bool, type(None)}
     for group in groups():
         assert component(group, plain[group]) == getattr(config, group)
-    assert type(choose("pipeline=three_phases").pipeline.stages["sft"]) is StageConfig
+    assert type(choose("pipeline=three_phases").pipeline.stages[2]) is StageConfig
 
 
 def test_component_without_a_name_is_told():

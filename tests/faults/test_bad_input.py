@@ -42,7 +42,7 @@ def base(trained, tmp_path):
     [
         (["phase=pretrain", "optim.lrr=1"], "unknown option 'optim.lrr'. Did you mean optim.lr"),
         (["optim.lrr=1"], "unknown option 'optim.lrr'"),
-        (["phase=teach"], "unknown phase=teach. Available: chat, evaluate, generate, pretrain, sft, tokenizer"),
+        (["phase=teach"], "unknown phase=teach. Available: chat, distill, evaluate, generate, preference, pretrain"),
         (["phase=pretrain", "model=gpt5"], "unknown model=gpt5."),
         (["pretrain"], "unknown command 'pretrain'. Commands: plugins, explain, report; settings are key=value"),
         (["plugin"], "unknown command 'plugin'. Did you mean plugins"),
@@ -59,6 +59,16 @@ def base(trained, tmp_path):
         ),
         (["phase=sft", "model=primer", "domain=files"], "domain=files needs data.path=FILE, a folder or a glob"),
         (["phase=pretrain", "objective=sft"], "objective=sft is not for phase=pretrain; it is for sft"),
+        (["phase=rlhf", "domain=files"], "domain=files has no data for phase=rlhf; it has distill, evaluate, pref"),
+        (["phase=rlhf", "domain=files", "data.path=a", "data.forms=[text]"], "domain=files has no data for phase=rlhf"),
+        (["phase=rlhf", "data.pth=a"], "unknown option 'data.pth'. Did you mean"),
+        (["phase=distill"], "objective=distill needs a teacher: set teacher.init_from=runs/..."),
+        (["phase=preference"], "objective=dpo needs a reference: set reference.init_from=runs/..., or init_from= of a"),
+        (["phase=preference", "objective=sft"], "objective=sft is not for phase=preference; it is for sft"),
+        (["phase=preference", "objective.beta=0"], "objective.beta=0"),
+        (["phase=rlhf", "objective.clip_low=1"], "objective.clip_low=1.0 must be less than 1"),
+        (["phase=rlhf", "rollout.prompts=0"], "rollout.prompts=0 must be greater than 0"),
+        (["pipeline=three"], "unknown pipeline=three. Available: three_phases"),
     ],
 )
 def test_wrong_command_line(args, sentence, main, tmp_path):

@@ -48,11 +48,12 @@ def digest(run):
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-def stop_at(process, run, step, number, *, midst=False):
+def stop_at(process, run, step, number, *, remainder=None):
     """Send a signal when metrics.jsonl has reached `step`; returns the last step it held then.
 
     The process must be alive and in the middle of its run, or the test proves nothing: it is frozen first, looked at,
-    and gets the signal as it stands. midst: wait for an odd step, the first of the two that a rollout serves.
+    and gets the signal as it stands. remainder: of the last step done, by 2. A rollout serves two steps: after an even
+    one (0) the next answers are drawn and first learnt from, after an odd one (1) learnt from for the second time.
     """
     deadline = time.monotonic() + 90
     while True:
@@ -65,7 +66,7 @@ def stop_at(process, run, step, number, *, midst=False):
         while state_of(process.pid) not in "TtZ":  # a stop takes effect at the kernel's leisure
             assert time.monotonic() < frozen
         reached = rows_of(run)[-1]["step"]
-        if not midst or reached % 2:
+        if remainder in (None, reached % 2):
             break
         process.send_signal(signal.SIGCONT)
         step = reached + 1
@@ -93,12 +94,12 @@ def saved_before(step, updates=1):
     return max(s for s in (-(-due // updates) * updates for due in range(0, STEPS, EVERY)) if s <= step)
 
 
-def killed_twice(fork, overrides, run, **how):
+def killed_twice(fork, overrides, run, remainders):
     """Two kill -9 at random steps, then the run's end. Returns [(killed at, continued from)]."""
     kills, starts = [], []
-    for low, high in ((8, 24), (32, 48)):
+    for low, high, remainder in ((8, 24, remainders[0]), (32, 48, remainders[1])):
         process = fork(*overrides)
-        kills.append(stop_at(process, run, random.randint(low, high), signal.SIGKILL, **how))
+        kills.append(stop_at(process, run, random.randint(low, high), signal.SIGKILL, remainder=remainder))
         if len(kills) == 2:
             starts.append(restarted_from(process.out))
         else:
@@ -144,11 +145,11 @@ def unbroken(fork, recipe, tmp_path_factory):
 def test_run_killed_twice_equals_the_unbroken_one(name, unbroken, recipe, fork, tmp_path):
     """Every figure of all steps, weights and optimizer state; dropout on, packed rows, sampled answers.
 
-    Of rlhf both kills fall between the two steps of one rollout, whose answers are lost and drawn again.
+    Of rlhf the first kill falls in the drawing of answers or the first step on them, the second between the two steps.
     """
     finished, run = unbroken(name), tmp_path / "killed"
     updates = UPDATES.get(name, 1)
-    tried = killed_twice(fork, recipe(name, tmp_path, "killed"), run, midst=updates > 1)
+    tried = killed_twice(fork, recipe(name, tmp_path, "killed"), run, (0, 1) if updates > 1 else (None, None))
     whole = finished()
     print(f"{name}: killed at and continued from {tried}")
     for killed, start in tried:  # the newest checkpoint; the kill may fall between a step's line and its checkpoint
@@ -199,14 +200,14 @@ def test_sigterm_saves_the_step_it_stopped_at_and_continues_bitwise(unbroken, sp
 
 
 def test_sigterm_in_the_midst_of_a_rollout_saves_at_its_end(unbroken, fork, recipe, tmp_path):
-    """The signal comes after the first step of two: the second is still taken, then it saves, once, and ends."""
+    """The signal comes in the first step of two: the second is still taken, then it saves, once, and ends."""
     finished, overrides = unbroken("rlhf"), recipe("rlhf", tmp_path, "stopped", "checkpoint.every_steps=1000")
     run = tmp_path / "stopped"
     process = fork(*overrides)
-    reached = stop_at(process, run, random.randint(10, 48), signal.SIGTERM, midst=True)
+    reached = stop_at(process, run, random.randint(10, 48), signal.SIGTERM, remainder=0)
     assert process.returncode == 143 and not process.err
     saved = rows_of(run)[-1]["step"]
-    assert reached % 2 and saved in (reached + 1, reached + 3)  # it may be at the end of the second step already
+    assert saved in (reached, reached + 2)  # the first of them if it came right before the save of that step
     assert f"stopped by signal 15 after step {saved}, saved" in process.out
     assert [p.name for p in (run / "checkpoints").glob("step-*")] == [f"step-{saved}"]
     assert json.loads((run / "MANIFEST.json").read_text())["status"] == "stopped"

@@ -79,18 +79,20 @@ def test_pretraining_goes_on_from_a_model_of_any_size(main, trained, corpus, tmp
 
 
 def test_pipeline_gives_model_settings_to_the_stage_that_starts_a_model():
-    overrides = ["pipeline=three_phases", "model.dim=96"]
-    stages = plan_stages(overrides, run_config(compose(overrides)), "x")
+    """To pretraining, that is; a student has a shape of its own, and everything between takes its start's."""
+    overrides = ["pipeline=three_phases", "pipeline.after=[]", "pipeline.skip=[preference,reward,rlhf]", "model.dim=96"]
+    stages = plan_stages(overrides, run_config(compose(overrides)), "x").stages
     models = {s.entry["name"]: s.config.model for s in stages}
     assert models["pretrain"].config.dim == 96
     assert models["sft"] is None
+    assert models["student_alone"].config.dim == models["distill"].config.dim == 128
 
 
 def test_pipeline_refuses_what_a_later_stage_cannot_use_before_the_first_starts(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("".join(f"{i} some words here\n\n" for i in range(50_000)))
     overrides = ["pipeline=three_phases", "domain=files", f"data.path={text}"]
-    with pytest.raises(DataError, match="phase=sft needs messages or prompt and completion"):
+    with pytest.raises(DataError, match=r"data.forms=\[chat\] reads messages, or prompt and completion"):
         plan_stages(overrides, run_config(compose(overrides)), "x")
     overrides = ["pipeline=three_phases", "init_from=runs/x"]
     with pytest.raises(ConfigError, match="leave init_from= away"):

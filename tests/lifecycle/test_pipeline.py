@@ -192,7 +192,7 @@ MALFORMED = {
     "unknown setting": ("- {phase: pretrain, overrides: [optim.lrr=1]}", "unknown option 'optim.lrr'"),
     "a name twice": ("[pretrain, pretrain]", "two stages are called pretrain; give one another name"),
     "a name that is a path": ("- {phase: pretrain, name: ../x}", "a stage cannot be called '../x'"),
-    "a later start": ("- {phase: pretrain, init_from: sft}\n- sft", "stage pretrain: init_from=sft is no earlier stage"),
+    "a later start": ("- {phase: pretrain, init_from: sft}\n- sft", "pretrain: init_from=sft is no earlier stage"),
     "itself as teacher": (
         "- pretrain\n- {phase: distill, teacher: distill}",
         "stage distill: teacher=distill is no earlier stage.  Earlier: pretrain",

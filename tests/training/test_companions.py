@@ -216,7 +216,6 @@ def test_first_rows_of_more_than_an_epoch_are_all_rows():
     assert steps.first_rows(10**6).tolist() == list(range(len(steps.rows)))
 
 
-@pytest.mark.xfail(strict=True, reason="note_reference's key names rows by number, not by the documents in them")
 def test_rows_of_another_packing_are_never_reused():
     """Another seed packs other documents into rows of the same numbers; what was asked of row 0 is no answer there.
 

@@ -6,7 +6,6 @@ weights, the data, the rows and the precision; a file that is damaged or of anot
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -37,8 +36,8 @@ def note_reference(
     reference: loads the model, if it must be asked. sha256: of its checkpoint. rows: those that will be read; what is
     said of the others is NaN, and so would be the loss of a row that was not foreseen.
     """
-    asked = hashlib.sha256(rows.tobytes()).hexdigest()
-    key = digest_of([sha256, steps.table.fingerprint, steps.length, steps.micro_size, asked, str(autocast)])
+    read = [steps.rows[row] for row in rows]  # the documents: another seed packs others under the same row numbers
+    key = digest_of([sha256, steps.table.fingerprint, steps.length, steps.micro_size, read, str(autocast)])
     path = cache_folder() / COLUMN / f"{key}.bin"
     values = np.frombuffer(kept(path) or b"", np.float32)
     found = len(values) == len(steps.table.ids)

@@ -57,6 +57,7 @@ class ObjectiveModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         # a plain dict: Lightning must not take them for parts of what is trained
+        assert all(c is not model for c in (companions or {}).values()), "a companion is frozen; the model must not be"
         self.companions = {name: m.eval().requires_grad_(False) for name, m in (companions or {}).items()}
         self.model, self.objective, self.schedule, self.settings = model, objective, schedule, settings
         self.optimizer = make_optimizer(model)
@@ -123,7 +124,8 @@ class ObjectiveModule(L.LightningModule):
             total, number = (torch.stack([o.metrics[name][i] for o in outputs]).sum() for i in (0, 1))
             found[name] = self.global_sum(total) / self.global_sum(number)
         for name, expected in self.objective.at_start.items():
-            if abs(found[name].item() - expected) > START_TOLERANCE[self.settings.autocast] * max(1.0, abs(expected)):
+            off = abs(found[name].item() - expected)
+            if not off <= START_TOLERANCE[self.settings.autocast] * max(1.0, abs(expected)):  # NaN is off too
                 raise TrainingError(
                     f"step 0: {name} is {found[name].item():.6f} and must be {expected:.6f} while the model equals its "
                     f"{' and '.join(self.objective.companions) or 'start'}: the mask, the reference or the template "

@@ -28,7 +28,7 @@ from trivium.inference.protocol import Backend
 from trivium.objectives.advantage import group_advantage
 from trivium.objectives.logprobs import target_logprobs
 from trivium.training.objective_module import ObjectiveModule
-from trivium.types import Request, RolloutBatch, SamplingParams, TokenEvent
+from trivium.types import IGNORE, Request, RolloutBatch, SamplingParams, TokenEvent
 
 MISMATCH = 0.2
 """Nats a token by which the sampler's and the trainer's log-probabilities may differ on average: rounding stays far
@@ -86,7 +86,7 @@ class RolloutModule(ObjectiveModule):
         advantage = group_advantage(rewards, self.objective.config.advantage).numpy()
         parts = [range(u, len(prompts), r.updates) for u in range(r.updates)]
         steps = [self._batches(prompts, answers, advantage, part) for part in parts]
-        apart = [self._consulted(batches) for batches in steps]
+        apart = np.sum([self._consulted(batches) for batches in steps], axis=0)
         ends = [answer[-1].finish_reason for group in answers for answer in group]
         lengths = [len(answer) for group in answers for answer in group]
         self._figures = {
@@ -94,7 +94,7 @@ class RolloutModule(ObjectiveModule):
             "rollout/length": float(np.mean(lengths)),
             "rollout/truncated": ends.count("length") / len(ends),
             "rollout/idle_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-            "rollout/mismatch": float(np.mean(apart)),
+            "rollout/mismatch": float(apart[0] / apart[1]),
         }
         if self._figures["rollout/mismatch"] > MISMATCH:
             raise TrainingError(
@@ -148,14 +148,17 @@ class RolloutModule(ObjectiveModule):
             batches.append(batch.to(self.device))
         return batches
 
-    def _consulted(self, batches: list[RolloutBatch]) -> float:
-        """Ask policy and companions; returns by how many nats a token the sampler was away from the policy."""
+    def _consulted(self, batches: list[RolloutBatch]) -> tuple[float, int]:
+        """Ask policy and companions; returns the nats by which the sampler was off, and over how many tokens."""
         apart, tokens = 0.0, 0
         with self.asking() as models:
             for batch in batches:
                 self.objective.consult(batch, models)
                 assert batch.drawn is not None
-                raw = target_logprobs(models["policy"], batch)
+                if batch.temperature == 1 and batch.old is not None:
+                    raw = batch.old[:, 1:][batch.labels[:, 1:] != IGNORE]
+                else:
+                    raw = target_logprobs(models["policy"], batch)
                 apart += (raw - batch.drawn).abs().sum().item()
                 tokens += len(raw)
-        return apart / tokens
+        return apart, tokens
