@@ -240,7 +240,8 @@ def tiny(phase, *own):
 @pytest.fixture(scope="session")
 def preferring(tuned):
     """preferring(runs, name, *changes) -> the overrides of a tiny DPO run; `tuned` is start and reference."""
-    return tiny("preference", f"init_from={tuned}", "data.num_pairs=200", "batch.length=128")
+    plain = ("objective.sft_weight=0", "batch.length=128")  # whatever the primer's recipe adds to the loss
+    return tiny("preference", f"init_from={tuned}", "data.num_pairs=200", *plain)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from trivium.errors import CheckpointError, ConfigError
 from trivium.inference.protocol import Backend
 from trivium.lineage import manifest
 from trivium.models.protocol import CausalLM
-from trivium.models.weights import load_weights
+from trivium.models.weights import keep_layers, load_weights, spread_layers
 from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra
 from trivium.training.checkpoint import RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
@@ -136,8 +136,11 @@ class Artifact:
         """Whether it is a reward model."""
         return self.checkpoint is not None and bool(read_checkpoint_json(self.checkpoint, "model.json").get("scores"))
 
-    def model(self, wanted: Component | None) -> tuple[CausalLM, dict[str, Any]]:
-        """The checkpoint's model, and its record. wanted: refuse it unless its architecture is this one."""
+    def model(self, wanted: Component | None, kept_layers: int = 0) -> tuple[CausalLM, dict[str, Any]]:
+        """The checkpoint's model, and its record.
+
+        wanted: refuse it unless its architecture is this one. kept_layers: only so many of its layers (0 is all).
+        """
         if self.checkpoint is None:
             raise CheckpointError(f"{self.path} holds a tokenizer and no model; name a trained run in init_from=")
         record = read_checkpoint_json(self.checkpoint, "model.json")
@@ -145,10 +148,17 @@ class Artifact:
         assert here is not None
         if wanted is not None:
             here = self._agreeing(wanted, here)
+        tensors = model_tensors(self.checkpoint)
+        if kept_layers:
+            layers = getattr(here.config, "layers", 0)
+            if kept_layers > layers:
+                raise ConfigError(f"keep_layers={kept_layers}: {self.checkpoint} has {layers} layers to keep some of")
+            here = Component(here.name, dataclasses.replace(here.config, layers=kept_layers))
+            tensors = keep_layers(tensors, spread_layers(layers, kept_layers))
         model = build(MODELS, here, record["vocab_size"])
         if record.get("scores"):
             model.add_score_head()
-        load_weights(model, model_tensors(self.checkpoint), str(self.checkpoint))
+        load_weights(model, tensors, str(self.checkpoint))
         return model, model_record(here, record["vocab_size"])
 
     def _agreeing(self, wanted: Component, here: Component) -> Component:

@@ -119,7 +119,8 @@ class _Planner:
         if stage in self.config.pipeline.skip:
             self.plan.left_out.append({"name": stage, "phase": settings.phase, "why": "pipeline.skip names it"})
             return
-        composed = self.compose(stage, settings.phase, settings.overrides, origin)
+        asked = [f"teacher.init_from={teacher}"] if teacher and settings.phase == "evaluate" else []
+        composed = self.compose(stage, settings.phase, [*settings.overrides, *asked], origin)
         if composed is None:
             return
         entry = {"name": stage, "phase": settings.phase, "path": stage}

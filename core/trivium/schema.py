@@ -200,6 +200,7 @@ class RunConfig:
     runs: str = "runs"
     seed: int = 0  # of weights, order and dropout
     init_from: str = ""  # a run, one of its checkpoints, or a folder with model.safetensors
+    keep_layers: int = 0  # start from so many of init_from's layers, evenly spread: a smaller model; 0 keeps all
     precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 where the hardware computes in it
     prompt: str = ""  # what to answer (phase=generate)
     prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
@@ -229,6 +230,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
             raise ConfigError(f"phase={self.phase!r} is not one of {', '.join(PHASES)}")
+        if self.keep_layers < 0 or (self.keep_layers and not self.init_from):
+            raise ConfigError(f"keep_layers={self.keep_layers} takes layers of a trained model; name it in init_from=")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.prompt_format not in ("auto", "chat", "text"):

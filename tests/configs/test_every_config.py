@@ -87,7 +87,8 @@ def test_stages_of_pipeline_compose(option):
     pipeline = choose(f"pipeline={option}").pipeline
     assert pipeline.name == option and pipeline.stages
     for stage in pipeline.stages:
-        assert choose(f"phase={stage.phase}", *stage.overrides).phase == stage.phase
+        start = ["init_from=r"] if stage.init_from else []
+        assert choose(f"phase={stage.phase}", *start, *stage.overrides).phase == stage.phase
 
 
 @pytest.mark.parametrize("option", options("profile"))

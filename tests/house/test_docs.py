@@ -21,7 +21,7 @@ SHORT = {
     "rollout": "rollout.prompts=4",
     "evaluate": "evaluation.max_texts=2 evaluation.max_tasks=6 evaluation.max_pairs=6 evaluation.resamples=10",
 }
-TINY_MODEL = "model=primer model.dim=32 model.layers=1 model.heads=2 model.kv_heads=1 model.ffn_dim=32"
+TINY_MODEL = "model=primer model.dim=32 model.layers=2 model.heads=2 model.kv_heads=1 model.ffn_dim=32"
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md"))]
 
 

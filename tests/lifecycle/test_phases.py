@@ -253,6 +253,12 @@ REFUSED = {
     "a row too long for the teacher": (
         "distilling", ["batch.length=512", "model.context=512"], 2,
         "the teacher's context of 256 is shorter than this run's 512 tokens"),
+    "more layers than there are": (
+        "sft_files", ["data.path={files}/chats.jsonl", "keep_layers=3"], 2, "keep_layers=3", "has 2 layers"),
+    "layers of a tokenizer": (
+        "distilling", ["init_from={tuned}/checkpoints/step-120/tokenizer", "keep_layers=1"], 2, "keep_layers=1",
+        "has no model"),
+    "layers of nothing": ("distilling", ["keep_layers=1"], 2, "keep_layers=1 takes layers of a trained model"),
     "rlhf at temperature 0": (
         "rolling", ["inference.sampling.temperature=0"], 2, "inference.sampling.temperature=0", "greater than 0"),
     "rlhf with top_k": ("rolling", ["inference.sampling.top_k=5"], 2, "top_k=5 and top_p=1.0 off"),

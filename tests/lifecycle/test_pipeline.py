@@ -14,7 +14,7 @@ from trivium.compose import compose, run_config
 from trivium.errors import ConfigError
 from trivium.pipeline import plan_stages
 
-SMALL = ("model.dim=32", "model.layers=1", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=32")
+SMALL = ("model.dim=32", "model.layers=3", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=32")
 TRAIN = ("tokenizer.vocab_size=300", "batch.size=4", "batch.micro_size=4", "batch.length=64", "trainer.max_steps=6")
 
 
@@ -51,17 +51,15 @@ def test_stages_of_the_main_job_start_from_what_they_should():
         "preference": "sft",
         "reward": "sft",
         "rlhf": "preference",
-        "student_alone": "tokenizer",
-        "distill": "tokenizer",
+        "student_alone": "rlhf",
+        "distill": "rlhf",
     }
     assert {name: c.teacher.init_from for name, c in trained.items() if c.teacher.init_from} == {
         "distill": "r/x/rlhf"  # the student alone has none: its evaluation does
     }
     assert all(not c.reference.init_from for c in trained.values())  # each one's start is its reference
-    assert {name: c.model.name for name, c in trained.items() if c.model} == dict.fromkeys(
-        ("pretrain", "student_alone", "distill"), "llama"
-    )
-    assert trained["student_alone"].model == trained["distill"].model != trained["pretrain"].model
+    assert {name for name, c in trained.items() if c.model} == {"pretrain"}  # all others have their start's
+    assert {name: c.keep_layers for name, c in trained.items() if c.keep_layers} == {"student_alone": 2, "distill": 2}
     assert (found.result, found.left_out) == ("rlhf", [])
     assert all(c.name == f"x/{name}" and c.runs == "r" for name, c in trained.items())
 
@@ -128,7 +126,10 @@ def own(main, corpus, tmp_path):
 
 def test_list_of_stages_in_a_file_runs(own, tmp_path):
     """Strings are stages; a second pretraining continues the first; the command line beats a stage's own overrides."""
-    text = "[pretrain, {phase: pretrain, name: more, overrides: [optim.lr=0.5, seed=7]}, evaluate]"
+    text = (
+        "[pretrain, {phase: pretrain, name: more, overrides: [optim.lr=0.5, seed=7]},"
+        " {phase: evaluate, teacher: pretrain}]"
+    )
     done = own(text, "optim.lr=1e-3")
     assert done.code == 0, done.err
     facts = manifest(tmp_path / "mine")
@@ -138,6 +139,9 @@ def test_list_of_stages_in_a_file_runs(own, tmp_path):
     more = manifest(tmp_path / "mine/more")
     assert [p["path"] for p in more["parents"]] == [str(tmp_path / "mine/pretrain/checkpoints/step-2")]
     assert (more["config"]["optim"]["lr"], more["config"]["seed"]) == (1e-3, 7)
+    first = str(tmp_path / "mine/pretrain/checkpoints/step-2")
+    judged = {p["role"]: p["path"] for p in manifest(tmp_path / "mine/evaluate")["parents"]}
+    assert judged == {"init_from": str(tmp_path / "mine/more/checkpoints/step-2"), "teacher": first}
     again = own(text, "optim.lr=1e-3")
     assert again.code == 0, again.err
     assert again.out.count("done already") == 3
@@ -163,7 +167,7 @@ def test_mapping_in_a_file_runs_and_the_command_line_beats_it(own, tmp_path):
 
 def test_stage_that_continues_a_student_takes_its_shape(own, tmp_path):
     """phase=distill brings primer_half; the student of an earlier stage is of another shape, and not made yet."""
-    student = ", ".join(o for o in SMALL).replace("dim=32", "dim=16", 1)
+    student = ", ".join(SMALL).replace("dim=32", "dim=16", 1)
     text = (
         "- pretrain\n"
         f"- {{phase: distill, teacher: pretrain, overrides: [{student}, 'data.forms=[text]']}}\n"
@@ -280,7 +284,8 @@ def test_main_job_on_own_files_leaves_rlhf_out_loudly(whole):
     assert "rlhf" not in {s["phase"] for s in facts["stages"]} and not (run / "rlhf").exists()
     parents = {s["name"]: {p["role"]: p["path"] for p in manifest(run / s["path"])["parents"]} for s in facts["stages"]}
     tuned = f"{run}/preference/checkpoints/step-6"
-    assert parents["distill"] == {"init_from": f"{run}/tokenizer", "teacher": tuned}
+    assert parents["distill"] == {"init_from": tuned, "teacher": tuned}
+    assert parents["student_alone"] == {"init_from": tuned}
     assert parents["evaluate_distill"] == {"init_from": f"{run}/distill/checkpoints/step-6", "teacher": tuned}
     assert parents["evaluate_student_alone"]["teacher"] == tuned
     assert parents["chat"] == {"init_from": tuned}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+def spread_layers(layers: int, kept: int) -> list[int]:
+    """Which of `layers` to keep: `kept` of them, evenly spread from the first to the last.
+
+    >>> spread_layers(5, 2), spread_layers(6, 3), spread_layers(12, 1)
+    ([0, 4], [0, 2, 5], [0])
+    """
+    return [round(i * (layers - 1) / max(1, kept - 1)) for i in range(kept)]
+
+
+def keep_layers(tensors: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of some blocks, renumbered in order, with everything outside blocks: a shallower model's start
+    (DistilBERT: Sanh et al. 2019, https://arxiv.org/abs/1910.01108, section 3)."""
+    new = {f"blocks.{old}.": f"blocks.{i}." for i, old in enumerate(kept)}
+    found = {}
+    for name, tensor in tensors.items():
+        head = ".".join(name.split(".")[:2]) + "."
+        if not name.startswith("blocks."):
+            found[name] = tensor
+        elif head in new:
+            found[new[head] + name.removeprefix(head)] = tensor
+    return found
 
 
 @torch.no_grad()

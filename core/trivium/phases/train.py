@@ -78,7 +78,8 @@ def run_training(this: Run) -> int:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
     dtype = autocast_dtype(config.precision, config.trainer.accelerator)
     fresh_head = objective.scores and not (this.parent and this.parent.scores)
-    equal = all(this.parent is not None and c.sha256 == this.parent.sha256 for c in companions.values())
+    equal = not config.keep_layers
+    equal &= all(this.parent is not None and c.sha256 == this.parent.sha256 for c in companions.values())
     parts = (
         model,
         objective,
@@ -283,9 +284,12 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
             raise ConfigError(
                 f"tokenizer.path={config.tokenizer.config.path} is not the tokenizer of {parent.checkpoint}"
             )
-        model, record = parent.model(config.model)
-        this.say(f"starts from {parent.checkpoint}")
+        model, record = parent.model(config.model, config.keep_layers)
+        part = f"{config.keep_layers} layers of " * (config.keep_layers > 0)
+        this.say(f"starts from {part}{parent.checkpoint}")
         return model, record, parent.tokenizer
+    if config.keep_layers:
+        raise ConfigError(f"keep_layers={config.keep_layers}: init_from={config.init_from} has no model")
     if config.model is None:
         raise ConfigError(
             f"phase={config.phase} needs a model: set init_from=runs/... to tune one, or model= to start anew"
