@@ -147,9 +147,11 @@ class _Planner:
             if objective.scores and phase != "evaluate":
                 continue  # a reward model has nothing to say
             more = [f"teacher.init_from={teacher}"] if teacher and phase == "evaluate" else []
-            following = self.compose(f"{phase}_{stage}", phase, more, self.folder(stage))
+            name = f"{phase}_{stage}"
+            if name in (s.name or s.phase for s in self.config.pipeline.stages):
+                raise ConfigError(f"a stage is called {name}, as what follows {stage} is (pipeline.after); rename it")
+            following = self.compose(name, phase, more, self.folder(stage))
             if following is not None:
-                name = f"{phase}_{stage}"
                 self.plan.stages.append(Stage(following, {"name": name, "phase": phase, "path": name, "of": stage}))
 
     def compose(self, stage: str, phase: str, stage_overrides: Sequence[str], origin: str) -> RunConfig | None:
@@ -234,7 +236,12 @@ def launch(overrides: Sequence[str]) -> int:
     """The front door of phases and pipelines: overrides in, exit code out."""
     console = Console(soft_wrap=True)
     files = [o for o in overrides if o.startswith("pipeline=") and o.endswith((".yaml", ".yml"))]
-    config = run_config(compose(with_checkpoint_model([o for o in overrides if o not in files])))
+    whole = [o for o in overrides if o not in files]
+    if any(o.startswith("pipeline=") and o != "pipeline=null" for o in overrides):
+        # data and models are the stages' own, and a domain need not have data for any one phase
+        aside = ("phase=", "data=", "data.", "model=", "model.")
+        whole = [*(o for o in whole if not o.startswith(aside)), "phase=chat"]
+    config = run_config(compose(with_checkpoint_model(whole)))
     keys = {o.partition("=")[0] for o in overrides}
     for chosen in files:
         said = {k: getattr(config.pipeline, k) for k in ("skip", "after", "result") if f"pipeline.{k}" in keys}

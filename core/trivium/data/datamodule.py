@@ -16,8 +16,9 @@ from trivium.data.chat import Chat
 from trivium.data.collate import collate
 from trivium.data.packing import TokenTable, plan
 from trivium.data.position import Order
-from trivium.data.source import Example, Source
+from trivium.data.source import Example, Source, form_of
 from trivium.data.tokenizer import Tokenizer
+from trivium.errors import DataError
 from trivium.types import TokenBatch
 
 
@@ -102,6 +103,9 @@ class PromptDataset(Steps):
     def __init__(self, source: Source, tokenizer: Tokenizer, *, size: int, updates: int, seed: int) -> None:
         chat = Chat(tokenizer)
         examples = [source[i] for i in range(len(source))]
+        for example in examples:
+            if form_of(example) != "answers":
+                raise DataError(f"example {example['id']} has no answer to score against; phase=rlhf needs one")
         self.prompts = [Prompt(e, tuple(chat.prompt_ids(e["messages"][:-1]))) for e in examples]
         self.size, self.updates = size, updates
         self.order = Order(len(examples), seed, source.fingerprint)

@@ -113,7 +113,7 @@ class GRPOConfig:
     clip_high: float = 0.2  # ratios above 1 + this stop pushing up; higher lets rare tokens grow (DAPO: 0.28)
     dual_clip: float = 0.0  # bounds the loss of bad samples at this times |A|; 0 is off, 3 is usual
     ratio: str = "token"  # token | sequence (GSPO)
-    kl_weight: float = 0.05  # of the KL to the reference; 0 does without a reference
+    kl_weight: float = 0.02  # of the KL to the reference; 0 does without a reference
     kl: str = "k2"  # the penalty's estimator: k2 (gradient of KL(pi || ref)) | k3 (of KL(ref || pi)) | k3+
     aggregate: str = "token_mean"  # token_mean | seq_mean_token_mean | seq_mean_token_sum | constant (Dr. GRPO)
 

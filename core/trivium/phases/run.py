@@ -18,9 +18,11 @@ from trivium.disk import make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.manifest import read as read_manifest
-from trivium.schema import DATA_PHASES, RunConfig
+from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig
 
 COMPANIONS = ("reference", "teacher")
+USED_BY = {"reference": (), "teacher": ("evaluate",)}
+"""Phases that use a companion, beside those that train: there the objective says."""
 ASIDE = ("name", "runs", "debug", "pipeline", "init_from", *COMPANIONS)
 """Settings that change no result: init_from, here and of companions, is replaced by the hash of what it named."""
 RESULTS_OF = {
@@ -45,6 +47,8 @@ class Run:
         self.companions: dict[str, Artifact] = {}
         for name in COMPANIONS:
             if getattr(config, name).init_from:
+                if config.phase not in (*TRAINING_PHASES, *USED_BY[name]):
+                    raise ConfigError(f"phase={config.phase} has no use for a {name}; leave {name}.init_from away")
                 self.companions[name] = load_artifact(getattr(config, name).init_from)
         self.folder = make_folder(Path(config.runs) / self.name)
         there = read_manifest(self.folder).get("phase", config.phase)
