@@ -21,6 +21,8 @@ from trivium.registry import near_misses
 from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig, StageConfig
 from trivium.training.checkpoint import RECORD
 
+HELD_OUT = ("validation.", "stop.", "checkpoint.keep_best=")
+"""Settings of the held-out loss."""
 STARTS_MODEL = ("pretrain", "distill")
 """Phases that bring a model of their own, unless init_from= names a trained one."""
 
@@ -138,6 +140,11 @@ class _Planner:
         if teacher and "teacher" in objective.companions:
             given = [*settings.overrides, f"teacher.init_from={teacher}"]
             composed = self.compose(stage, settings.phase, given, origin) or composed
+        asked_of = composed.teacher.init_from
+        if "teacher" in objective.companions and (
+            not asked_of or (asked_of == teacher and teacher not in self.trained)
+        ):
+            raise ConfigError(f"stage {stage}: phase={settings.phase} needs a teacher: name an earlier trained stage")
         self.plan.stages.append(Stage(composed, entry))
         self.made[stage] = self.folder(stage)
         self.trained.add(self.folder(stage))
@@ -191,14 +198,16 @@ def plan_stages(overrides: Sequence[str], config: RunConfig, name: str) -> Plan:
     for settings in pipeline.stages:
         planner.add(settings)
     if pipeline.result:
-        planner.plan.result = Path(planner.made[pipeline.result]).name
+        result = planner.made[pipeline.result]  # of one that is left out: the stage it would have continued
+        planner.plan.result = Path(result).name if result in planner.trained else planner.plan.result
     return planner.plan
 
 
 def stage_overrides_of(overrides: Sequence[str], phase: str, own: Sequence[str]) -> tuple[list[str], str]:
     """The overrides of one stage, its own first, then the command line's, which beat them; and its domain.
 
-    `data.*` of the command line goes to the stages that have data, `model.*` to those that start a model.
+    `data.*` of the command line goes to the stages that have data, `model.*` to those that start a model, settings of a
+    held-out loss to those that have one.
     """
     aside = ("phase=", "pipeline=", "pipeline.", "name=", "init_from=")
     given = [o for o in overrides if not o.startswith(aside)]
@@ -206,8 +215,13 @@ def stage_overrides_of(overrides: Sequence[str], phase: str, own: Sequence[str])
     domain = domain or compose([]).domain
     if f"{domain}/{phase}" not in options("data"):
         given = [o for o in given if not o.startswith(("data.", "data="))]
-    if phase != "pretrain" and not any(o.startswith("model=") for o in given):
+    if phase != "pretrain" and not any(o.startswith("model=") for o in [*own, *given]):
         given = [o for o in given if not o.startswith("model.")]
+    if phase not in TRAINING_PHASES or phase == "rlhf":  # which have no held-out loss
+        given = [o for o in given if not o.startswith(HELD_OUT)]
+    if phase == "evaluate":  # which answers greedily, whatever the others do
+        given = [o for o in given if not o.startswith("system=")]
+        given = [o for o in given if not o.startswith("inference.sampling.") or "max_tokens" in o]
     return [*own, *given], domain
 
 
@@ -239,7 +253,7 @@ def launch(overrides: Sequence[str]) -> int:
     whole = [o for o in overrides if o not in files]
     if any(o.startswith("pipeline=") and o != "pipeline=null" for o in overrides):
         # data and models are the stages' own, and a domain need not have data for any one phase
-        aside = ("phase=", "data=", "data.", "model=", "model.")
+        aside = ("phase=", "data=", "data.", "model=", "model.", *HELD_OUT)
         whole = [*(o for o in whole if not o.startswith(aside)), "phase=chat"]
     config = run_config(compose(with_checkpoint_model(whole)))
     keys = {o.partition("=")[0] for o in overrides}

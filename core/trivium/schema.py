@@ -34,7 +34,7 @@ def _not_negative(group: str, owner: object, *names: str) -> None:
 class BatchConfig:
     """One optimizer step = `size` rows of `length` tokens, run `micro_size` rows at a time."""
 
-    size: int = 16  # rows a step, over all devices; more is steadier and slower a step
+    size: int = 16  # rows a step, over all devices; more is steadier and slower a step (rlhf: see rollout)
     micro_size: int = 16  # rows held in memory at once; changes speed and memory, never the result
     length: int = 256  # tokens a row; at most the model's context
 
@@ -230,6 +230,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
             raise ConfigError(f"phase={self.phase!r} is not one of {', '.join(PHASES)}")
+        if self.keep_layers and self.phase not in TRAINING_PHASES:
+            raise ConfigError(f"keep_layers={self.keep_layers} is for phases that train, not for phase={self.phase}")
         if self.keep_layers < 0 or (self.keep_layers and not self.init_from):
             raise ConfigError(f"keep_layers={self.keep_layers} takes layers of a trained model; name it in init_from=")
         if self.precision not in PRECISIONS:
@@ -240,7 +242,29 @@ class RunConfig:
             group, _, field_name = name.partition(".")
             if getattr(getattr(self, group), field_name) and not self.validation.every_steps:
                 raise ConfigError(f"{name} needs validation.every_steps greater than 0")
-        if self.phase == "rlhf" and self.validation.every_steps:
-            raise ConfigError("phase=rlhf has no held-out loss: set validation.every_steps=0, and phase=evaluate")
+        if self.phase == "rlhf":
+            self._check_rlhf()
+        if self.phase == "evaluate" and self.inference is not None:
+            sampling = self.inference.config.sampling
+            if self.system or sampling != type(sampling)(max_tokens=sampling.max_tokens):
+                raise ConfigError(
+                    "phase=evaluate answers greedily and without a system message; only max_tokens may be set"
+                )
         if self.data is None and self.phase in DATA_PHASES:
             raise ConfigError(f"phase={self.phase} needs data, and domain={self.domain} has none for it")
+
+    def _check_rlhf(self) -> None:
+        if self.validation.every_steps:
+            raise ConfigError("phase=rlhf has no held-out loss: set validation.every_steps=0, and phase=evaluate")
+        if self.trainer.max_steps % self.rollout.updates:
+            raise ConfigError(
+                f"trainer.max_steps={self.trainer.max_steps} must be a multiple of "
+                f"rollout.updates={self.rollout.updates}"
+            )
+        sampling = self.inference.config.sampling if self.inference is not None else None
+        if sampling is not None and (sampling.temperature <= 0 or sampling.top_k or sampling.top_p < 1):
+            raise ConfigError(
+                "phase=rlhf learns from samples of the policy itself, so inference.sampling.temperature="
+                f"{sampling.temperature} must be greater than 0, and top_k={sampling.top_k} and top_p={sampling.top_p} "
+                "off (0 and 1), or the ratios would be of another distribution"
+            )

@@ -323,3 +323,15 @@ def test_table_fingerprint_covers_tokens_masks_and_borders():
     assert base.fingerprint == table_of([[1, 2], [3, 4]]).fingerprint
     assert len({t.fingerprint for t in [base, *others]}) == 4
     assert all(a.fingerprint != b.fingerprint for a, b in itertools.combinations([base, *others], 2))
+
+
+def test_mismatched_answer_comes_from_an_example_with_another_prompt(tokenizer):
+    """Two verdicts on one prompt stand side by side: the other true answer to it is no mismatch (KTO's z0)."""
+    rows = [("a", "1", True), ("a", "2", False), ("b", "3", True)]
+    examples = [{"id": str(i), "prompt": p, "completion": c, "label": v} for i, (p, c, v) in enumerate(rows)]
+    table = tokenise(Listed(examples), tokenizer, 64, form="labels")
+    said = [tokenizer.decode(table.document(d)[0].tolist()) for d in range(6)]
+    assert said == ["a1", "a3", "a2", "a3", "b3", "b2"]
+    assert table.columns["desirable"].tolist() == [1, 1, 0, 0, 1, 1]
+    with pytest.raises(DataError, match="all examples have one prompt"):
+        tokenise(Listed(examples[:2]), tokenizer, 64, form="labels")

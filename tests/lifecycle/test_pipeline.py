@@ -101,11 +101,28 @@ def test_stage_that_is_skipped_passes_on_what_it_would_have_started_from():
         (["pipeline.after=[evalute]"], "unknown phase=evalute. Did you mean evaluate"),
         (["init_from=r/y"], "starts from nothing, with a tokenizer of its own; leave init_from= away"),
         (["optim.lrr=1"], "unknown option 'optim.lrr'"),
+        (["trainer.max_steps=25"], "trainer.max_steps=25 must be a multiple of rollout.updates=2"),
+        (["inference.sampling.top_k=5"], "top_k=5"),
     ],
 )
 def test_wrong_setting_of_the_main_job_is_told_before_anything_starts(overrides, sentence):
     with pytest.raises(ConfigError, match=sentence):
         plan(*overrides)
+
+
+def test_settings_reach_the_stages_they_are_for():
+    """A held-out loss is for stages that have one; sampling is rlhf's and chat's, evaluations stay greedy."""
+    given = ("validation.every_steps=3", "stop.patience=2", "inference.sampling.temperature=0.7", "system=Be kind.")
+    stages = {s.entry["name"]: s.config for s in plan(*given).stages}
+    assert {n for n, c in stages.items() if c.validation.every_steps == 3} == {
+        "pretrain", "sft", "preference", "reward", "student_alone", "distill",
+    }  # fmt: skip
+    assert (
+        stages["sft"].stop.patience == 2 and stages["rlhf"].stop.patience == stages["rlhf"].validation.every_steps == 0
+    )
+    heat = {n: c.inference.config.sampling.temperature for n, c in stages.items()}
+    assert heat["rlhf"] == heat["chat"] == 0.7 and heat["evaluate_rlhf"] == 0.0
+    assert stages["chat"].system == "Be kind." and stages["evaluate_rlhf"].system == ""
 
 
 # ---- a user's own
@@ -200,6 +217,11 @@ MALFORMED = {
     "itself as teacher": (
         "- pretrain\n- {phase: distill, teacher: distill}",
         "stage distill: teacher=distill is no earlier stage.  Earlier: pretrain",
+    ),
+    "no teacher": ("- pretrain\n- distill", "stage distill: phase=distill needs a teacher"),
+    "a teacher that is a tokenizer": (
+        "stages: [tokenizer, pretrain, {phase: distill, teacher: pretrain}]\nskip: [pretrain]",
+        "stage distill: phase=distill needs a teacher",
     ),
     "unknown versus": ("- {phase: pretrain, versus: base}", "stage pretrain: versus=base is no earlier stage"),
     "unknown skip": ("stages: [pretrain]\nskip: [sft]", "pipeline.skip=sft is no stage. Stages: pretrain"),

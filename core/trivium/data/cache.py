@@ -13,7 +13,7 @@ from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
 from trivium.disk import cache_folder, keep, kept
 
-VERSION = 1
+VERSION = 2
 """Of how text becomes documents; raise it when `tokenise` makes others of the same source."""
 
 

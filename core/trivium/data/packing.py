@@ -17,7 +17,7 @@ import numpy as np
 
 from trivium.data.chat import Chat, Encoded
 from trivium.data.position import key_of, permute
-from trivium.data.source import FORM_WORDS, Example, Source, form_of
+from trivium.data.source import FORM_WORDS, Example, Source, form_of, prompt_of
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 
@@ -189,11 +189,18 @@ def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: 
 
 
 def _encode_labels(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: str) -> list[list[Encoded]]:
-    """Each judged answer, and its prompt with the answer of the example before (for KTO's baseline)."""
-    if len(examples) < 2:
-        raise DataError("one example alone has no mismatched answer; objective=kto needs two or more")
+    """Each judged answer, and its prompt with the answer of the last example before it that has another prompt."""
+    prompts = [prompt_of(e) for e in examples]
+    if all(p == prompts[0] for p in prompts):
+        raise DataError(
+            "all examples have one prompt, so none has a mismatched answer; objective=kto needs two prompts"
+        )
     mixed = []
-    for before, example in zip([examples[-1], *examples[:-1]], examples, strict=True):
+    for i, example in enumerate(examples):
+        other = i - 1  # -1 is the last one: the examples stand in a circle
+        while prompts[other] == prompts[i]:
+            other -= 1
+        before = examples[other]
         answer = before["messages"][-1]["content"] if "messages" in before else before["completion"]
         if "messages" in example:
             told = {"messages": [*example["messages"][:-1], {**example["messages"][-1], "content": answer}]}

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from trivium.build import Artifact, build_backend, same_tokenizer
+from trivium.build import Artifact, build_backend, build_companion
 from trivium.data.source import Example, form_of
 from trivium.errors import ConfigError, DataError
 from trivium.evaluation.divergence import kl_to_teacher
@@ -15,7 +15,6 @@ from trivium.evaluation.intervals import Estimate
 from trivium.evaluation.pairs import chosen_over_rejected
 from trivium.evaluation.perplexity import bits_per_byte
 from trivium.evaluation.probes import accuracy, answer_tasks, mean_score
-from trivium.inference.config import SamplingConfig
 from trivium.phases.run import Run
 
 
@@ -24,11 +23,13 @@ def run_evaluate(this: Run) -> int:
     config, settings = this.config, this.config.evaluation
     parent = this.needs_parent()
     sampling = config.inference.config.sampling
-    if config.system or dataclasses.replace(sampling, max_tokens=64) != SamplingConfig():
-        raise ConfigError("phase=evaluate answers greedily and without a system message; only max_tokens may be set")
     source = this.source()
     _refuse_trained_text(this, parent)
     model, _ = parent.model(config.model)
+    tokenizer = parent.tokenizer
+    teacher = None
+    if "teacher" in this.companions:
+        teacher = build_companion("teacher", this.companions["teacher"], tokenizer, length=2)
     examples = [source[i] for i in range(len(source))]
     random.Random(0).shuffle(examples)  # a cap must not read one book or one task only
     texts = [e["text"] for e in examples if form_of(e) == "text"][: settings.max_texts]
@@ -38,8 +39,12 @@ def run_evaluate(this: Run) -> int:
     if model.score is not None:
         this.say("a reward model: it scores answers and writes none, so only its choice between answers is measured")
         texts, tasks, chats = [], [], []
-    if "teacher" not in this.companions:
+    if teacher is None:
         chats = []
+    elif not chats:
+        raise ConfigError(
+            f"teacher.init_from= is for the KL to a teacher, and there is none for {parent.path} on this data"
+        )
     if not (texts or tasks or pairs or chats):
         raise DataError(
             f"data={config.data.name if config.data else ''} has neither text nor verifiable tasks nor pairs to "
@@ -50,7 +55,6 @@ def run_evaluate(this: Run) -> int:
     this.say(f"{shown} of the {len(source)} examples held out")
     bootstrap: dict[str, Any] = {"resamples": settings.resamples, "confidence": settings.confidence}
     found: dict[str, Estimate] = {}
-    tokenizer = parent.tokenizer
     backend = build_backend(config.inference, model, tokenizer.pad_id, config.trainer.accelerator)
     if texts:
         found["bits_per_byte"] = bits_per_byte(model, tokenizer, texts, stride=settings.stride, **bootstrap)
@@ -75,10 +79,8 @@ def run_evaluate(this: Run) -> int:
         found["reward"] = mean_score(drawn, **bootstrap)
     if pairs:
         found |= chosen_over_rejected(model, tokenizer, pairs, **bootstrap)
-    if chats:
-        teacher = this.companions["teacher"]
-        same_tokenizer("teacher", teacher, tokenizer)
-        found["kl_to_teacher"] = kl_to_teacher(model, teacher.model(None)[0], tokenizer, chats, **bootstrap)
+    if chats and teacher is not None:
+        found["kl_to_teacher"] = kl_to_teacher(model, teacher, tokenizer, chats, **bootstrap)
     for name, e in found.items():
         this.say(f"{name:<20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]  n={e.count}")
     this.manifest.update(results={k: dataclasses.asdict(e) for k, e in found.items()}, source=source.fingerprint)
@@ -92,7 +94,7 @@ def _refuse_trained_text(this: Run, parent: Artifact) -> None:
     scored = ours.get("validation_path") or ours.get("path")
     if not scored or scored != theirs.get("path"):
         return
-    differ = [k for k in ("validation_path", "validation_share") if ours.get(k) != theirs.get(k)]
+    differ = [k for k in ("validation_path", "validation_share", "schema") if ours.get(k) != theirs.get(k)]
     if differ:
         shown = ", ".join(f"data.{k}={theirs[k] or repr('')}" for k in differ)
         raise ConfigError(

@@ -214,16 +214,6 @@ def _from_samples(
     """Prompts, and a backend that answers them from the weights that are trained."""
     config, rollout, model = this.config, this.config.rollout, parts[0]
     sampling = config.inference.config.sampling
-    if sampling.temperature <= 0 or sampling.top_k or sampling.top_p < 1:
-        raise ConfigError(
-            "phase=rlhf learns from samples of the policy itself, so inference.sampling.temperature="
-            f"{sampling.temperature} must be greater than 0, and top_k={sampling.top_k} and top_p={sampling.top_p} off "
-            "(0 and 1), or the ratios would be of another distribution"
-        )
-    if config.trainer.max_steps % rollout.updates:
-        raise ConfigError(
-            f"trainer.max_steps={config.trainer.max_steps} must be a multiple of rollout.updates={rollout.updates}"
-        )
     steps = PromptDataset(source, tokenizer, size=rollout.prompts, updates=rollout.updates, seed=config.seed)
     longest = steps.longest + sampling.max_tokens
     room = min(config.batch.length, model.context)

@@ -137,7 +137,7 @@ class ObjectiveModule(L.LightningModule):
         # Every step draws its dropout from its own number, so a resumed run needs no generator state.
         torch.manual_seed(key_of(self.settings.seed, "step", self.step, self.global_rank))
         self.consult(micro_batches)
-        if self.step == 0 and self.settings.starts_equal:
+        if self.step == 0 and self.settings.starts_equal and self.objective.at_start:
             self.check_start(micro_batches)
         self.model.train()
         count = self.global_sum(torch.stack([self.objective.count(b) for b in micro_batches]).sum())
