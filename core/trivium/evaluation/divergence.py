@@ -1,4 +1,4 @@
-"""How far a student is from its teacher: KL(teacher || student) in nats a token, over what an assistant should say."""
+"""How far a student is from its teacher: KL(teacher || student) in nats a token, over what an assistant should say or text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def kl_to_teacher(
     student: CausalLM, teacher: CausalLM, tokenizer: Tokenizer, chats: Sequence[Example], *, resamples: int,
     confidence: float,
 ) -> Estimate:  # fmt: skip
-    """Mean over all trained tokens of KL(teacher || student), with an interval over conversations."""
+    """Mean over all trained tokens of KL(teacher || student), with an interval over documents."""
     student.eval()
     teacher.eval()
-    steps = packed(chats, tokenizer, min(student.context, teacher.context), "chat", TokenBatch)
+    steps = packed(chats, tokenizer, min(student.context, teacher.context), "any", TokenBatch)
     device = next(student.parameters()).device
     teacher.to(device)
 

@@ -36,21 +36,20 @@ def run_evaluate(this: Run) -> int:
     tasks = balanced([e for e in examples if form_of(e) == "answers"], settings.max_tasks)
     pairs = balanced([e for e in examples if form_of(e) == "pairs"], settings.max_pairs)
     chats = balanced([e for e in examples if form_of(e) in ("chat", "answers")], settings.max_chats)
+    chats = chats or [e for e in examples if form_of(e) == "text"][: settings.max_texts]  # the KL is of what there is
     if model.score is not None:
         this.say("a reward model: it scores answers and writes none, so only its choice between answers is measured")
         texts, tasks, chats = [], [], []
     if teacher is None:
         chats = []
     elif not chats:
-        raise ConfigError(
-            f"teacher.init_from= is for the KL to a teacher, and there is none for {parent.path} on this data"
-        )
+        raise ConfigError(f"teacher.init_from= is for the KL to a teacher, and {parent.path} has none on this data")
     if not (texts or tasks or pairs or chats):
         raise DataError(
             f"data={config.data.name if config.data else ''} has neither text nor verifiable tasks nor pairs to "
             f"evaluate {parent.path} on"
         )
-    read = {"texts": len(texts), "tasks": len(tasks), "pairs": len(pairs), "conversations": len(chats)}
+    read = {"texts": len(texts), "tasks": len(tasks), "pairs": len(pairs), "examples for the KL": len(chats)}
     shown = ", ".join(f"{n} {name}" for name, n in read.items() if n)
     this.say(f"{shown} of the {len(source)} examples held out")
     bootstrap: dict[str, Any] = {"resamples": settings.resamples, "confidence": settings.confidence}
