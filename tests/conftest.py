@@ -240,7 +240,7 @@ def tiny(phase, *own):
 @pytest.fixture(scope="session")
 def preferring(tuned):
     """preferring(runs, name, *changes) -> the overrides of a tiny DPO run; `tuned` is start and reference."""
-    plain = ("objective.sft_weight=0", "batch.length=128")  # whatever the primer's recipe adds to the loss
+    plain = ("batch.length=128",)
     return tiny("preference", f"init_from={tuned}", "data.num_pairs=200", *plain)
 
 

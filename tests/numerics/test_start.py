@@ -268,7 +268,7 @@ OBJECTIVES = {
     "grpo": GRPO(GRPOConfig()),
     "gspo": GRPO(GRPOConfig(ratio="sequence", aggregate="seq_mean_token_mean", kl="k3")),
     "dr grpo": GRPO(GRPOConfig(aggregate="constant", kl_weight=0.0)),
-    "token sums": GRPO(GRPOConfig(aggregate="seq_mean_token_sum", kl="k3+")),
+    "token sums": GRPO(GRPOConfig(aggregate="seq_mean_token_sum", kl="k3+", kl_weight=0.05)),
     "distill": Distill(DistillConfig(beta=0.3, temperature=2.0, ce_weight=0.25)),
 }
 

@@ -185,5 +185,5 @@ def test_mismatched_answers_are_those_of_the_example_before():
 
 def test_one_verdict_has_nothing_to_be_mismatched_with():
     tokenizer = train_bpe(BPEConfig(vocab_size=300), ["the river"])
-    with pytest.raises(DataError, match="one example alone has no mismatched answer"):
+    with pytest.raises(DataError, match="all examples have one prompt, so none has a mismatched answer"):
         tokenise([{"id": "1", "prompt": "a", "completion": "b", "label": True}], tokenizer, 64, form="labels")

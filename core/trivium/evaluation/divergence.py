@@ -1,4 +1,4 @@
-"""How far a student is from its teacher: KL(teacher || student) in nats a token, over what an assistant should say or text."""
+"""How far a student is from its teacher: KL(teacher || student), nats a token, on what an assistant says or on text."""
 
 from __future__ import annotations
 
