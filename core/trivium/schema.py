@@ -14,7 +14,8 @@ TRAINING_PHASES = ("pretrain", "sft", "preference", "reward", "rlhf", "distill")
 PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat")
 DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
 """Those that cannot do without data."""
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
+POLICIES = ("stop", "skip", "rollback")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -53,12 +54,32 @@ class TrainerConfig:
     max_steps: int = 1000  # optimizer steps, counting those before a resume
     accelerator: str = "auto"  # auto | cpu | gpu | mps, as Lightning names them
     grad_clip: float = 1.0  # largest global gradient norm; 0 is off
-    compile: bool = False  # torch.compile of the inner model: slower to start, faster to run
+    compile: bool = False  # torch.compile of the model's blocks: slower to start, faster to run
+    recompute: int = 0  # every n-th block keeps no activations and makes them again in the backward pass; 0 is off
+    average: float = 0.0  # decay of a running average of the weights, such as 0.999, for others to get; 0 is off
     threads: int = 0  # CPU threads; 0 leaves torch's choice
 
     def __post_init__(self) -> None:
         _positive("trainer", self, "max_steps")
-        _not_negative("trainer", self, "grad_clip", "threads")
+        _not_negative("trainer", self, "grad_clip", "threads", "recompute")
+        if not 0 <= self.average < 1:
+            raise ConfigError(f"trainer.average={self.average} must be at least 0 (off) and less than 1")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens to a step whose loss or gradient is not finite, or a spike. It never reaches the weights."""
+
+    policy: str = "stop"  # stop | skip the step | rollback to the last checkpoint and go on behind the bad data
+    spike_sigma: float = 0.0  # a loss or gradient norm so many standard deviations above its mean is bad too; 0 is off
+    window: int = 100  # steps that mean and deviation look back on; before so many nothing is a spike
+    patience: int = 10  # bad steps in a row, or rollbacks to one checkpoint, before the run stops after all
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"guard.policy={self.policy!r} is not one of {', '.join(POLICIES)}")
+        _positive("guard", self, "window", "patience")
+        _not_negative("guard", self, "spike_sigma")
 
 
 @dataclass(frozen=True)
@@ -201,7 +222,7 @@ class RunConfig:
     seed: int = 0  # of weights, order and dropout
     init_from: str = ""  # a run, one of its checkpoints, or a folder with model.safetensors
     keep_layers: int = 0  # start from so many of init_from's layers, evenly spread: a smaller model; 0 keeps all
-    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 where the hardware computes in it
+    precision: str = "auto"  # auto | fp32 | bf16 | bf16_true | fp16; auto is bf16 where the hardware computes in it
     prompt: str = ""  # what to answer (phase=generate)
     prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
     prompt_format: str = "auto"  # auto | chat | text; auto is chat once the model was tuned on conversations
@@ -216,6 +237,7 @@ class RunConfig:
     inference: Any = None
     batch: BatchConfig = field(default_factory=BatchConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     stop: StopConfig = field(default_factory=StopConfig)

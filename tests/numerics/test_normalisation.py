@@ -67,7 +67,7 @@ def small_llama(dtype):
 
 def fit(model, objective, steps, make_optimizer, clip=0.0):
     """Run `steps` through Lightning; returns the module."""
-    settings = StepSettings(grad_clip=clip, seed=0, autocast=None)
+    settings = StepSettings(grad_clip=clip, seed=0)
     module = ObjectiveModule(model, objective, make_optimizer, lambda step: 1.0, settings)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -80,6 +80,7 @@ def fit(model, objective, steps, make_optimizer, clip=0.0):
         use_distributed_sampler=False,
     )
     trainer.fit(module, DataLoader(steps, batch_size=None))
+    assert len(list(module.rows())) == len(steps)
     return module
 
 
@@ -205,7 +206,7 @@ def test_micro_batch_without_trained_tokens_changes_nothing():
 def test_step_without_any_trained_token_is_refused():
     empty = pairs_of(0, 2)
     empty.labels[:] = -100
-    with pytest.raises(TrainingError, match="step 0: no token of the batch would be trained on"):
+    with pytest.raises(TrainingError, match="step 1: no token of the batch would be trained on"):
         fit(Cost(), NextToken(NextTokenConfig()), [[empty]], lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
 
 
@@ -214,6 +215,6 @@ def test_step_with_a_loss_that_is_not_finite_never_reaches_the_weights():
     with torch.no_grad():
         model.head.weight[0, 0] = torch.nan
     before = model.embed.weight.detach().clone()
-    with pytest.raises(TrainingError, match="step 0: loss nan"):
+    with pytest.raises(TrainingError, match="step 1: loss nan"):
         fit(model, NextToken(NextTokenConfig()), [[pairs_of(0, 2)]], lambda m: torch.optim.SGD(m.parameters(), lr=1.0))
     assert torch.equal(model.embed.weight, before)

@@ -26,8 +26,9 @@ from trivium.objectives.preference import Preference
 from trivium.objectives.reward import Reward
 from trivium.objectives.unpaired import KTO
 from trivium.training.config import AdamWConfig
-from trivium.training.objective_module import START_TOLERANCE, ObjectiveModule, StepSettings
+from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.optim import adamw
+from trivium.training.precision import PRECISIONS
 from trivium.types import RolloutBatch
 
 VOCAB, PAD, UNITS = 61, 0, 12
@@ -94,10 +95,10 @@ def cut(objective, docs, rows, size, **columns):
     ]
 
 
-def fit(model, objective, steps, make_optimizer=None, companion=None, autocast=None, equal=False, clip=0.0):
+def fit(model, objective, steps, make_optimizer=None, companion=None, precision="fp32", equal=False, clip=0.0):
     """Run `steps` through Lightning; returns the module."""
     companions = {name: companion for name in objective.companions} if companion is not None else {}
-    settings = StepSettings(grad_clip=clip, seed=0, autocast=autocast, starts_equal=equal)
+    settings = StepSettings(grad_clip=clip, seed=0, precision=PRECISIONS[precision], starts_equal=equal)
     make = make_optimizer or (lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
     module = ObjectiveModule(model, objective, make, lambda step: 1.0, settings, companions)
     trainer = L.Trainer(
@@ -111,6 +112,7 @@ def fit(model, objective, steps, make_optimizer=None, companion=None, autocast=N
         use_distributed_sampler=False,
     )
     trainer.fit(module, DataLoader(steps, batch_size=None))
+    assert len(list(module.rows())) == len(steps)
     return module
 
 
@@ -156,14 +158,14 @@ def test_figures_at_the_start_are_exact(name, precision):
     START_TOLERANCE; products are rounded to 8 bits, a log-probability of 5 by about 1e-2, and they are summed.
     """
     objective, expected = STARTS[name]
-    autocast = torch.bfloat16 if precision == "bf16" else None
+    autocast = PRECISIONS[precision].autocast
     tolerance = 2e-2 if autocast else 1e-5
     docs = documents(0, longest=24)
     model = small_llama(dtype=torch.float32, dropout=0.3, scores=objective.scores)
     column = precomputed(objective, docs, model, autocast)
     step = cut(objective, docs, rows_of(PACKED), 8, **column)
     assert (step[0].labels != -100).sum() > 256
-    module = fit(model, objective, [step], companion=copy.deepcopy(model), autocast=autocast, equal=True)
+    module = fit(model, objective, [step], companion=copy.deepcopy(model), precision=precision, equal=True)
     assert module.step == 1  # check_start agreed
     step = cut(objective, docs, rows_of(PACKED), 8, **column)
     found = {"loss": module.validation_loss(step)}
@@ -185,18 +187,18 @@ def test_policy_gradient_pulls_from_the_start_and_distillation_does_not():
     assert norms["distill"] < 1e-12 and norms["reverse"] < 1e-12
 
 
-def refused(objective, step, model, companion, autocast=None):
+def refused(objective, step, model, companion, precision="fp32"):
     with pytest.raises(TrainingError, match="step 0: .* must be .* while the model equals its") as error:
-        fit(model, objective, [step], companion=companion, autocast=autocast, equal=True)
+        fit(model, objective, [step], companion=companion, precision=precision, equal=True)
     return str(error.value)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [n for n in STARTS if "reward" not in n])
-def test_another_reference_is_refused(name, autocast):
+def test_another_reference_is_refused(name, precision):
     objective = STARTS[name][0]
     step = cut(objective, documents(0), rows_of(PACKED), 4)
-    refused(objective, step, small_llama(dtype=torch.float32), small_llama(seed=4, dtype=torch.float32), autocast)
+    refused(objective, step, small_llama(dtype=torch.float32), small_llama(seed=4, dtype=torch.float32), precision)
 
 
 def test_a_reference_that_is_nearly_right_is_refused_too():
@@ -254,7 +256,9 @@ def test_later_starts_are_not_checked():
 
 
 def test_tolerances_are_set_for_every_precision():
-    assert START_TOLERANCE.keys() == {None, torch.bfloat16}
+    assert {name: p.tolerance for name, p in PRECISIONS.items()} == {
+        "fp32": 1e-4, "bf16": 2e-2, "bf16_true": 2e-2, "fp16": 4e-3,
+    }  # fmt: skip
 
 
 # ---- one division a step

@@ -22,6 +22,7 @@ from trivium.objectives.unpaired import KTO
 from trivium.training.companions import COLUMN, note_reference
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.optim import optimizer_tensors
+from trivium.training.precision import PRECISIONS
 from trivium.types import PreferenceBatch
 
 VOCAB, PAD, PAIRS = 43, 0, 9
@@ -68,7 +69,7 @@ def steps_of(order=range(PAIRS), seed=0, length=24, micro_size=2, change=None):
     )
 
 
-def note(steps, model=None, sha256="a", rows=None, autocast=None, objective=OBJECTIVE):
+def note(steps, model=None, sha256="a", rows=None, precision="fp32", objective=OBJECTIVE):
     """Returns (whether it was in the cache, the column); a model of None must not be loaded."""
 
     def load():
@@ -76,7 +77,7 @@ def note(steps, model=None, sha256="a", rows=None, autocast=None, objective=OBJE
         return model
 
     rows = np.arange(len(steps.rows)) if rows is None else rows
-    found = note_reference(objective, load, sha256, steps, rows, autocast, CPU)
+    found = note_reference(objective, load, sha256, steps, rows, PRECISIONS[precision], CPU)
     return found, steps.table.columns[COLUMN]
 
 
@@ -141,7 +142,7 @@ def test_other_weights_data_or_precision_are_never_reused():
         "one token of the data": {"steps": steps_of(change=5)},
         "order of the data": {"steps": steps_of([1, 0, *range(2, PAIRS)])},
         "length of rows": {"steps": steps_of(length=40)},
-        "precision": {"steps": steps_of(), "autocast": torch.bfloat16},
+        "precision": {"steps": steps_of(), "precision": "bf16"},
         "rows": {"steps": steps_of(), "rows": np.array([0, 2])},
     }
     said = {}
@@ -256,7 +257,7 @@ def train(objective, companions, steps, model=None, watch=None):
                 return plain(self, forward, batch)
 
         objective = Watched(objective.config)
-    settings = StepSettings(grad_clip=1.0, seed=0, autocast=None)
+    settings = StepSettings(grad_clip=1.0, seed=0)
     module = ObjectiveModule(
         model, objective, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), lambda step: 1.0, settings, companions
     )
@@ -316,7 +317,7 @@ def test_a_reference_with_dropout_says_the_same_twice(objective):
 def test_asking_leaves_the_model_in_the_mode_it_was_in():
     """In eval mode and without gradient within, as before after; also when the question fails."""
     model = small_llama(dropout=0.5).train()
-    settings = StepSettings(grad_clip=1.0, seed=0, autocast=None)
+    settings = StepSettings(grad_clip=1.0, seed=0)
     module = ObjectiveModule(
         model, OBJECTIVE, lambda m: torch.optim.SGD(m.parameters(), lr=1.0), lambda s: 1.0, settings,
         {"reference": small_llama(seed=2)},

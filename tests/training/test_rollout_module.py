@@ -103,7 +103,7 @@ def module_of(tokenizer, *, updates=1, samples=SAMPLES, seed=0, sampling_seed=0,
         objective,
         lambda m: torch.optim.SGD(m.parameters(), lr=lr),
         lambda step: 1.0,
-        StepSettings(grad_clip=0.0, seed=seed, autocast=None),
+        StepSettings(grad_clip=0.0, seed=seed),
         {name: policy(tokenizer, seed=1) for name in objective.companions},
         backend=Recording(NativeConfig(max_batch=5), sampler(model) if sampler else model, tokenizer.pad_id),
         source=Questions(),
@@ -123,6 +123,7 @@ def fit(module, items):
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(items, batch_size=None))
+    list(module.rows())
     return module
 
 
@@ -310,6 +311,7 @@ def test_between_items_only_where_a_rollout_is_used_up(tokenizer):
     )  # fmt: skip
     assert module.between_items
     trainer.fit(module, DataLoader([prompts_of(tokenizer)] * 4, batch_size=None))
+    list(module.rows())
     assert seen == [(1, False, 16), (2, True, 16), (3, False, 32), (4, True, 32)]
 
 

@@ -139,11 +139,11 @@ def validation_batches(
 
 
 class StepDataModule(L.LightningDataModule):
-    """Feeds steps start..max_steps-1; its length is known, so no batch is lost at a resume."""
+    """Feeds `items` of the steps; their number is known, so no batch is lost at a resume."""
 
-    def __init__(self, steps: Steps, start: int, max_steps: int) -> None:
+    def __init__(self, steps: Steps, items: range) -> None:
         super().__init__()
-        self.steps, self.start, self.max_steps = steps, start, max_steps
+        self.steps, self.items = steps, items
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.steps, batch_size=None, sampler=range(self.start, self.max_steps))
+        return DataLoader(self.steps, batch_size=None, sampler=self.items)

@@ -57,9 +57,9 @@ class Attention(nn.Module):
         x: Tensor,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        layer: int,
-        cache: KVCache | None,
         positions: Tensor,
+        layer: int = 0,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         rows, length, _ = x.shape

@@ -31,12 +31,12 @@ class Block(nn.Module):
         x: Tensor,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        layer: int,
-        cache: KVCache | None,
         positions: Tensor,
+        layer: int = 0,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        attended = self.attn(self.attn_norm(x), angles, mask, layer, cache, positions)
+        """(B, T, C) -> (B, T, C). layer: its number, under which the cache knows it."""
+        attended = self.attn(self.attn_norm(x), angles, mask, positions, layer, cache)
         x = x + F.dropout(attended, self.dropout, self.training)
         return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
 
@@ -61,8 +61,8 @@ class Llama(CausalLM):
         angles = rope_angles(positions, self.config.dim // self.config.heads, self.config.rope_theta)
         mask = visible(positions, segments, cache.length if cache is not None else None)
         x = self.embed(tokens)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, angles, mask, layer, cache, positions)
+        for layer in range(len(self.blocks)):
+            x = self.block(layer, x, angles, mask, positions, cache=cache)
         return self.norm(x)
 
     @torch.no_grad()

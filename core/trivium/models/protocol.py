@@ -8,7 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trivium.models.cache import KVCache
 
@@ -26,18 +28,37 @@ class CausalLM(nn.Module, ABC):
     embed: nn.Embedding
     head: nn.Linear
     score: nn.Linear | None
+    blocks: nn.ModuleList
 
     def __init__(self, config: Any, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         self.score = None
+        self.recompute = 0
+        self._compiled: tuple[Any, ...] = ()
 
     def add_score_head(self) -> None:
         """Make a reward model of it. The head starts at zero: no answer is better than another yet."""
         weight = self.embed.weight
         self.score = nn.Linear(weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.score.weight)
+
+    def compile_blocks(self) -> None:
+        """From now on, blocks run through torch.compile where no cache is used. They share one compilation."""
+        self._compiled = tuple(torch.compile(block) for block in self.blocks)  # a tuple: no second submodules
+
+    def block(self, layer: int, *args: Any, cache: KVCache | None = None) -> Tensor:
+        """Run block `layer`: what `forward` calls, so that training can compile blocks and forget their activations.
+
+        recompute = n: every n-th keeps none for the backward pass (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
+        """
+        if cache is not None:
+            return self.blocks[layer](*args, layer, cache)
+        run = self._compiled[layer] if self._compiled else self.blocks[layer]
+        if self.recompute and layer % self.recompute == 0 and torch.is_grad_enabled():
+            return checkpoint(run, *args, use_reentrant=False)  # type: ignore[return-value]
+        return run(*args)
 
     @abstractmethod
     def forward(

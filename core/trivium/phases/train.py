@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trivium.build import (
     Artifact,
     build_backend,
@@ -38,9 +36,10 @@ from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
 from trivium.training.companions import COLUMN, note_reference
 from trivium.training.objective_module import ObjectiveModule, StepSettings
+from trivium.training.precision import Precision, precision_of
 from trivium.training.rollout_module import RolloutModule, RolloutSettings
 from trivium.training.stop import EXIT_CODE
-from trivium.training.trainer import Job, autocast_dtype, fit
+from trivium.training.trainer import Job, fit
 from trivium.types import TokenBatch
 
 UNGUARDED = (
@@ -76,7 +75,7 @@ def run_training(this: Run) -> int:
     model, record, tokenizer = _model_and_tokenizer(this, source, objective)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
-    dtype = autocast_dtype(config.precision, config.trainer.accelerator)
+    precision = precision_of(config.precision, config.trainer.accelerator)
     fresh_head = objective.scores and not (this.parent and this.parent.scores)
     equal = not config.keep_layers
     equal &= all(this.parent is not None and c.sha256 == this.parent.sha256 for c in companions.values())
@@ -85,15 +84,20 @@ def run_training(this: Run) -> int:
         objective,
         lambda m: build_optimizer(config.optim, m),
         build_schedule(config.schedule, config.trainer.max_steps),
-        StepSettings(config.trainer.grad_clip, config.seed, dtype, equal and (fresh_head or not objective.scores)),
+        StepSettings(
+            config.trainer.grad_clip,
+            config.seed,
+            precision,
+            equal and (fresh_head or not objective.scores),
+            config.guard,
+            config.trainer.average,
+        ),
     )
     prepare = _from_samples if objective.reads == "answers" else _from_data
-    ready = prepare(this, parts, companions, source, tokenizer, dtype)
-    if config.trainer.compile:
-        ready.module.compile_model()
-    guard = _guard(this, ready.data["train"], tokenizer, dtype, companions)
+    ready = prepare(this, parts, companions, source, tokenizer, precision)
+    guard = _guard(this, ready.data["train"], tokenizer, precision, companions)
     make_samples = _sampler(this, model, tokenizer, ready.form)
-    _header(this, ready, dtype)
+    _header(this, ready, precision)
     facts = {
         "model": {"name": record["name"], "parameters": model.num_parameters},
         "data": ready.data,
@@ -148,7 +152,7 @@ def _companions(this: Run, objective: Objective) -> dict[str, Artifact]:
 
 def _from_data(
     this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
-    dtype: torch.dtype | None,
+    precision: Precision,
 ) -> Ready:  # fmt: skip
     """Packed rows of a data set."""
     config = this.config
@@ -186,7 +190,7 @@ def _from_data(
             held_out = StepDataset(tables["validation"], size=1, seed=0, batch=steps.batch, **sizes)
             read["validation"] = (held_out, config.validation.max_rows)
         for split, count in read.values():
-            note_reference(objective, load, reference.sha256, split, split.first_rows(count), dtype, device)
+            note_reference(objective, load, reference.sha256, split, split.first_rows(count), precision, device)
     validation = []
     if "validation" in tables:
         rows = config.validation.max_rows
@@ -209,7 +213,7 @@ def _from_data(
 
 def _from_samples(
     this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
-    dtype: torch.dtype | None,
+    precision: Precision,
 ) -> Ready:  # fmt: skip
     """Prompts, and a backend that answers them from the weights that are trained."""
     config, rollout, model = this.config, this.config.rollout, parts[0]
@@ -303,7 +307,7 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
 
 
 def _guard(
-    this: Run, data: str, tokenizer: Tokenizer, dtype: torch.dtype | None, companions: dict[str, Artifact]
+    this: Run, data: str, tokenizer: Tokenizer, precision: Precision, companions: dict[str, Artifact]
 ) -> dict[str, Any]:
     """What must be the same when this run is continued: settings, data, tokenizer, parent and companions."""
     flat: dict[str, Any] = {}
@@ -321,7 +325,7 @@ def _guard(
     walk("", as_dict(this.config))
     flat |= {f"{name} weights": artifact.sha256 for name, artifact in companions.items()}
     flat |= {"data fingerprint": data, "tokenizer fingerprint": tokenizer.fingerprint}
-    flat |= {"precision": str(dtype), "parent": this.parent.sha256 if this.parent else ""}
+    flat |= {"precision": precision.name, "parent": this.parent.sha256 if this.parent else ""}
     return flat
 
 
@@ -337,13 +341,13 @@ def _count(number: float) -> str:
     return f"{number:g}"
 
 
-def _header(this: Run, ready: Ready, dtype: torch.dtype | None) -> None:
+def _header(this: Run, ready: Ready, precision: Precision) -> None:
     model, batch = ready.module.model, this.config.batch
     # the libraries, weights with gradients and two moments, and about 40 fp32 values a layer, token and width
     held = batch.micro_size * batch.length * model.width_times_depth * 160
     others = sum(c.num_parameters for c in ready.module.companions.values()) * 4
     memory = 0.6e9 + model.num_parameters * 16 + held + others
-    this.say(f"{_count(model.num_parameters)} parameters, {'bf16' if dtype else 'fp32'}; {ready.about}")
+    this.say(f"{_count(model.num_parameters)} parameters, {precision.name}; {ready.about}")
     this.say(f"about {memory / 1e9:.1f} GB of memory")
 
 

@@ -1,17 +1,23 @@
-"""What happens after a step, in this order: validate, sample, record, show, save, stop. Each is one small callback."""
+"""What happens after a step, in this order: validate, sample, record, save, stop. Each is one small callback.
+
+Figures are read one step late (see figures.py), and all of them before anything is saved.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trivium.disk import read_lines, replace_file
+from trivium.errors import TriviumError
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.stop import SignalWatch, StopController
 from trivium.types import TokenBatch
@@ -32,7 +38,7 @@ class AfterStep(L.Callback):
         self.after(trainer, pl_module)
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
-        """One step is done; module.last holds its figures."""
+        """One step is done."""
         raise NotImplementedError
 
 
@@ -46,7 +52,8 @@ class Validate(AfterStep):
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         self.improved = False
         if module.step % self.every_steps == 0 or module.step == self.max_steps:
-            module.last["val/loss"] = loss = module.validation_loss(self.batches)
+            loss = module.validation_loss(self.batches)
+            module.note("val/loss", loss)
             self.improved = self.stop.update(loss, module.step)
             if self.stop.exhausted:
                 trainer.should_stop = True
@@ -64,7 +71,8 @@ class Sample(AfterStep):
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         if module.step % self.every_steps == 0:
-            rows = self.make()
+            with module.shown_weights():
+                rows = self.make()
             with open(self.path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows)
             shown = f"{rows[0]['prompt']!r} -> {rows[0]['completion']!r}"
@@ -72,14 +80,40 @@ class Sample(AfterStep):
 
 
 class Record(AfterStep):
-    """The step's figures to every logger."""
+    """Figures to every logger and to the console, once they are here."""
+
+    def __init__(self, loggers: Sequence[Logger], show: Show) -> None:
+        self.loggers, self.show = loggers, show
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(module.last, step=module.step)
+        self.read(module, keep=1)
+
+    def read(self, module: ObjectiveModule, keep: int = 0) -> None:
+        """All figures but those of the `keep` newest steps."""
+        for row in module.rows(keep):
+            for logger in self.loggers:
+                logger.log_metrics(row, step=row["step"])
+            self.show.row(row)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ObjectiveModule)
+        self.show.begin(pl_module.step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ObjectiveModule)
+        self.read(pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.show.end()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, ObjectiveModule)
+        with suppress(TriviumError):  # what went wrong first is what is told
+            self.read(pl_module)
+        self.show.end()  # Lightning leaves teardown out, and the terminal would be without a cursor
 
 
-class Show(AfterStep):
+class Show:
     """A bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, console: Console, max_steps: int) -> None:
@@ -88,43 +122,50 @@ class Show(AfterStep):
         self._last_line = self._began = time.monotonic()
         self._first_step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, ObjectiveModule)
-        self._first_step = pl_module.step
+    def begin(self, step: int) -> None:
+        """Training starts after `step`."""
+        self._first_step = step
         self._began = time.monotonic()
         if self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = bar = Progress(*columns, console=self.console, transient=True)
-            bar.add_task("", total=self.max_steps, completed=pl_module.step)
+            bar.add_task("", total=self.max_steps, completed=step)
             bar.start()
 
-    def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
-        last = module.last
-        held_out = f"  val {last['val/loss']:.3f}" if "val/loss" in last else ""
-        more = "".join(f"  {name} {last[key]:.3f}" for key, name in SHOWN.items() if key in last)
-        text = f"loss {last['train/loss']:.3f}{held_out}{more}  {last['tokens_per_second']:,.0f} tokens/s"
+    def row(self, row: dict) -> None:
+        """The figures of one step."""
+        step, now = row["step"], time.monotonic()
+        if "skipped" in row:
+            self.console.print(f"  [yellow]step {step}: loss or gradient not usable; the step was skipped[/]")
+            return
+        held_out = f"  val {row['val/loss']:.3f}" if "val/loss" in row else ""
+        more = "".join(f"  {name} {row[key]:.3f}" for key, name in SHOWN.items() if key in row)
+        text = f"loss {row['train/loss']:.3f}{held_out}{more}  {row['tokens_per_second']:,.0f} tokens/s"
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=module.step, description=text)
-        now = time.monotonic()
+            self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         if held_out or (not self._bar and now - self._last_line > PLAIN_SECONDS):
             self._last_line = now
-            left = (now - self._began) / (module.step - self._first_step) * (self.max_steps - module.step)
-            self.console.print(f"  step {module.step:>6}/{self.max_steps}  {text}  {left:,.0f} s left", highlight=False)
+            left = (now - self._began) / (step - self._first_step) * (self.max_steps - step)
+            self.console.print(f"  step {step:>6}/{self.max_steps}  {text}  {left:,.0f} s left", highlight=False)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def end(self) -> None:
+        """No more rows."""
         if self._bar:
             self._bar.stop()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")  # Lightning leaves it out, and the terminal without a cursor
 
 
 class Save(AfterStep):
     """Checkpoints on schedule, at the best validation, at the end and when a signal came; then stops for the signal."""
 
     def __init__(
-        self, save: Callable[[ObjectiveModule, bool], None], every_steps: int, max_steps: int, best_of: Validate | None
+        self,
+        save: Callable[[ObjectiveModule, bool], None],
+        record: Record,
+        every_steps: int,
+        max_steps: int,
+        best_of: Validate | None,
     ) -> None:
+        self.record = record
         self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
         self.watch = SignalWatch()
         self._due = False
@@ -144,6 +185,7 @@ class Save(AfterStep):
         ends = module.step == self.max_steps or trainer.should_stop
         self._due |= module.step % self.every_steps == 0 or ends or best or signalled
         if self._due and module.between_items:  # in the midst of a rollout the steps that are left come first
+            self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
             self.save(module, best)
             self._due = False
             if signalled:

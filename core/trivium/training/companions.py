@@ -17,6 +17,7 @@ from trivium.disk import cache_folder, keep, kept
 from trivium.lineage.manifest import digest_of
 from trivium.models.protocol import CausalLM
 from trivium.objectives.protocol import Objective
+from trivium.training.precision import Precision
 from trivium.types import TokenBatch
 
 COLUMN = "reference"
@@ -28,7 +29,7 @@ def note_reference(
     sha256: str,
     steps: StepDataset,
     rows: np.ndarray,
-    autocast: torch.dtype | None,
+    precision: Precision,
     device: torch.device,
 ) -> bool:
     """Put the reference's log-probability of each document into the table's columns; True if they were in the cache.
@@ -37,12 +38,12 @@ def note_reference(
     said of the others is NaN, and so would be the loss of a row that was not foreseen.
     """
     read = [steps.rows[row] for row in rows]  # the documents: another seed packs others under the same row numbers
-    key = digest_of([sha256, steps.table.fingerprint, steps.length, steps.micro_size, read, str(autocast)])
+    key = digest_of([sha256, steps.table.fingerprint, steps.length, steps.micro_size, read, precision.name])
     path = cache_folder() / COLUMN / f"{key}.bin"
     values = np.frombuffer(kept(path) or b"", np.float32)
     found = len(values) == len(steps.table.ids)
     if not found:
-        values = _ask(objective, reference().to(device).eval(), steps, rows, autocast, device)
+        values = _ask(objective, reference().to(device, precision.weights).eval(), steps, rows, precision, device)
         keep(path, values.tobytes())
     steps.table.columns[COLUMN] = values
     return found
@@ -54,11 +55,12 @@ def _ask(
     model: CausalLM,
     steps: StepDataset,
     rows: np.ndarray,
-    autocast: torch.dtype | None,
+    precision: Precision,
     device: torch.device,
 ) -> np.ndarray:
     def said(batch: TokenBatch) -> Tensor:
-        with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        dtype = precision.autocast
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             objective.consult(batch, {COLUMN: model})
         return batch.reference  # type: ignore[attr-defined]
 

@@ -8,7 +8,7 @@ once by the count of all, known before the first backward pass, so how a step is
 from __future__ import annotations
 
 import math
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +17,21 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trivium.data.position import key_of
 from trivium.errors import TrainingError
 from trivium.models.protocol import CausalLM
 from trivium.objectives.protocol import Objective
-from trivium.training.optim import set_rates
+from trivium.schema import GuardConfig
+from trivium.training.average import WeightAverage
+from trivium.training.figures import Figures, Stopwatch
+from trivium.training.guard import Guard
+from trivium.training.optim import guarded_step, set_rates
+from trivium.training.precision import FP32, LossScale, Precision
 from trivium.training.schedule import Schedule
-from trivium.types import Metric, TokenBatch
+from trivium.types import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,10 @@ class StepSettings:
 
     grad_clip: float
     seed: int
-    autocast: torch.dtype | None  # None computes in the weights' own precision
+    precision: Precision = FP32
     starts_equal: bool = False  # the model starts from the very weights of its companions: at_start must hold
-
-
-START_TOLERANCE = {None: 1e-4, torch.bfloat16: 2e-2}
-"""Of `at_start`, relative where the figure is above 1: rounding of log-probabilities summed over an answer."""
+    guard: GuardConfig = GuardConfig()
+    average: float = 0.0  # decay of the weights' running average; 0 keeps none
 
 
 class ObjectiveModule(L.LightningModule):
@@ -60,27 +64,26 @@ class ObjectiveModule(L.LightningModule):
         assert all(c is not model for c in (companions or {}).values()), "a companion is frozen; the model must not be"
         self.companions = {name: m.eval().requires_grad_(False) for name, m in (companions or {}).items()}
         self.model, self.objective, self.schedule, self.settings = model, objective, schedule, settings
+        if settings.precision.weights is not None:
+            for each in (model, *self.companions.values()):
+                each.to(settings.precision.weights)
         self.optimizer = make_optimizer(model)
-        self._compiled: tuple[CausalLM, ...] = ()
+        self.guard = Guard(settings.guard)
+        self.loss_scale = LossScale() if settings.precision.scaled else None
+        self.average = WeightAverage(model, settings.average) if settings.average else None
+        self.watch = Stopwatch()
         self.step = 0
         self.tokens_seen = 0
-        self.last: dict[str, float] = {}
-
-    def compile_model(self) -> None:
-        """Run the inner model through torch.compile; never the LightningModule, whose hooks would break the graph."""
-        self._compiled = (torch.compile(self.model),)  # type: ignore[assignment]  # a tuple: no second submodule
-
-    @property
-    def forward_model(self) -> CausalLM:
-        """The model that losses run through."""
-        return self._compiled[0] if self._compiled else self.model
+        self.last: dict[str, Any] = {}
+        """The figures of the newest step that was read."""
+        self._unread: deque[Figures] = deque()
 
     def configure_optimizers(self) -> Optimizer:
         return self.optimizer
 
     def autocast(self) -> torch.autocast:
-        """The precision of matrix products; gradients and weights stay fp32."""
-        dtype = self.settings.autocast
+        """The precision of matrix products; gradients and weights keep their own."""
+        dtype = self.settings.precision.autocast
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def on_fit_start(self) -> None:
@@ -93,8 +96,10 @@ class ObjectiveModule(L.LightningModule):
         return True
 
     def training_step(self, micro_batches: Any, _index: int) -> None:
-        with self.timed():
-            self.take_step(micro_batches)
+        self.take_step(micro_batches)
+
+    def on_train_batch_end(self, *_: Any) -> None:  # called after every callback's
+        self.watch.start()
 
     @contextmanager
     def asking(self) -> Iterator[dict[str, Any]]:
@@ -103,7 +108,7 @@ class ObjectiveModule(L.LightningModule):
         self.model.eval()
         try:
             with torch.no_grad(), self.autocast():
-                yield {**self.companions, "policy": self.forward_model}
+                yield {**self.companions, "policy": self.model}
         finally:
             self.model.train(was_training)
 
@@ -112,12 +117,12 @@ class ObjectiveModule(L.LightningModule):
         with self.asking() as models:
             for batch in batches:
                 self.objective.consult(batch, models)
-            self.objective.prepare(self.forward_model, batches, self.global_sum)
+            self.objective.prepare(self.model, batches, self.global_sum)
 
     def check_start(self, batches: Sequence[TokenBatch]) -> None:
         """Where the model still equals its companions, the objective's figures are known; refuse to train on others."""
         with self.asking():
-            outputs = [self.objective(self.forward_model, b) for b in batches]
+            outputs = [self.objective(self.model, b) for b in batches]
         count = self.global_sum(torch.stack([self.objective.count(b) for b in batches]).sum())
         found = {"loss": self.global_sum(torch.stack([o.loss_sum for o in outputs]).sum()) / count}
         for name in self.objective.at_start.keys() - {"loss"}:
@@ -125,71 +130,170 @@ class ObjectiveModule(L.LightningModule):
             found[name] = self.global_sum(total) / self.global_sum(number)
         for name, expected in self.objective.at_start.items():
             off = abs(found[name].item() - expected)
-            if not off <= START_TOLERANCE[self.settings.autocast] * max(1.0, abs(expected)):  # NaN is off too
+            if not off <= self.settings.precision.tolerance * max(1.0, abs(expected)):  # NaN is off too
                 raise TrainingError(
                     f"step 0: {name} is {found[name].item():.6f} and must be {expected:.6f} while the model equals its "
                     f"{' and '.join(self.objective.companions) or 'start'}: the mask, the reference or the template "
                     "is not what it should be"
                 )
 
-    def take_step(self, micro_batches: Sequence[TokenBatch]) -> None:
-        """One optimizer step; its figures are in `last`."""
-        # Every step draws its dropout from its own number, so a resumed run needs no generator state.
-        torch.manual_seed(key_of(self.settings.seed, "step", self.step, self.global_rank))
+    def take_step(self, micro_batches: Sequence[TokenBatch], more: Mapping[str, float] | None = None) -> None:
+        """One optimizer step; `rows` has its figures, and `more` beside them."""
+        self.watch.lap("data")
+        self.seed_step()
         self.consult(micro_batches)
         if self.step == 0 and self.settings.starts_equal and self.objective.at_start:
             self.check_start(micro_batches)
         self.model.train()
-        count = self.global_sum(torch.stack([self.objective.count(b) for b in micro_batches]).sum())
-        if not count:
-            raise TrainingError(f"step {self.step}: no {self.objective.unit} of the batch would be trained on")
-        loss = torch.zeros((), device=self.device)
-        sums: dict[str, Metric] = {}
-        for batch in micro_batches:
-            with self.autocast():
-                output = self.objective(self.forward_model, batch)
-            # the only division: DDP averages gradients over ranks, so its factor is given back
-            self.manual_backward(output.loss_sum * (self.trainer.world_size / count))
-            loss += output.loss_sum.detach()
-            for name, metric in output.metrics.items():
-                old = sums.get(name)
-                sums[name] = metric if old is None else Metric(old.total + metric.total, old.count + metric.count)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip or float("inf"))
-        loss = self.global_sum(loss) / count
-        if not torch.isfinite(loss + norm):
-            raise TrainingError(
-                f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}. The step was not taken; the last "
-                "checkpoint is sound. Lower optim.lr, raise schedule.warmup or set precision=fp32"
-            )
+        counted = [torch.stack([self.objective.count(b), _real_tokens(b)]) for b in micro_batches]
+        counts = self.global_sum(torch.stack(counted).sum(0))
+        self.watch.lap("other")
+        while True:
+            loss, metrics = self.run_backward(micro_batches, counts[0])
+            norms = self.gradient_norms(self.loss_scale.scale if self.loss_scale else 1.0)
+            norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+            if self.loss_scale is None or not self.loss_scale.overflowed(loss, norm):
+                break
+            self.optimizer.zero_grad(set_to_none=True)
+            self.seed_step()
+        bad = self.guard.judge(loss, norm)
+        self.scale_gradients(norm)
         rate = set_rates(self.optimizer, self.schedule(self.step))
-        self.optimizer.step()
+        guarded_step(self.optimizer, bad)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens_seen += int(self.global_sum(sum(_real_tokens(b) for b in micro_batches)))  # type: ignore[arg-type]
-        self.last = {
-            "step": self.step,
-            "train/loss": loss.item(),
-            **{f"train/{k}": mean for k, m in sums.items() if (mean := self._mean(m)) is not None},
-            "lr": rate,
-            "grad_norm": norm.item(),
-            "tokens": self.tokens_seen,
-        }
+        if self.average:
+            self.average.update(self.model, self.step)
+        self.watch.lap("optimizer")
+        known = {"bad": bad, "count": counts[0], "tokens": counts[1], "train/loss": loss, "grad_norm": norm}
+        known |= {f"grad_norm/{group}": value for group, value in norms.items()}
+        facts = {"lr": rate, **(more or {})}
+        if self.loss_scale:
+            facts["loss_scale"] = self.loss_scale.scale
+        self._unread.append(Figures(self.step, known, metrics, facts, self.watch.laps()))
 
-    def _mean(self, metric: Metric) -> float | None:
-        count = self.global_sum(metric.count)
-        return (self.global_sum(metric.total) / count).item() if count else None
+    def seed_step(self) -> None:
+        """Every step draws its dropout from its own number, so a resumed run needs no generator state."""
+        torch.manual_seed(key_of(self.settings.seed, "step", self.step, self.global_rank))
+
+    def run_backward(
+        self, micro_batches: Sequence[TokenBatch], count: Tensor
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Forward and backward of all micro-batches: the mean loss over all ranks, and metrics as (total, count)."""
+        sums: dict[str, list[Tensor]] = {}
+        # the only division: DDP averages gradients over ranks, so its factor is given back
+        factor = self.trainer.world_size / count * (self.loss_scale.scale if self.loss_scale else 1.0)
+        with self.autocast():  # around them all: a weight is cast once a step
+            for number, batch in enumerate(micro_batches):
+                output = self.objective(self.model, batch)
+                self.watch.lap("forward")
+                with torch.autocast(self.device.type, enabled=False), self.syncing(number == len(micro_batches) - 1):
+                    self.manual_backward(output.loss_sum * factor)
+                self.watch.lap("backward")
+                sums.setdefault("", []).append(output.loss_sum.detach())
+                for name, metric in output.metrics.items():
+                    sums.setdefault(f"{name} total", []).append(metric.total)
+                    sums.setdefault(f"{name} count", []).append(metric.count)
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        stacked = torch.stack([torch.stack([x.to(exact) for x in values]).sum() for values in sums.values()])
+        found = dict(zip(sums, self.global_sum(stacked).unbind(), strict=True))
+        names = [key.removesuffix(" total") for key in found if key.endswith(" total")]
+        return found[""] / count, {name: (found[f"{name} total"], found[f"{name} count"]) for name in names}
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Note a step's time in `last`, and the rate of its real tokens."""
-        started, before = time.perf_counter(), self.tokens_seen
-        yield
-        seconds = time.perf_counter() - started
-        self.last |= {"step_seconds": seconds, "tokens_per_second": (self.tokens_seen - before) / seconds}
+    def syncing(self, last: bool) -> Iterator[None]:
+        """Gradients travel between ranks once a step, after the last micro-batch."""
+        wrapper = self.trainer.model
+        if isinstance(wrapper, DistributedDataParallel) and not last:
+            with wrapper.no_sync():
+                yield
+        else:
+            yield
+
+    def gradient_norms(self, scale: float) -> dict[str, Tensor]:
+        """The norm of the gradient of each group of parameters: embed, attn, ffn, norms, head."""
+        named = [(_group(name), p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        if not named:
+            raise TrainingError(f"step {self.step}: no parameter has a gradient; is everything frozen?")
+        norms = torch._foreach_norm([grad for _, grad in named], 2.0, dtype=_norm_type(named[0][1].dtype))  # type: ignore[reportPrivateImportUsage]
+        groups: dict[str, list[Tensor]] = {}
+        for (group, _), norm in zip(named, norms, strict=True):
+            groups.setdefault(group, []).append(norm)
+        return {g: torch.linalg.vector_norm(torch.stack(values)) / scale for g, values in groups.items()}
+
+    def scale_gradients(self, norm: Tensor) -> None:
+        """Clip to `grad_clip`, and take the loss scale out, in one pass."""
+        clip, scale = self.settings.grad_clip, self.loss_scale.scale if self.loss_scale else 1.0
+        if not clip and scale == 1:
+            return
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0) / scale if clip else torch.ones_like(norm) / scale
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))  # type: ignore[reportPrivateImportUsage]
+
+    def rows(self, keep: int = 0) -> Iterator[dict[str, Any]]:
+        """The figures of steps that were not read yet, oldest first; the `keep` newest are left on the device.
+
+        Here the host learns of a step that the guard did not take. Raises TrainingError or RollBack.
+        """
+        while len(self._unread) > keep:
+            row, bad, count = self._unread.popleft().read()
+            if not count:
+                raise TrainingError(f"step {row['step']}: no {self.objective.unit} of the batch would be trained on")
+            self.guard.read(bad, row)
+            self.tokens_seen += row["tokens"]
+            row["tokens"] = self.tokens_seen
+            if bad:
+                row = {k: v if isinstance(v, int) or math.isfinite(v) else None for k, v in row.items()}
+                row |= {"train/loss": None, "skipped": 1}
+            self.last = row
+            yield row
+
+    def note(self, name: str, value: float) -> None:
+        """Add a figure to the newest step's."""
+        self._unread[-1].facts[name] = value
 
     def global_sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks."""
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value  # type: ignore[return-value]
+
+    @property
+    def averages(self) -> bool:
+        """Whether others get other weights than those that are trained: an average of them."""
+        return self.average is not None or hasattr(self.optimizer, "weights")
+
+    def take_average(self) -> None:
+        """The model's weights, just loaded, are the average that was kept (an optimizer makes its own anew)."""
+        if self.average is not None:
+            self.average.restore({p: p.detach() for p in self.model.parameters()})
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights, optimizer and figures."""
+        return {"guard": self.guard.state(), "loss_scale": self.loss_scale.state() if self.loss_scale else None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's state."""
+        self._unread.clear()
+        self.guard.restore(state["guard"])
+        if self.loss_scale:
+            self.loss_scale.restore(state["loss_scale"])
+
+    @contextmanager
+    def shown_weights(self) -> Iterator[None]:
+        """The model with the weights that others get: their average where one is kept. Afterwards all is as before."""
+        if not self.averages:
+            yield
+            return
+        averaged: Any = self.average or self.optimizer
+        before = {p: p.detach().clone() for p in self.model.parameters()}
+        with torch.no_grad():
+            for parameter, weight in averaged.weights().items():
+                parameter.copy_(weight)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight in before.items():
+                    parameter.copy_(weight)
 
     @torch.no_grad()
     def validation_loss(self, batches: Sequence[TokenBatch]) -> float:
@@ -197,12 +301,13 @@ class ObjectiveModule(L.LightningModule):
         was_training = self.model.training
         self.model.eval()
         batches = [batch.to(self.device) for batch in batches]
-        self.consult(batches)
         total = count = torch.zeros((), device=self.device)
-        for batch in batches:
-            with self.autocast():
-                total = total + self.objective(self.forward_model, batch).loss_sum
-            count = count + self.objective.count(batch)
+        with self.shown_weights():
+            self.consult(batches)
+            for batch in batches:
+                with self.autocast():
+                    total = total + self.objective(self.model, batch).loss_sum
+                count = count + self.objective.count(batch)
         self.model.train(was_training)
         if not count:
             raise TrainingError(f"no {self.objective.unit} of the validation split would be scored")
@@ -216,3 +321,18 @@ def _real_tokens(batch: TokenBatch) -> Tensor:
     if batch.segments is None:
         return torch.tensor(batch.tokens.numel(), device=batch.tokens.device)
     return (batch.segments > 0).sum()
+
+
+def _group(name: str) -> str:
+    """What a parameter belongs to, whatever its layer.
+
+    >>> [_group(n) for n in ("embed.weight", "blocks.3.attn.q.weight", "blocks.0.ffn_norm.weight", "norm.weight")]
+    ['embed', 'attn', 'norm', 'norm']
+    """
+    parts = [part for part in name.split(".") if part != "blocks" and not part.isdigit()]
+    return "norm" if "norm" in parts[0] else parts[0]
+
+
+def _norm_type(dtype: torch.dtype) -> torch.dtype:
+    """Norms of bf16 gradients are summed in fp32."""
+    return torch.promote_types(dtype, torch.float32)

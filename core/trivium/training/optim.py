@@ -33,6 +33,19 @@ def set_rates(optimizer: Optimizer, factor: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
+def guarded_step(optimizer: Optimizer, bad: Tensor) -> None:
+    """Take a step unless `bad` is 1.0: then weights, moments and step counts stay as they are.
+
+    Optimizers that know such a flag (torch's fused ones, as for GradScaler, and ours) get it on the device; for others
+    the host must wait for it.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+
+
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors named "parameter number.entry"."""
     state = optimizer.state_dict()["state"]

@@ -70,11 +70,11 @@ class RolloutModule(ObjectiveModule):
         return not self._pending
 
     def training_step(self, prompts: Sequence[Prompt], _index: int) -> None:
-        with self.timed():
-            if not self._pending:
-                self._pending = self.roll_out(prompts)
-            self.take_step(self._pending.pop(0))
-        self.last |= self._figures
+        if not self._pending:
+            self.watch.lap("data")
+            self._pending = self.roll_out(prompts)
+            self.watch.lap("rollout")
+        self.take_step(self._pending.pop(0), self._figures)
 
     def roll_out(self, prompts: Sequence[Prompt]) -> list[list[RolloutBatch]]:
         """Sample, score, compare within groups: the micro-batches of each of the next `updates` steps."""
