@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ def stage_overrides_of(overrides: Sequence[str], phase: str, own: Sequence[str])
     aside = ("phase=", "pipeline=", "pipeline.", "name=", "init_from=")
     given = [o for o in overrides if not o.startswith(aside)]
     domain = next((o.split("=", 1)[1] for o in [*own, *given][::-1] if o.startswith("domain=")), None)
-    domain = domain or compose([]).domain
+    domain = domain or default_domain()
     if f"{domain}/{phase}" not in options("data"):
         given = [o for o in given if not o.startswith(("data.", "data="))]
     if phase != "pretrain" and not any(o.startswith("model=") for o in [*own, *given]):
@@ -223,6 +224,12 @@ def stage_overrides_of(overrides: Sequence[str], phase: str, own: Sequence[str])
         given = [o for o in given if not o.startswith("system=")]
         given = [o for o in given if not o.startswith("inference.sampling.") or "max_tokens" in o]
     return [*own, *given], domain
+
+
+@functools.cache
+def default_domain() -> str:
+    """The domain where none is named."""
+    return compose([]).domain
 
 
 def with_checkpoint_model(overrides: Sequence[str], *, trained: bool = False) -> list[str]:
