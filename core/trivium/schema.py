@@ -38,9 +38,18 @@ class BatchConfig:
     size: int = 16  # rows a step, over all devices; more is steadier and slower a step (rlhf: see rollout)
     micro_size: int = 16  # rows held in memory at once; changes speed and memory, never the result
     length: int = 256  # tokens a row; at most the model's context
+    tokens: int = 0  # tokens a step, in place of size: size becomes tokens / length; 0 leaves size as it is
+    auto: bool = False  # find the largest micro_size that fits in memory by trying; size stays as it is
 
     def __post_init__(self) -> None:
         _positive("batch", self, "size", "micro_size", "length")
+        _not_negative("batch", self, "tokens")
+        if self.tokens % self.length:
+            raise ConfigError(f"batch.tokens={self.tokens} must be a multiple of batch.length={self.length}")
+        if self.tokens:
+            object.__setattr__(self, "size", self.tokens // self.length)
+        if self.auto:  # found once there is a model
+            object.__setattr__(self, "micro_size", 1)
         if self.length < 2:
             raise ConfigError("batch.length=1 leaves no token to predict; 2 is the least")
         if self.size % self.micro_size:

@@ -34,9 +34,11 @@ from trivium.models.protocol import CausalLM
 from trivium.objectives.protocol import Objective
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
+from trivium.training.checkpoint import CheckpointStore, read_checkpoint_json
 from trivium.training.companions import COLUMN, note_reference
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.precision import Precision, precision_of
+from trivium.training.probe import largest_micro_size
 from trivium.training.rollout_module import RolloutModule, RolloutSettings
 from trivium.training.stop import EXIT_CODE
 from trivium.training.trainer import Job, fit
@@ -44,7 +46,7 @@ from trivium.types import TokenBatch
 
 UNGUARDED = (
     *("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts"),
-    *("prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE),
+    *("batch.auto", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE),
 )
 """Settings that may change between the starts of one training run, since no weight depends on them."""
 
@@ -197,6 +199,10 @@ def _from_data(
         validation = validation_batches(tables["validation"], max_rows=rows, batch=objective.batch, **sizes)
     loaded = {name: build_companion(name, artifact, tokenizer, longest) for name, artifact in models.items()}
     module = ObjectiveModule(*parts, companions=loaded)
+    if config.batch.auto:
+        steps.micro_size = _micro_size(this, module, steps)
+        batch = dataclasses.replace(config.batch, auto=False, micro_size=steps.micro_size)
+        this.config = config = dataclasses.replace(config, batch=batch)
     per_step = config.batch.size * length
     epochs = per_step * config.trainer.max_steps * steps.utilisation / max(1, len(table.tokens))
     units = f", {len(table.ids) // table.group:,} {objective.unit}s" if table.group > 1 else ""
@@ -209,6 +215,26 @@ def _from_data(
     talks = any("text" not in e and "prompt" not in e for e in map(source.__getitem__, range(len(source))))
     data = {name: t.fingerprint for name, t in tables.items()}
     return Ready(module, steps, "chat" if talks else "text", data, about, validation)
+
+
+def _micro_size(this: Run, module: ObjectiveModule, steps: StepDataset) -> int:
+    """What batch.auto finds: of a run that is continued, what it found at first, since other cuts round otherwise."""
+    latest = CheckpointStore(this.folder / "checkpoints").latest()
+    if latest is not None:
+        found = read_checkpoint_json(latest, "state.json")["guard"]["batch.micro_size"]
+        this.say(f"batch.auto: micro_size={found}, as at this run's start")
+        return found
+    device = device_of(this.config.trainer.accelerator)
+    module.model.recompute = this.config.trainer.recompute
+    module.to(device)
+    module.on_fit_start()
+    weights = sum(p.numel() * p.element_size() for p in module.model.parameters())
+    found = largest_micro_size(
+        steps.size, lambda rows: module.rehearse(steps.collated(steps.first_rows(rows))), weights
+    )
+    module.model.zero_grad(set_to_none=True)
+    this.say(f"batch.auto: micro_size={found} of {steps.size} rows fit in memory")
+    return found
 
 
 def _from_samples(

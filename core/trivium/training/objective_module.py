@@ -172,6 +172,15 @@ class ObjectiveModule(L.LightningModule):
             facts["loss_scale"] = self.loss_scale.scale
         self._unread.append(Figures(self.step, known, metrics, facts, self.watch.laps()))
 
+    def rehearse(self, batch: TokenBatch) -> None:
+        """Forward and backward of one micro-batch, to see what it needs; its gradients are of no use."""
+        batch = batch.to(self.device)
+        self.consult([batch])
+        self.model.train()
+        with self.autocast():
+            loss = self.objective(self.model, batch).loss_sum
+        loss.backward()
+
     def seed_step(self) -> None:
         """Every step draws its dropout from its own number, so a resumed run needs no generator state."""
         torch.manual_seed(key_of(self.settings.seed, "step", self.step, self.global_rank))
@@ -254,7 +263,8 @@ class ObjectiveModule(L.LightningModule):
 
     def global_sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value  # type: ignore[return-value]
+        alone = self._trainer is None or self._trainer.world_size == 1
+        return value if alone else self.trainer.strategy.reduce(value, reduce_op="sum")  # type: ignore[return-value]
 
     @property
     def averages(self) -> bool:
