@@ -45,6 +45,7 @@ from trivium.types import TokenBatch
 UNGUARDED = (
     *("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts"),
     *("prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE),
+    *("trainer.devices", "trainer.nodes", "trainer.strategy"),
 )
 """Settings that may change between the starts of one training run, since no weight depends on them."""
 
@@ -105,7 +106,7 @@ def run_training(this: Run) -> int:
         "tokenizer": tokenizer.fingerprint,
     }
     job = Job(config, this.folder, ready.module, ready.steps, ready.validation, tokenizer, record, guard,
-              ready.form, make_samples, lambda: this.begin(**facts), this.console)  # fmt: skip
+              ready.form, make_samples, lambda: this.begin(**facts), this.console, this.world)  # fmt: skip
     fitted = fit(job)
     kept = ("train/loss", "val/loss", "train/nll", "rollout/reward")
     results = {k: v for k, v in fitted.figures.items() if k in kept}
@@ -163,7 +164,9 @@ def _from_data(
         raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
 
     def table_of(split: Source) -> TokenTable:
-        return cached_table(split, tokenizer, length, form=form, train_on=getattr(objective.config, "train_on", "all"))
+        with this.world.first():
+            train_on = getattr(objective.config, "train_on", "all")
+            return cached_table(split, tokenizer, length, form=form, train_on=train_on)
 
     table = table_of(source)
     longest = length // table.group
@@ -173,7 +176,8 @@ def _from_data(
             f"batch.length={length} is longer than the model's context of {model.context}{most * (table.group > 1)}"
         )
     sizes: dict[str, Any] = {"micro_size": config.batch.micro_size, "length": length, "pad_id": tokenizer.pad_id}
-    steps = StepDataset(table, size=config.batch.size, seed=config.seed, batch=objective.batch, **sizes)
+    place = {"rank": this.world.rank, "world": this.world.size}
+    steps = StepDataset(table, size=config.batch.size, seed=config.seed, batch=objective.batch, **sizes, **place)
     tables = {"train": table}
     if config.validation.every_steps:
         tables["validation"] = table_of(this.source("validation"))
@@ -190,7 +194,8 @@ def _from_data(
             held_out = StepDataset(tables["validation"], size=1, seed=0, batch=steps.batch, **sizes)
             read["validation"] = (held_out, config.validation.max_rows)
         for split, count in read.values():
-            note_reference(objective, load, reference.sha256, split, split.first_rows(count), precision, device)
+            with this.world.first():
+                note_reference(objective, load, reference.sha256, split, split.first_rows(count), precision, device)
     validation = []
     if "validation" in tables:
         rows = config.validation.max_rows
@@ -298,7 +303,8 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
         tokenizer = companion.tokenizer  # no other would do
         this.say(f"tokenizer from {companion.path}")
     else:
-        tokenizer, how = cached_tokenizer(config.tokenizer, source)
+        with this.world.first():
+            tokenizer, how = cached_tokenizer(config.tokenizer, source)
         this.say(how)
     if config.phase not in ("pretrain", "distill"):
         this.say("warning: tunes a model that starts from random weights; init_from=runs/... tunes a pretrained one")

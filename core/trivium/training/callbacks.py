@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trivium.disk import read_lines, replace_file
 from trivium.errors import TriviumError
 from trivium.training.objective_module import ObjectiveModule
+from trivium.training.parallel import ALONE, World
 from trivium.training.stop import SignalWatch, StopController
 from trivium.types import TokenBatch
 
@@ -164,10 +165,13 @@ class Save(AfterStep):
         every_steps: int,
         max_steps: int,
         best_of: Validate | None,
+        world: World = ALONE,
     ) -> None:
-        self.record = record
+        self.record, self.world = record, world
         self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
         self.watch = SignalWatch()
+        self.signal = 0
+        """The signal that some process got, once all of them know of it."""
         self._due = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -180,13 +184,13 @@ class Save(AfterStep):
         self.teardown(trainer, pl_module, "fit")
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
-        signalled = self.watch.received is not None
+        self.signal = self.signal or self.world.most(self.watch.received or 0)
         best = self.best_of is not None and self.best_of.improved
         ends = module.step == self.max_steps or trainer.should_stop
-        self._due |= module.step % self.every_steps == 0 or ends or best or signalled
+        self._due |= module.step % self.every_steps == 0 or ends or best or self.signal > 0
         if self._due and module.between_items:  # in the midst of a rollout the steps that are left come first
             self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
             self.save(module, best)
             self._due = False
-            if signalled:
+            if self.signal:
                 trainer.should_stop = True

@@ -212,9 +212,13 @@ class ObjectiveModule(L.LightningModule):
 
     def gradient_norms(self, scale: float) -> dict[str, Tensor]:
         """The norm of the gradient of each group of parameters: embed, attn, ffn, norms, head."""
-        named = [(_group(name), p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        named = [(_group(name), p.grad) for name, p in trained if p.grad is not None]
         if not named:
             raise TrainingError(f"step {self.step}: no parameter has a gradient; is everything frozen?")
+        if len(named) < len(trained) and self.trainer.world_size > 1:  # DDP would leave its whole bucket unaveraged
+            lost = next(name for name, p in trained if p.grad is None)
+            raise TrainingError(f"step {self.step}: {lost} has no gradient to average over the processes; freeze it")
         norms = torch._foreach_norm([grad for _, grad in named], 2.0, dtype=_norm_type(named[0][1].dtype))  # type: ignore[reportPrivateImportUsage]
         groups: dict[str, list[Tensor]] = {}
         for (group, _), norm in zip(named, norms, strict=True):
@@ -253,8 +257,11 @@ class ObjectiveModule(L.LightningModule):
         self._unread[-1].facts[name] = value
 
     def global_sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value  # type: ignore[return-value]
+        """The sum over all ranks; the same bits on each."""
+        if self.trainer.world_size > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)  # not Lightning's `reduce`: it has the host wait first
+        return value
 
     @property
     def averages(self) -> bool:
@@ -297,9 +304,14 @@ class ObjectiveModule(L.LightningModule):
 
     @torch.no_grad()
     def validation_loss(self, batches: Sequence[TokenBatch]) -> float:
-        """Mean loss over the counted units of all `batches`; leaves training as it was."""
+        """Mean loss over the counted units of all `batches`; leaves training as it was.
+
+        Ranks share the batches where they can be shared evenly; else each scores them all. The mean is the same.
+        """
         was_training = self.model.training
         self.model.eval()
+        if len(batches) % self.trainer.world_size == 0:
+            batches = batches[self.global_rank :: self.trainer.world_size]
         batches = [batch.to(self.device) for batch in batches]
         total = count = torch.zeros((), device=self.device)
         with self.shown_weights():
@@ -309,6 +321,7 @@ class ObjectiveModule(L.LightningModule):
                     total = total + self.objective(self.model, batch).loss_sum
                 count = count + self.objective.count(batch)
         self.model.train(was_training)
+        total, count = self.global_sum(total), self.global_sum(count)
         if not count:
             raise TrainingError(f"no {self.objective.unit} of the validation split would be scored")
         loss = (total / count).item()
