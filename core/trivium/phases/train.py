@@ -17,6 +17,7 @@ from trivium.build import (
     build_schedule,
     cached_tokenizer,
     device_of,
+    model_of,
     model_record,
     train_tokenizer,
 )
@@ -30,7 +31,9 @@ from trivium.errors import ConfigError
 from trivium.evaluation.generation import complete
 from trivium.inference.chat import sampling_params
 from trivium.inference.config import SamplingConfig
+from trivium.inference.protocol import Backend
 from trivium.models.protocol import CausalLM
+from trivium.models.weights import weights_of
 from trivium.objectives.protocol import Objective
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
@@ -38,6 +41,7 @@ from trivium.training.companions import COLUMN, note_reference
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.precision import Precision, precision_of
 from trivium.training.rollout_module import RolloutModule, RolloutSettings
+from trivium.training.shard import sharding
 from trivium.training.stop import EXIT_CODE
 from trivium.training.trainer import Job, fit
 from trivium.types import TokenBatch
@@ -94,10 +98,11 @@ def run_training(this: Run) -> int:
             config.trainer.average,
         ),
     )
+    more = {"shard": sharding(config, this.world, device_of(config.trainer.accelerator))}
     prepare = _from_samples if objective.reads == "answers" else _from_data
-    ready = prepare(this, parts, companions, source, tokenizer, precision)
+    ready = prepare(this, parts, companions, source, tokenizer, precision, more)
     guard = _guard(this, ready.data["train"], tokenizer, precision, companions)
-    make_samples = _sampler(this, model, tokenizer, ready.form)
+    make_samples = _sampler(this, ready.module, record, tokenizer, ready.form)
     _header(this, ready, precision)
     facts = {
         "model": {"name": record["name"], "parameters": model.num_parameters},
@@ -153,7 +158,7 @@ def _companions(this: Run, objective: Objective) -> dict[str, Artifact]:
 
 def _from_data(
     this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
-    precision: Precision,
+    precision: Precision, more: dict[str, Any],
 ) -> Ready:  # fmt: skip
     """Packed rows of a data set."""
     config = this.config
@@ -201,7 +206,7 @@ def _from_data(
         rows = config.validation.max_rows
         validation = validation_batches(tables["validation"], max_rows=rows, batch=objective.batch, **sizes)
     loaded = {name: build_companion(name, artifact, tokenizer, longest) for name, artifact in models.items()}
-    module = ObjectiveModule(*parts, companions=loaded)
+    module = ObjectiveModule(*parts, companions=loaded, **more)
     per_step = config.batch.size * length
     epochs = per_step * config.trainer.max_steps * steps.utilisation / max(1, len(table.tokens))
     units = f", {len(table.ids) // table.group:,} {objective.unit}s" if table.group > 1 else ""
@@ -218,7 +223,7 @@ def _from_data(
 
 def _from_samples(
     this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
-    precision: Precision,
+    precision: Precision, more: dict[str, Any],
 ) -> Ready:  # fmt: skip
     """Prompts, and a backend that answers them from the weights that are trained."""
     config, rollout, model = this.config, this.config.rollout, parts[0]
@@ -248,7 +253,7 @@ def _from_samples(
         length=config.batch.length,
     )
     module = RolloutModule(
-        *parts, companions=loaded, backend=backend, source=source, tokenizer=tokenizer, rollouts=settings
+        *parts, companions=loaded, backend=backend, source=source, tokenizer=tokenizer, rollouts=settings, **more
     )
     asked = config.trainer.max_steps // rollout.updates * rollout.prompts
     about = (
@@ -357,10 +362,19 @@ def _header(this: Run, ready: Ready, precision: Precision) -> None:
     this.say(f"about {memory / 1e9:.1f} GB of memory")
 
 
-def _sampler(this: Run, model: CausalLM, tokenizer: Tokenizer, form: str) -> Callable[[], list[dict]]:
-    """A function that completes the run's sample prompts. What never fits is refused now, not at the first sample."""
-    samples = this.config.samples
-    backend = build_backend(this.config.inference, model, tokenizer.pad_id, this.config.trainer.accelerator)
+def _sampler(
+    this: Run, module: ObjectiveModule, record: dict[str, Any], tokenizer: Tokenizer, form: str
+) -> Callable[[], list[dict]]:
+    """A function that completes the run's sample prompts. What never fits is refused now, not at the first sample.
+
+    All processes call it and the first speaks; weights that are shared out it gathers into a model of its own.
+    """
+    samples, model, first = this.config.samples, module.model, this.world.is_first
+
+    def backend_of(model: CausalLM) -> Backend:
+        return build_backend(this.config.inference, model, tokenizer.pad_id, this.config.trainer.accelerator)
+
+    backend = backend_of(model)
     params = dataclasses.replace(
         sampling_params(SamplingConfig(), (tokenizer.eot_id, tokenizer.eos_id)), max_tokens=samples.max_tokens
     )
@@ -373,7 +387,11 @@ def _sampler(this: Run, model: CausalLM, tokenizer: Tokenizer, form: str) -> Cal
         )
 
     def make() -> list[dict]:
-        texts = complete(backend, tokenizer, prompts, params)
+        weights = weights_of(model, keep=first) if module.shards else {}
+        if not first:
+            return []
+        speaks = backend_of(model_of(record, weights)) if weights else backend
+        texts = complete(speaks, tokenizer, prompts, params)
         return [{"prompt": p, "completion": t} for p, t in zip(samples.prompts, texts, strict=True)]
 
     return make

@@ -64,9 +64,18 @@ class Sample(AfterStep):
     """Completions now and then, to samples.jsonl; the first of them to the console."""
 
     def __init__(
-        self, path: Path, every_steps: int, make: Callable[[], list[dict]], first_step: int, console: Console
+        self,
+        path: Path,
+        every_steps: int,
+        make: Callable[[], list[dict]],
+        first_step: int,
+        console: Console,
+        world: World = ALONE,
     ) -> None:
-        self.path, self.every_steps, self.make, self.console = path, every_steps, make, console
+        """make: called on every process; those that do not sample return nothing, and wait."""
+        self.path, self.every_steps, self.make, self.console, self.world = path, every_steps, make, console, world
+        if not world.is_first:
+            return
         kept = [row for row in read_lines(path) if row.get("step", 0) <= first_step]
         replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
 
@@ -74,6 +83,9 @@ class Sample(AfterStep):
         if module.step % self.every_steps == 0:
             with module.shown_weights():
                 rows = self.make()
+            self.world.barrier()
+            if not self.world.is_first:
+                return
             with open(self.path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows)
             shown = f"{rows[0]['prompt']!r} -> {rows[0]['completion']!r}"

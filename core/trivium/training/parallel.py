@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.lineage.manifest import digest_of
@@ -198,8 +198,10 @@ class Placed(ClusterEnvironment):
         return self.world.rank // self.world.local_size
 
 
-def strategy_of(world: World) -> Strategy | str:
-    """How Lightning runs this world: alone, or with gradients averaged by DDP (Li et al. 2020, 2006.15704)."""
+def strategy_of(world: World, name: str) -> Strategy | str:
+    """How Lightning runs this world: alone, with gradients averaged by DDP (Li et al. 2020, 2006.15704), or sharded."""
     if world.size == 1:
         return "auto"
+    if name == "fsdp":
+        return ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1)
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)

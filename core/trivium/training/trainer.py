@@ -19,7 +19,7 @@ from trivium.data.datamodule import StepDataModule, Steps
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import CheckpointError, ConfigError, TrainingError
 from trivium.models.weights import load_weights, read_tensors, weights_of
-from trivium.schema import RunConfig
+from trivium.schema import RunConfig, TrainerConfig
 from trivium.training.callbacks import Record, Sample, Save, Show, Validate
 from trivium.training.checkpoint import (
     CheckpointStore,
@@ -145,34 +145,35 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) 
         validate = Validate(job.validation, config.validation.every_steps, config.trainer.max_steps, stop)
 
     def save(module: ObjectiveModule, best: bool) -> None:
-        if first:
-            store.save(module.step, contents(job, module, stop, offset), best=best)
+        held = contents(job, module, stop, offset) if first or module.shards else None
+        if first and held:
+            store.save(module.step, held, best=best)
         job.world.barrier()  # no process goes on, or ends, before the checkpoint is complete
 
     best_of = validate if config.checkpoint.keep_best else None
     record = Record(loggers, Show(job.console, config.trainer.max_steps))
     saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of, job.world)
     callbacks: list[L.Callback] = [validate] if validate else []
-    if config.samples.every_steps and config.samples.prompts and first:
-        callbacks.append(
-            Sample(job.folder / "samples.jsonl", config.samples.every_steps, job.sample, start, job.console)
-        )
-    trainer = _lightning_trainer(config, loggers, [*callbacks, record, saver], job.world)
+    if config.samples.every_steps and config.samples.prompts:
+        path, every = job.folder / "samples.jsonl", config.samples.every_steps
+        callbacks.append(Sample(path, every, job.sample, start, job.console, job.world))
+    trainer = lightning_trainer(config.trainer, loggers, [*callbacks, record, saver], job.world)
     items = range(start + offset, config.trainer.max_steps + offset)
     trainer.fit(module, datamodule=StepDataModule(job.steps, items))
     return saver.signal or None
 
 
-def _lightning_trainer(config: RunConfig, loggers: list, callbacks: list[L.Callback], world: World) -> L.Trainer:
+def lightning_trainer(config: TrainerConfig, loggers: list, callbacks: list[L.Callback], world: World) -> L.Trainer:
+    """Lightning's loop over what is left, and nothing else of it."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")  # advice for its own loop: workers, log intervals
     try:
         return L.Trainer(
-            accelerator=config.trainer.accelerator,
-            devices=config.trainer.devices if world.size > 1 else 1,
-            num_nodes=config.trainer.nodes if world.size > 1 else 1,
-            strategy=strategy_of(world),
+            accelerator=config.accelerator,
+            devices=config.devices if world.size > 1 else 1,
+            num_nodes=config.nodes if world.size > 1 else 1,
+            strategy=strategy_of(world, config.strategy),
             plugins=[Placed(world)] if world.size > 1 else None,
             max_epochs=1,  # the loader holds exactly the steps that are left
             logger=loggers,
@@ -183,11 +184,13 @@ def _lightning_trainer(config: RunConfig, loggers: list, callbacks: list[L.Callb
             use_distributed_sampler=False,
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: {error}") from error
+        raise ConfigError(f"trainer.accelerator={config.accelerator}: {error}") from error
 
 
 def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: int) -> Contents:
-    """What a checkpoint of this run holds."""
+    """What a checkpoint of this run holds. Weights and optimizer state that are shared out are gathered by the first
+    process: 12 bytes of its memory a parameter with AdamW in fp32, and as many while they are written."""
+    keep = job.world.is_first
     state = {
         "phase": job.config.phase,
         "form": job.form,
@@ -201,14 +204,15 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: in
         "processes": job.world.size,
         "guard": job.guard,
     }
-    weights = weights_of(module.model)
+    weights = weights_of(module.model, keep=keep)
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:  # a checkpoint that can never be loaded must not push out a sound one
         raise TrainingError(f"step {module.step}: {broken[0]} is no longer finite; the last checkpoint is sound")
-    tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer)}
+    tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer, keep=keep)}
     if module.averages:  # others get the average, training goes on from its own weights
         with module.shown_weights():
-            tensors["model.safetensors"] = {name: tensor.clone() for name, tensor in weights_of(module.model).items()}
+            shown = weights_of(module.model, keep=keep)
+            tensors["model.safetensors"] = {name: tensor.clone() for name, tensor in shown.items()}
         tensors[OWN_WEIGHTS] = weights
     return Contents(
         tensors=tensors,
