@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,8 @@ class Artifact:
                 raise ConfigError(f"keep_layers={kept_layers}: {self.checkpoint} has {layers} layers to keep some of")
             here = Component(here.name, dataclasses.replace(here.config, layers=kept_layers))
             tensors = keep_layers(tensors, spread_layers(layers, kept_layers))
-        model = build(MODELS, here, record["vocab_size"])
-        if record.get("scores"):
-            model.add_score_head()
-        load_weights(model, tensors, str(self.checkpoint))
+        model = model_of({**model_record(here, record["vocab_size"]), "scores": record.get("scores")}, tensors,
+                         str(self.checkpoint))  # fmt: skip
         return model, model_record(here, record["vocab_size"])
 
     def _agreeing(self, wanted: Component, here: Component) -> Component:
@@ -177,6 +176,17 @@ class Artifact:
 def model_record(chosen: Component, vocab_size: int) -> dict[str, Any]:
     """What a checkpoint says of its model; with "scores" it has a score head besides."""
     return {"name": chosen.name, "config": dataclasses.asdict(chosen.config), "vocab_size": vocab_size}
+
+
+def model_of(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], origin: str = "a model") -> CausalLM:
+    """The model that a record describes, with these weights."""
+    chosen = component("model", {"name": record["name"], **record["config"]})
+    assert chosen is not None
+    model: CausalLM = build(MODELS, chosen, record["vocab_size"])
+    if record.get("scores"):
+        model.add_score_head()
+    load_weights(model, tensors, origin)
+    return model
 
 
 def same_tokenizer(role: str, companion: Artifact, tokenizer: Tokenizer) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trivium.errors import ConfigError, TriviumError
@@ -49,8 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or "debug=true" in args
     args = [as_typed("debug=true" if a == "--debug" else a) for a in args]
+    return spoken(lambda: dispatch(args), debug=debug)
+
+
+def spoken(action: Callable[[], int], *, debug: bool) -> int:
+    """The exit code of `action`; whatever it raises is told in one sentence."""
     try:
-        return dispatch(args)
+        return action()
     except TriviumError as error:
         if debug:
             traceback.print_exc()

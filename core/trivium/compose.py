@@ -247,8 +247,16 @@ def run_config(cfg: DictConfig) -> RunConfig:
     """The composed tree as frozen dataclasses; nothing of OmegaConf travels further. Raises ConfigError."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        assert isinstance(plain, dict)
-        values = {}
+    except OmegaConfBaseException as error:
+        raise explain_failure(error, ()) from error
+    assert isinstance(plain, dict)
+    return config_of(plain)  # type: ignore[arg-type]
+
+
+def config_of(tree: Mapping[str, Any]) -> RunConfig:
+    """Plain data as a RunConfig, the inverse of `as_dict`. Raises ConfigError."""
+    plain, values = dict(tree), {}
+    try:
         for f in dataclasses.fields(RunConfig):
             value = plain.pop(f.name)
             if f.name in groups():
@@ -314,7 +322,7 @@ def _typed(type_: type, values: Any) -> Any:
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
-    """A RunConfig as plain data, the inverse of `run_config`: for config.yaml, manifests and comparisons."""
+    """A RunConfig as plain data, the inverse of `config_of`: for config.yaml, manifests and comparisons."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Component):

@@ -21,6 +21,7 @@ from trivium.phases.start import run
 from trivium.registry import near_misses
 from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig, StageConfig
 from trivium.training.checkpoint import RECORD
+from trivium.training.parallel import placed
 
 HELD_OUT = ("validation.", "stop.", "checkpoint.keep_best=")
 """Settings of the held-out loss."""
@@ -30,6 +31,8 @@ STARTS_MODEL = ("pretrain", "distill")
 
 def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) -> int:
     """Run a pipeline's stages in one process; a stage that is done already is left as it is."""
+    if placed().size > 1:
+        raise ConfigError("a pipeline starts the processes of its stages: run it once, without torchrun or srun")
     pipeline = config.pipeline
     name = config.name or f"{pipeline.name}-{config.domain}"
     plan = plan_stages(overrides, config, name)  # all of them before the first starts: bad settings cost no time

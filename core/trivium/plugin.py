@@ -56,6 +56,11 @@ def register_local(points: Mapping[str, str]) -> None:
     _local.update(points)
 
 
+def local_plugins() -> dict[str, str]:
+    """What `register_local` was told: a process that we start must be told it again."""
+    return dict(_local)
+
+
 def register(plugin: Plugin, owner: str) -> None:
     """Put everything `plugin` names into the registries, or nothing."""
     if plugin.api != API_LEVEL:

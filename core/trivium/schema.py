@@ -15,6 +15,7 @@ PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat")
 DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
 """Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
+STRATEGIES = ("auto", "ddp", "fsdp")
 POLICIES = ("stop", "skip", "rollback")
 WANDB_MODES = ("offline", "online", "disabled")
 
@@ -66,10 +67,20 @@ class TrainerConfig:
     compile: bool = False  # torch.compile of the model's blocks: slower to start, faster to run
     recompute: int = 0  # every n-th block keeps no activations and makes them again in the backward pass; 0 is off
     average: float = 0.0  # decay of a running average of the weights, such as 0.999, for others to get; 0 is off
-    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    threads: int = 0  # CPU threads of a process; 0 leaves torch's choice, or shares the cores among several processes
+    devices: int = 1  # processes on each machine, a GPU each; batch.size is of all together
+    nodes: int = 1  # machines; more than one needs torchrun, srun or launcher.kind=slurm (docs/parallel.md)
+    strategy: str = "auto"  # auto | ddp, every process holds the whole model | fsdp, each holds its share
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return self.devices * self.nodes
 
     def __post_init__(self) -> None:
-        _positive("trainer", self, "max_steps")
+        _positive("trainer", self, "max_steps", "devices", "nodes")
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"trainer.strategy={self.strategy!r} is not one of {', '.join(STRATEGIES)}")
         _not_negative("trainer", self, "grad_clip", "threads", "recompute")
         if not 0 <= self.average < 1:
             raise ConfigError(f"trainer.average={self.average} must be at least 0 (off) and less than 1")
@@ -273,6 +284,11 @@ class RunConfig:
             group, _, field_name = name.partition(".")
             if getattr(getattr(self, group), field_name) and not self.validation.every_steps:
                 raise ConfigError(f"{name} needs validation.every_steps greater than 0")
+        if self.trainer.processes > 1 and self.phase in TRAINING_PHASES:
+            self._check_processes()
+        if self.batch.auto and (self.phase == "rlhf" or self.trainer.strategy == "fsdp"):
+            where = "phase=rlhf" if self.phase == "rlhf" else "trainer.strategy=fsdp"
+            raise ConfigError(f"batch.auto cannot try what fits with {where}; set batch.micro_size")
         if self.phase == "rlhf":
             self._check_rlhf()
         if self.phase == "evaluate" and self.inference is not None:
@@ -283,6 +299,20 @@ class RunConfig:
                 )
         if self.data is None and self.phase in DATA_PHASES:
             raise ConfigError(f"phase={self.phase} needs data, and domain={self.domain} has none for it")
+
+    def _check_processes(self) -> None:
+        count, batch, rollout = self.trainer.processes, self.batch, self.rollout
+        if self.phase != "rlhf" and batch.size % (batch.micro_size * count):
+            even = batch.size // count if batch.size % count == 0 else 0
+            raise ConfigError(
+                f"batch.size={batch.size} must be a multiple of batch.micro_size={batch.micro_size} x {count} processes"
+                f"; set batch.{f'micro_size={even}' if even else f'size={batch.micro_size * count}'}"
+            )
+        if self.phase == "rlhf" and rollout.prompts % (rollout.updates * count):
+            raise ConfigError(
+                f"rollout.prompts={rollout.prompts} must be a multiple of rollout.updates={rollout.updates} x {count} "
+                "processes"
+            )
 
     def _check_rlhf(self) -> None:
         if self.validation.every_steps:

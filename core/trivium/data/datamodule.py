@@ -46,7 +46,12 @@ class StepDataset(Steps):
         pad_id: int,
         seed: int,
         batch: type[TokenBatch] = TokenBatch,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        """rank, world: this process takes the micro-batches rank, rank + world, ... of a step; the rows of a step are
+        the same for any number of processes."""
+        self.rank, self.world = rank, world
         self.table, self.length, self.pad_id, self.batch = table, length, pad_id, batch
         self.size, self.micro_size = size, micro_size
         self.rows = plan(table, length, seed)
@@ -54,7 +59,8 @@ class StepDataset(Steps):
 
     def __getitem__(self, step: int) -> list[TokenBatch]:
         chosen = self.order.rows(step * self.size, self.size)
-        return [self.collated(part) for part in np.split(chosen, self.size // self.micro_size)]
+        parts = np.split(chosen, self.size // self.micro_size)
+        return [self.collated(part) for part in parts[self.rank :: self.world]]
 
     def collated(self, rows: np.ndarray) -> TokenBatch:
         """Rows, by number, as one batch."""

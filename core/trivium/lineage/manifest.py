@@ -53,8 +53,9 @@ def read(folder: Path) -> dict[str, Any]:
 class Manifest:
     """The manifest of one run, kept on disk as it grows. Time of earlier starts of the same run is added up."""
 
-    def __init__(self, folder: Path, key: str, **facts: Any) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, key: str, *, writes: bool = True, **facts: Any) -> None:
+        """writes: False for those processes of a run that leave its folder to the first."""
+        self.folder, self.writes = folder, writes
         before = read(folder)
         self.was_done = before.get("status") == "done" and before.get("key") == key
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -77,4 +78,5 @@ class Manifest:
         seconds = self._earlier + time.monotonic() - self._began
         self.facts |= {"status": status, "seconds": round(seconds, 3), **facts}
         self.others = False
-        replace_json(self.folder / FILE, self.facts)
+        if self.writes:
+            replace_json(self.folder / FILE, self.facts)

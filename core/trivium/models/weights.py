@@ -9,13 +9,35 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trivium.errors import CheckpointError
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter by name, a tied one once (under its first name), contiguous and on the CPU."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+def weights_of(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Every parameter by name, a tied one once (under its first name), contiguous and on the CPU.
+
+    Of a model that is shared out among processes all must call this; those with keep=False get nothing for it.
+    """
+    return whole_tensors({name: p.detach() for name, p in model.named_parameters()}, keep=keep)
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Tensors gathered from all processes, where they are shared out, and brought to the CPU, one after the other."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = whole.cpu().contiguous()
+    return found
+
+
+def shared_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a tensor that every process has whole, where `like` is shared out; else the tensor."""
+    if not isinstance(like, DTensor):
+        return whole
+    whole = whole.to(like.device, like.dtype)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -66,7 +88,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -
         if not torch.isfinite(tensors[name]).all():
             raise CheckpointError(f"{origin}: {name} holds values that are not finite")
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(shared_like(tensors[name], parameter))
 
 
 def _few(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.manifest import read as read_manifest
 from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig
+from trivium.training.parallel import ALONE, World
 
 COMPANIONS = ("reference", "teacher")
 USED_BY = {"reference": (), "teacher": ("evaluate",)}
@@ -34,9 +35,10 @@ RESULTS_OF = {
 
 
 class Run:
-    """One run's folder, manifest, parent and console."""
+    """One run's folder, manifest, parent and console, and which of its processes this is: the first alone writes."""
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
+    def __init__(self, config: RunConfig, console: Console, world: World = ALONE) -> None:
+        self.world = world
         speaks = config.phase in ("evaluate", "generate", "chat") and config.init_from
         self.name = config.name or f"{config.phase}-{Path(config.init_from).name if speaks else config.domain}"
         self.config = config = dataclasses.replace(config, name=self.name)
@@ -65,17 +67,20 @@ class Run:
             if artifact is not None
         ]
         self.manifest = Manifest(
-            self.folder, key, name=self.name, phase=config.phase, domain=config.domain, seed=config.seed,
-            config=masked(plain), parents=parents,
+            self.folder, key, writes=world.is_first, name=self.name, phase=config.phase, domain=config.domain,
+            seed=config.seed, config=masked(plain), parents=parents,
         )  # fmt: skip
 
     def begin(self, **facts: Any) -> None:
         """Make the folder this run's own. Training waits until its checkpoints are known to be this run's."""
-        replace_file(self.folder / "config.yaml", as_yaml(self.manifest.facts["config"]))
+        if self.world.is_first:
+            replace_file(self.folder / "config.yaml", as_yaml(self.manifest.facts["config"]))
         self.manifest.update("running", **facts)
 
     def say(self, text: str) -> None:
         """A line under the phase's header, on the console and in log.txt."""
+        if not self.world.is_first:
+            return
         self.console.print(f"  {text}", highlight=False, markup=False)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
             f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from rich.console import Console
 
+from trivium.build import device_of
+from trivium.compose import as_dict
 from trivium.disk import lock_folder
 from trivium.errors import ConfigError
 from trivium.lineage.report import write_report
@@ -14,8 +17,11 @@ from trivium.phases.evaluate import run_evaluate
 from trivium.phases.run import Run
 from trivium.phases.speak import run_chat, run_generate
 from trivium.phases.train import run_tokenizer, run_training
+from trivium.plugin import local_plugins
 from trivium.schema import TRAINING_PHASES, RunConfig
 from trivium.training.memory import peak_bytes, reset_peak
+from trivium.training.parallel import PeerLost, World, join, leave, lost_peer, placed
+from trivium.training.processes import run_processes
 
 PHASES: dict[str, Callable[[Run], int]] = {
     "tokenizer": run_tokenizer,
@@ -27,17 +33,69 @@ PHASES: dict[str, Callable[[Run], int]] = {
 
 
 def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
-    """Run one phase; returns the exit code. skip_done: a finished run with the same settings is left as it is."""
+    """Run one phase; returns the exit code. skip_done: a finished run with the same settings is left as it is.
+
+    Training on several processes: this one starts them and waits, unless a launcher has made it one of them.
+    """
+    world = placed()
+    if config.phase in TRAINING_PHASES and config.trainer.processes > 1 and world.size == 1:
+        return _start_processes(config, skip_done)
+    try:
+        if world.size > 1:
+            world = _join(config, world)
+        code = _run(config, console if world.is_first else Console(quiet=True), world, skip_done)
+        leave(world)
+    except Exception as error:
+        if world.size > 1 and lost_peer(error):
+            raise PeerLost("another process of this run has ended; its own error says why") from error
+        raise
+    return code
+
+
+def _start_processes(config: RunConfig, skip_done: bool) -> int:
+    trainer = config.trainer
+    if trainer.nodes > 1:
+        raise ConfigError(
+            f"trainer.nodes={trainer.nodes} is more than this machine: start one process a device with torchrun or "
+            "srun, as docs/parallel.md shows"
+        )
+    device = device_of(trainer.accelerator)
+    here = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, trainer.devices)
+    if trainer.devices > here:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices}: this machine has {here} of them; set trainer.devices={here}, or "
+            "trainer.accelerator=cpu"
+        )
+    order = {"config": as_dict(config), "skip_done": skip_done, "plugins": local_plugins()}
+    return run_processes(order, trainer.devices, trainer.threads if device.type == "cpu" else 0)
+
+
+def _join(config: RunConfig, world: World) -> World:
+    trainer = config.trainer
+    if config.phase not in TRAINING_PHASES:
+        raise ConfigError(f"phase={config.phase} runs in one process; start it without torchrun or srun")
+    if world.size != trainer.processes:
+        raise ConfigError(
+            f"the launcher started {world.size} processes, the settings say trainer.devices={trainer.devices} x "
+            f"trainer.nodes={trainer.nodes}; set trainer.devices to the processes on each machine"
+        )
+    world = join(dataclasses.replace(world, local_size=trainer.devices), device_of(trainer.accelerator))
+    world.agree(as_dict(config))
+    return world
+
+
+def _run(config: RunConfig, console: Console, world: World, skip_done: bool) -> int:
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    this = Run(config, console)
+    this = Run(config, console, world)
     config = this.config
+    world.barrier()  # all have read what the folder holds
     console.rule(f"[bold]{config.phase}[/] on {config.domain} -> {this.folder}", align="left", style="dim")
     if this.manifest.was_done and (skip_done or config.phase in ("tokenizer", "evaluate")) and this.same_content():
         this.say("done already; the same settings and inputs")
         return 0
-    lock = lock_folder(this.folder)
-    if lock is None:
+    lock = lock_folder(this.folder) if world.is_first else None
+    if world.any(lock is None and world.is_first):
         raise ConfigError(f"another process is at work in {this.folder}; wait for it, or choose another name=")
     reset_peak()
     if config.phase not in TRAINING_PHASES:
@@ -49,7 +107,9 @@ def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
             this.manifest.update("failed", error=f"{type(error).__name__}: {error}")
         raise
     finally:
-        lock.close()
-    this.manifest.update("done" if code == 0 else "stopped", peak_memory=peak_bytes())
-    write_report(this.folder)
+        if lock:
+            lock.close()
+    this.manifest.update("done" if code == 0 else "stopped", peak_memory=world.most(peak_bytes()))
+    if world.is_first:
+        write_report(this.folder)
     return code

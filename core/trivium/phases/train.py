@@ -17,6 +17,7 @@ from trivium.build import (
     build_schedule,
     cached_tokenizer,
     device_of,
+    model_of,
     model_record,
     train_tokenizer,
 )
@@ -30,7 +31,9 @@ from trivium.errors import ConfigError
 from trivium.evaluation.generation import complete
 from trivium.inference.chat import sampling_params
 from trivium.inference.config import SamplingConfig
+from trivium.inference.protocol import Backend
 from trivium.models.protocol import CausalLM
+from trivium.models.weights import weights_of
 from trivium.objectives.protocol import Objective
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
@@ -40,6 +43,7 @@ from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.precision import Precision, precision_of
 from trivium.training.probe import largest_micro_size
 from trivium.training.rollout_module import RolloutModule, RolloutSettings
+from trivium.training.shard import sharding
 from trivium.training.stop import EXIT_CODE
 from trivium.training.trainer import Job, fit
 from trivium.types import TokenBatch
@@ -47,6 +51,7 @@ from trivium.types import TokenBatch
 UNGUARDED = (
     *("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts"),
     *("batch.auto", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE),
+    *("trainer.devices", "trainer.nodes", "trainer.strategy"),
 )
 """Settings that may change between the starts of one training run, since no weight depends on them."""
 
@@ -95,10 +100,11 @@ def run_training(this: Run) -> int:
             config.trainer.average,
         ),
     )
+    more = {"shard": sharding(config, this.world, device_of(config.trainer.accelerator))}
     prepare = _from_samples if objective.reads == "answers" else _from_data
-    ready = prepare(this, parts, companions, source, tokenizer, precision)
+    ready = prepare(this, parts, companions, source, tokenizer, precision, more)
     guard = _guard(this, ready.data["train"], tokenizer, precision, companions)
-    make_samples = _sampler(this, model, tokenizer, ready.form)
+    make_samples = _sampler(this, ready.module, record, tokenizer, ready.form)
     _header(this, ready, precision)
     facts = {
         "model": {"name": record["name"], "parameters": model.num_parameters},
@@ -107,7 +113,7 @@ def run_training(this: Run) -> int:
         "tokenizer": tokenizer.fingerprint,
     }
     job = Job(config, this.folder, ready.module, ready.steps, ready.validation, tokenizer, record, guard,
-              ready.form, make_samples, lambda: this.begin(**facts), this.console)  # fmt: skip
+              ready.form, make_samples, lambda: this.begin(**facts), this.console, this.world)  # fmt: skip
     fitted = fit(job)
     kept = ("train/loss", "val/loss", "train/nll", "rollout/reward")
     results = {k: v for k, v in fitted.figures.items() if k in kept}
@@ -154,7 +160,7 @@ def _companions(this: Run, objective: Objective) -> dict[str, Artifact]:
 
 def _from_data(
     this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
-    precision: Precision,
+    precision: Precision, more: dict[str, Any],
 ) -> Ready:  # fmt: skip
     """Packed rows of a data set."""
     config = this.config
@@ -165,7 +171,9 @@ def _from_data(
         raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
 
     def table_of(split: Source) -> TokenTable:
-        return cached_table(split, tokenizer, length, form=form, train_on=getattr(objective.config, "train_on", "all"))
+        with this.world.first():
+            train_on = getattr(objective.config, "train_on", "all")
+            return cached_table(split, tokenizer, length, form=form, train_on=train_on)
 
     table = table_of(source)
     longest = length // table.group
@@ -175,7 +183,8 @@ def _from_data(
             f"batch.length={length} is longer than the model's context of {model.context}{most * (table.group > 1)}"
         )
     sizes: dict[str, Any] = {"micro_size": config.batch.micro_size, "length": length, "pad_id": tokenizer.pad_id}
-    steps = StepDataset(table, size=config.batch.size, seed=config.seed, batch=objective.batch, **sizes)
+    place = {"rank": this.world.rank, "world": this.world.size}
+    steps = StepDataset(table, size=config.batch.size, seed=config.seed, batch=objective.batch, **sizes, **place)
     tables = {"train": table}
     if config.validation.every_steps:
         tables["validation"] = table_of(this.source("validation"))
@@ -192,13 +201,14 @@ def _from_data(
             held_out = StepDataset(tables["validation"], size=1, seed=0, batch=steps.batch, **sizes)
             read["validation"] = (held_out, config.validation.max_rows)
         for split, count in read.values():
-            note_reference(objective, load, reference.sha256, split, split.first_rows(count), precision, device)
+            with this.world.first():
+                note_reference(objective, load, reference.sha256, split, split.first_rows(count), precision, device)
     validation = []
     if "validation" in tables:
         rows = config.validation.max_rows
         validation = validation_batches(tables["validation"], max_rows=rows, batch=objective.batch, **sizes)
     loaded = {name: build_companion(name, artifact, tokenizer, longest) for name, artifact in models.items()}
-    module = ObjectiveModule(*parts, companions=loaded)
+    module = ObjectiveModule(*parts, companions=loaded, **more)
     if config.batch.auto:
         steps.micro_size = _micro_size(this, module, steps)
         batch = dataclasses.replace(config.batch, auto=False, micro_size=steps.micro_size)
@@ -230,8 +240,9 @@ def _micro_size(this: Run, module: ObjectiveModule, steps: StepDataset) -> int:
     module.on_fit_start()
     weights = sum(p.numel() * p.element_size() for p in module.model.parameters())
     found = largest_micro_size(
-        steps.size, lambda rows: module.rehearse(steps.collated(steps.first_rows(rows))), weights
+        steps.size // this.world.size, lambda rows: module.rehearse(steps.collated(steps.first_rows(rows))), weights
     )
+    found = -this.world.most(-found)  # what fits everywhere
     module.model.zero_grad(set_to_none=True)
     this.say(f"batch.auto: micro_size={found} of {steps.size} rows fit in memory")
     return found
@@ -239,7 +250,7 @@ def _micro_size(this: Run, module: ObjectiveModule, steps: StepDataset) -> int:
 
 def _from_samples(
     this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
-    precision: Precision,
+    precision: Precision, more: dict[str, Any],
 ) -> Ready:  # fmt: skip
     """Prompts, and a backend that answers them from the weights that are trained."""
     config, rollout, model = this.config, this.config.rollout, parts[0]
@@ -269,7 +280,7 @@ def _from_samples(
         length=config.batch.length,
     )
     module = RolloutModule(
-        *parts, companions=loaded, backend=backend, source=source, tokenizer=tokenizer, rollouts=settings
+        *parts, companions=loaded, backend=backend, source=source, tokenizer=tokenizer, rollouts=settings, **more
     )
     asked = config.trainer.max_steps // rollout.updates * rollout.prompts
     about = (
@@ -324,7 +335,8 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
         tokenizer = companion.tokenizer  # no other would do
         this.say(f"tokenizer from {companion.path}")
     else:
-        tokenizer, how = cached_tokenizer(config.tokenizer, source)
+        with this.world.first():
+            tokenizer, how = cached_tokenizer(config.tokenizer, source)
         this.say(how)
     if config.phase not in ("pretrain", "distill"):
         this.say("warning: tunes a model that starts from random weights; init_from=runs/... tunes a pretrained one")
@@ -377,10 +389,19 @@ def _header(this: Run, ready: Ready, precision: Precision) -> None:
     this.say(f"about {memory / 1e9:.1f} GB of memory")
 
 
-def _sampler(this: Run, model: CausalLM, tokenizer: Tokenizer, form: str) -> Callable[[], list[dict]]:
-    """A function that completes the run's sample prompts. What never fits is refused now, not at the first sample."""
-    samples = this.config.samples
-    backend = build_backend(this.config.inference, model, tokenizer.pad_id, this.config.trainer.accelerator)
+def _sampler(
+    this: Run, module: ObjectiveModule, record: dict[str, Any], tokenizer: Tokenizer, form: str
+) -> Callable[[], list[dict]]:
+    """A function that completes the run's sample prompts. What never fits is refused now, not at the first sample.
+
+    All processes call it and the first speaks; weights that are shared out it gathers into a model of its own.
+    """
+    samples, model, first = this.config.samples, module.model, this.world.is_first
+
+    def backend_of(model: CausalLM) -> Backend:
+        return build_backend(this.config.inference, model, tokenizer.pad_id, this.config.trainer.accelerator)
+
+    backend = backend_of(model)
     params = dataclasses.replace(
         sampling_params(SamplingConfig(), (tokenizer.eot_id, tokenizer.eos_id)), max_tokens=samples.max_tokens
     )
@@ -393,7 +414,11 @@ def _sampler(this: Run, model: CausalLM, tokenizer: Tokenizer, form: str) -> Cal
         )
 
     def make() -> list[dict]:
-        texts = complete(backend, tokenizer, prompts, params)
+        weights = weights_of(model, keep=first) if module.shards else {}
+        if not first:
+            return []
+        speaks = backend_of(model_of(record, weights)) if weights else backend
+        texts = complete(speaks, tokenizer, prompts, params)
         return [{"prompt": p, "completion": t} for p, t in zip(samples.prompts, texts, strict=True)]
 
     return make

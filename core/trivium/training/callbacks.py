@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trivium.disk import read_lines, replace_file
 from trivium.errors import TriviumError
 from trivium.training.objective_module import ObjectiveModule
+from trivium.training.parallel import ALONE, World
 from trivium.training.stop import SignalWatch, StopController
 from trivium.types import TokenBatch
 
@@ -63,9 +64,18 @@ class Sample(AfterStep):
     """Completions now and then, to samples.jsonl; the first of them to the console."""
 
     def __init__(
-        self, path: Path, every_steps: int, make: Callable[[], list[dict]], first_step: int, console: Console
+        self,
+        path: Path,
+        every_steps: int,
+        make: Callable[[], list[dict]],
+        first_step: int,
+        console: Console,
+        world: World = ALONE,
     ) -> None:
-        self.path, self.every_steps, self.make, self.console = path, every_steps, make, console
+        """make: called on every process; those that do not sample return nothing, and wait."""
+        self.path, self.every_steps, self.make, self.console, self.world = path, every_steps, make, console, world
+        if not world.is_first:
+            return
         kept = [row for row in read_lines(path) if row.get("step", 0) <= first_step]
         replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
 
@@ -73,6 +83,9 @@ class Sample(AfterStep):
         if module.step % self.every_steps == 0:
             with module.shown_weights():
                 rows = self.make()
+            self.world.barrier()
+            if not self.world.is_first:
+                return
             with open(self.path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows)
             shown = f"{rows[0]['prompt']!r} -> {rows[0]['completion']!r}"
@@ -164,10 +177,13 @@ class Save(AfterStep):
         every_steps: int,
         max_steps: int,
         best_of: Validate | None,
+        world: World = ALONE,
     ) -> None:
-        self.record = record
+        self.record, self.world = record, world
         self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
         self.watch = SignalWatch()
+        self.signal = 0
+        """The signal that some process got, once all of them know of it."""
         self._due = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -180,13 +196,13 @@ class Save(AfterStep):
         self.teardown(trainer, pl_module, "fit")
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
-        signalled = self.watch.received is not None
+        self.signal = self.signal or self.world.most(self.watch.received or 0)
         best = self.best_of is not None and self.best_of.improved
         ends = module.step == self.max_steps or trainer.should_stop
-        self._due |= module.step % self.every_steps == 0 or ends or best or signalled
+        self._due |= module.step % self.every_steps == 0 or ends or best or self.signal > 0
         if self._due and module.between_items:  # in the midst of a rollout the steps that are left come first
             self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
             self.save(module, best)
             self._due = False
-            if signalled:
+            if self.signal:
                 trainer.should_stop = True

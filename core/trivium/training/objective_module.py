@@ -31,7 +31,8 @@ from trivium.training.guard import Guard
 from trivium.training.optim import guarded_step, set_rates
 from trivium.training.precision import FP32, LossScale, Precision
 from trivium.training.schedule import Schedule
-from trivium.types import TokenBatch
+from trivium.training.shard import Shards, local
+from trivium.types import LossOutput, Metric, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class ObjectiveModule(L.LightningModule):
         schedule: Schedule,
         settings: StepSettings,
         companions: Mapping[str, CausalLM] | None = None,
+        shard: Callable[[CausalLM], Shards] | None = None,
     ) -> None:
+        """shard: shares the model out among processes, before the optimizer takes up its weights."""
         super().__init__()
         self.automatic_optimization = False
         # a plain dict: Lightning must not take them for parts of what is trained
@@ -67,6 +70,7 @@ class ObjectiveModule(L.LightningModule):
         if settings.precision.weights is not None:
             for each in (model, *self.companions.values()):
                 each.to(settings.precision.weights)
+        self.shards = shard(model) if shard else None
         self.optimizer = make_optimizer(model)
         self.guard = Guard(settings.guard)
         self.loss_scale = LossScale() if settings.precision.scaled else None
@@ -80,6 +84,22 @@ class ObjectiveModule(L.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         return self.optimizer
+
+    def configure_model(self) -> None:
+        """Nothing: the model was shared out when it was built, since a checkpoint is read before the loop starts."""
+
+    def run_with_weights(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, which uses the model: through here, its weights are whole even if they are shared out."""
+        return self.shards.run(function, *args) if self.shards else function(*args)
+
+    def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
+        """The objective's sum over a batch, and its metrics."""
+
+        def whole() -> tuple[Tensor, dict[str, Metric]]:
+            output = self.objective(self.model, batch)
+            return output.loss_sum.clone(), dict(output.metrics)  # never a view: FSDP hangs its hook on it
+
+        return self.run_with_weights(whole)
 
     def autocast(self) -> torch.autocast:
         """The precision of matrix products; gradients and weights keep their own."""
@@ -116,13 +136,13 @@ class ObjectiveModule(L.LightningModule):
         """Let the objective note in each batch what it must know before its loss."""
         with self.asking() as models:
             for batch in batches:
-                self.objective.consult(batch, models)
-            self.objective.prepare(self.model, batches, self.global_sum)
+                self.run_with_weights(self.objective.consult, batch, models)
+            self.run_with_weights(self.objective.prepare, self.model, batches, self.global_sum)
 
     def check_start(self, batches: Sequence[TokenBatch]) -> None:
         """Where the model still equals its companions, the objective's figures are known; refuse to train on others."""
         with self.asking():
-            outputs = [self.objective(self.model, b) for b in batches]
+            outputs = [LossOutput(*self.loss(b)) for b in batches]
         count = self.global_sum(torch.stack([self.objective.count(b) for b in batches]).sum())
         found = {"loss": self.global_sum(torch.stack([o.loss_sum for o in outputs]).sum()) / count}
         for name in self.objective.at_start.keys() - {"loss"}:
@@ -194,13 +214,13 @@ class ObjectiveModule(L.LightningModule):
         factor = self.trainer.world_size / count * (self.loss_scale.scale if self.loss_scale else 1.0)
         with self.autocast():  # around them all: a weight is cast once a step
             for number, batch in enumerate(micro_batches):
-                output = self.objective(self.model, batch)
+                loss_sum, metrics = self.loss(batch)
                 self.watch.lap("forward")
                 with torch.autocast(self.device.type, enabled=False), self.syncing(number == len(micro_batches) - 1):
-                    self.manual_backward(output.loss_sum * factor)
+                    self.manual_backward(loss_sum * factor)
                 self.watch.lap("backward")
-                sums.setdefault("", []).append(output.loss_sum.detach())
-                for name, metric in output.metrics.items():
+                sums.setdefault("", []).append(loss_sum.detach())
+                for name, metric in metrics.items():
                     sums.setdefault(f"{name} total", []).append(metric.total)
                     sums.setdefault(f"{name} count", []).append(metric.count)
         exact = torch.float32 if self.device.type == "mps" else torch.float64
@@ -213,6 +233,8 @@ class ObjectiveModule(L.LightningModule):
     def syncing(self, last: bool) -> Iterator[None]:
         """Gradients travel between ranks once a step, after the last micro-batch."""
         wrapper = self.trainer.model
+        if self.shards:
+            self.shards.sync(last)
         if isinstance(wrapper, DistributedDataParallel) and not last:
             with wrapper.no_sync():
                 yield
@@ -221,14 +243,21 @@ class ObjectiveModule(L.LightningModule):
 
     def gradient_norms(self, scale: float) -> dict[str, Tensor]:
         """The norm of the gradient of each group of parameters: embed, attn, ffn, norms, head."""
-        named = [(_group(name), p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        named = [(_group(name), p.grad) for name, p in trained if p.grad is not None]
         if not named:
             raise TrainingError(f"step {self.step}: no parameter has a gradient; is everything frozen?")
-        norms = torch._foreach_norm([grad for _, grad in named], 2.0, dtype=_norm_type(named[0][1].dtype))  # type: ignore[reportPrivateImportUsage]
+        if len(named) < len(trained) and self.trainer.world_size > 1:  # DDP would leave its whole bucket unaveraged
+            lost = next(name for name, p in trained if p.grad is None)
+            raise TrainingError(f"step {self.step}: {lost} has no gradient to average over the processes; freeze it")
+        norms = torch._foreach_norm([local(grad) for _, grad in named], 2.0, dtype=_norm_type(named[0][1].dtype))  # type: ignore[reportPrivateImportUsage]
         groups: dict[str, list[Tensor]] = {}
         for (group, _), norm in zip(named, norms, strict=True):
             groups.setdefault(group, []).append(norm)
-        return {g: torch.linalg.vector_norm(torch.stack(values)) / scale for g, values in groups.items()}
+        found = torch.stack([torch.linalg.vector_norm(torch.stack(values)) for values in groups.values()])
+        if self.shards:  # each process has the squares of its own share
+            found = self.global_sum(found.square()).sqrt()
+        return dict(zip(groups, (found / scale).unbind(), strict=True))
 
     def scale_gradients(self, norm: Tensor) -> None:
         """Clip to `grad_clip`, and take the loss scale out, in one pass."""
@@ -236,7 +265,7 @@ class ObjectiveModule(L.LightningModule):
         if not clip and scale == 1:
             return
         factor = (clip / (norm + 1e-6)).clamp(max=1.0) / scale if clip else torch.ones_like(norm) / scale
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))  # type: ignore[reportPrivateImportUsage]
 
     def rows(self, keep: int = 0) -> Iterator[dict[str, Any]]:
@@ -262,9 +291,11 @@ class ObjectiveModule(L.LightningModule):
         self._unread[-1].facts[name] = value
 
     def global_sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        alone = self._trainer is None or self._trainer.world_size == 1
-        return value if alone else self.trainer.strategy.reduce(value, reduce_op="sum")  # type: ignore[return-value]
+        """The sum over all ranks; the same bits on each."""
+        if self._trainer is not None and self.trainer.world_size > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)  # not Lightning's `reduce`: it has the host wait first
+        return value
 
     @property
     def averages(self) -> bool:
@@ -307,18 +338,24 @@ class ObjectiveModule(L.LightningModule):
 
     @torch.no_grad()
     def validation_loss(self, batches: Sequence[TokenBatch]) -> float:
-        """Mean loss over the counted units of all `batches`; leaves training as it was."""
+        """Mean loss over the counted units of all `batches`; leaves training as it was.
+
+        Ranks share the batches where they can be shared evenly; else each scores them all. The mean is the same.
+        """
         was_training = self.model.training
         self.model.eval()
+        if len(batches) % self.trainer.world_size == 0:
+            batches = batches[self.global_rank :: self.trainer.world_size]
         batches = [batch.to(self.device) for batch in batches]
         total = count = torch.zeros((), device=self.device)
         with self.shown_weights():
             self.consult(batches)
             for batch in batches:
                 with self.autocast():
-                    total = total + self.objective(self.model, batch).loss_sum
+                    total = total + self.loss(batch)[0]
                 count = count + self.objective.count(batch)
         self.model.train(was_training)
+        total, count = self.global_sum(total), self.global_sum(count)
         if not count:
             raise TrainingError(f"no {self.objective.unit} of the validation split would be scored")
         loss = (total / count).item()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trivium.errors import CheckpointError
+from trivium.models.weights import shared_like, whole_tensors
 from trivium.training.config import AdamWConfig
 
 
@@ -46,21 +47,21 @@ def guarded_step(optimizer: Optimizer, bad: Tensor) -> None:
         optimizer.step()
 
 
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors named "parameter number.entry"."""
+def optimizer_tensors(optimizer: Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors named "parameter number.entry". keep: as for `weights_of`."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{i}.{key}": torch.as_tensor(v).cpu().contiguous()
-        for i, entries in state.items()
-        for key, v in entries.items()
-    }
+    flat = {f"{i}.{key}": torch.as_tensor(v) for i, entries in state.items() for key, v in entries.items()}
+    return whole_tensors(flat, keep=keep)
 
 
 def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], origin: str) -> None:
     """Put flat tensors back. Raises CheckpointError if they are not this optimizer's."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
+        if int(number) < len(parameters) and tensor.shape == parameters[int(number)].shape:
+            tensor = shared_like(tensor, parameters[int(number)])
         state.setdefault(int(number), {})[key] = tensor
     numbers = [i for group in optimizer.state_dict()["param_groups"] for i in group["params"]]
     if sorted(state) != sorted(numbers):

@@ -80,21 +80,26 @@ class RolloutModule(ObjectiveModule):
         """Sample, score, compare within groups: the micro-batches of each of the next `updates` steps."""
         r = self.rollouts
         self.backend.update_weights(self.step)
-        answers = self._sample(prompts)
-        asked = zip(prompts, answers, strict=True)
-        rewards = torch.tensor([[self._score(prompt, answer) for answer in group] for prompt, group in asked])
-        advantage = group_advantage(rewards, self.objective.config.advantage).numpy()
         parts = [range(u, len(prompts), r.updates) for u in range(r.updates)]
+        parts = [part[self.global_rank :: self.trainer.world_size] for part in parts]  # this rank's prompts
+        answers = self._sample(prompts, sorted(i for part in parts for i in part))
+        rewards = torch.zeros(len(prompts), r.samples)
+        for i, group in answers.items():
+            rewards[i] = torch.tensor([self._score(prompts[i], answer) for answer in group])
+        rewards = self.global_sum(rewards.to(self.device)).cpu()  # a prompt's are known to one rank, 0 to the others
+        advantage = group_advantage(rewards, self.objective.config.advantage).numpy()
         steps = [self._batches(prompts, answers, advantage, part) for part in parts]
         apart = np.sum([self._consulted(batches) for batches in steps], axis=0)
-        ends = [answer[-1].finish_reason for group in answers for answer in group]
-        lengths = [len(answer) for group in answers for answer in group]
+        ends = [answer[-1].finish_reason for group in answers.values() for answer in group]
+        tokens = sum(len(answer) for group in answers.values() for answer in group)
+        facts = torch.tensor([*apart, tokens, ends.count("length"), len(ends)], dtype=torch.float32)
+        nats, drawn, tokens, cut, samples = self.global_sum(facts.to(self.device)).tolist()
         self._figures = {
             "rollout/reward": rewards.mean().item(),
-            "rollout/length": float(np.mean(lengths)),
-            "rollout/truncated": ends.count("length") / len(ends),
+            "rollout/length": tokens / samples,
+            "rollout/truncated": cut / samples,
             "rollout/idle_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-            "rollout/mismatch": float(apart[0] / apart[1]),
+            "rollout/mismatch": nats / drawn,
         }
         if self._figures["rollout/mismatch"] > MISMATCH:
             raise TrainingError(
@@ -103,8 +108,9 @@ class RolloutModule(ObjectiveModule):
             )
         return steps
 
-    def _sample(self, prompts: Sequence[Prompt]) -> list[list[list[TokenEvent]]]:
-        """The events of each prompt's answers. Every answer has an id, and so random numbers, of its own."""
+    def _sample(self, prompts: Sequence[Prompt], chosen: Sequence[int]) -> dict[int, list[list[TokenEvent]]]:
+        """The events of the answers to each chosen prompt. Every answer has an id, and so random numbers, of its own,
+        whichever rank draws it."""
         r = self.rollouts
         params = SamplingParams(
             max_tokens=r.max_tokens,
@@ -112,10 +118,9 @@ class RolloutModule(ObjectiveModule):
             seed=key_of(self.settings.seed, r.seed, "rollout", self.step) % 2**31,
             stop_ids=(self.tokenizer.eot_id, self.tokenizer.eos_id),
         )
-        names = [[f"{i}/{p.example['id']}/{g}" for g in range(r.samples)] for i, p in enumerate(prompts)]
-        asked = [Request(n, p.ids, params) for p, group in zip(prompts, names, strict=True) for n in group]
-        events = collect(self.backend, asked)
-        return [[events[n] for n in group] for group in names]
+        names = {i: [f"{i}/{prompts[i].example['id']}/{g}" for g in range(r.samples)] for i in chosen}
+        events = collect(self.backend, [Request(n, prompts[i].ids, params) for i in chosen for n in names[i]])
+        return {i: [events[n] for n in group] for i, group in names.items()}
 
     def _score(self, prompt: Prompt, answer: list[TokenEvent]) -> float:
         text = self.tokenizer.decode([e.token_id for e in answer if e.finish_reason != "stop"])
@@ -125,7 +130,7 @@ class RolloutModule(ObjectiveModule):
         return value
 
     def _batches(
-        self, prompts: Sequence[Prompt], answers: list[list[list[TokenEvent]]], advantage: np.ndarray, part: range
+        self, prompts: Sequence[Prompt], answers: dict[int, list[list[TokenEvent]]], advantage: np.ndarray, part: range
     ) -> list[RolloutBatch]:
         """The answers to `part` of the prompts, packed."""
         r = self.rollouts

@@ -19,7 +19,7 @@ from trivium.data.datamodule import StepDataModule, Steps
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import CheckpointError, ConfigError, TrainingError
 from trivium.models.weights import load_weights, read_tensors, weights_of
-from trivium.schema import RunConfig
+from trivium.schema import RunConfig, TrainerConfig
 from trivium.training.callbacks import Record, Sample, Save, Show, Validate
 from trivium.training.checkpoint import (
     CheckpointStore,
@@ -33,6 +33,7 @@ from trivium.training.guard import RollBack
 from trivium.training.loggers import build_loggers
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.optim import load_optimizer, optimizer_tensors
+from trivium.training.parallel import ALONE, Placed, World, strategy_of
 from trivium.training.stop import StopController
 from trivium.types import TokenBatch
 
@@ -63,6 +64,7 @@ class Job:
     sample: Callable[[], list[dict]]
     begin: Callable[[], None]
     console: Console
+    world: World = ALONE
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,14 @@ def fit(job: Job) -> Fitted:
     config, module = job.config, job.module
     store = CheckpointStore(job.folder / "checkpoints", config.checkpoint.keep)
     stop = StopController(config.stop.patience, config.stop.min_delta)
-    store.sweep()
+    if job.world.is_first:
+        store.sweep()
     latest, offset = store.latest(), 0
     if latest is not None:
         offset = restore(job, latest, stop)
-        if config.checkpoint.keep_best and stop.best is not None:
+        if config.checkpoint.keep_best and stop.best is not None and job.world.is_first:
             store.repair_best(stop.best_step)
+    job.world.barrier()  # from here on the first process changes what the others have read
     job.begin()
     start = module.step
     if start >= config.trainer.max_steps or stop.exhausted:
@@ -134,36 +138,43 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) 
     offset: step s reads item s + offset of the data (rollbacks move it).
     """
     config, module, start = job.config, job.module, job.module.step
-    loggers = build_loggers(config.logger, job.folder, config.name, start)
+    first = job.world.is_first
+    loggers = build_loggers(config.logger, job.folder, config.name, start) if first else []
     validate = None
     if config.validation.every_steps:
         validate = Validate(job.validation, config.validation.every_steps, config.trainer.max_steps, stop)
 
     def save(module: ObjectiveModule, best: bool) -> None:
-        store.save(module.step, contents(job, module, stop, offset), best=best)
+        held = contents(job, module, stop, offset) if first or module.shards else None
+        if first and held:
+            store.save(module.step, held, best=best)
+        job.world.barrier()  # no process goes on, or ends, before the checkpoint is complete
 
     best_of = validate if config.checkpoint.keep_best else None
     record = Record(loggers, Show(job.console, config.trainer.max_steps))
-    saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of)
+    saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of, job.world)
     callbacks: list[L.Callback] = [validate] if validate else []
     if config.samples.every_steps and config.samples.prompts:
-        callbacks.append(
-            Sample(job.folder / "samples.jsonl", config.samples.every_steps, job.sample, start, job.console)
-        )
-    trainer = _lightning_trainer(config, loggers, [*callbacks, record, saver])
+        path, every = job.folder / "samples.jsonl", config.samples.every_steps
+        callbacks.append(Sample(path, every, job.sample, start, job.console, job.world))
+    trainer = lightning_trainer(config.trainer, loggers, [*callbacks, record, saver], job.world)
     items = range(start + offset, config.trainer.max_steps + offset)
     trainer.fit(module, datamodule=StepDataModule(job.steps, items))
-    return saver.watch.received
+    return saver.signal or None
 
 
-def _lightning_trainer(config: RunConfig, loggers: list, callbacks: list[L.Callback]) -> L.Trainer:
+def lightning_trainer(config: TrainerConfig, loggers: list, callbacks: list[L.Callback], world: World) -> L.Trainer:
+    """Lightning's loop over what is left, and nothing else of it."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")  # advice for its own loop: workers, log intervals
     try:
         return L.Trainer(
-            accelerator=config.trainer.accelerator,
-            devices=1,
+            accelerator=config.accelerator,
+            devices=config.devices if world.size > 1 else 1,
+            num_nodes=config.nodes if world.size > 1 else 1,
+            strategy=strategy_of(world, config.strategy),
+            plugins=[Placed(world)] if world.size > 1 else None,
             max_epochs=1,  # the loader holds exactly the steps that are left
             logger=loggers,
             callbacks=callbacks,
@@ -173,11 +184,13 @@ def _lightning_trainer(config: RunConfig, loggers: list, callbacks: list[L.Callb
             use_distributed_sampler=False,
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: {error}") from error
+        raise ConfigError(f"trainer.accelerator={config.accelerator}: {error}") from error
 
 
 def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: int) -> Contents:
-    """What a checkpoint of this run holds."""
+    """What a checkpoint of this run holds. Weights and optimizer state that are shared out are gathered by the first
+    process: 12 bytes of its memory a parameter with AdamW in fp32, and as many while they are written."""
+    keep = job.world.is_first
     state = {
         "phase": job.config.phase,
         "form": job.form,
@@ -188,16 +201,18 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: in
         "training": module.state(),
         "offset": offset,
         "next_sample": job.steps.sample_id(module.step + offset),
+        "processes": job.world.size,
         "guard": job.guard,
     }
-    weights = weights_of(module.model)
+    weights = weights_of(module.model, keep=keep)
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:  # a checkpoint that can never be loaded must not push out a sound one
         raise TrainingError(f"step {module.step}: {broken[0]} is no longer finite; the last checkpoint is sound")
-    tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer)}
+    tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer, keep=keep)}
     if module.averages:  # others get the average, training goes on from its own weights
         with module.shown_weights():
-            tensors["model.safetensors"] = {name: tensor.clone() for name, tensor in weights_of(module.model).items()}
+            shown = weights_of(module.model, keep=keep)
+            tensors["model.safetensors"] = {name: tensor.clone() for name, tensor in shown.items()}
         tensors[OWN_WEIGHTS] = weights
     return Contents(
         tensors=tensors,
@@ -224,6 +239,11 @@ def restore(job: Job, checkpoint: Path, stop: StopController) -> int:
         raise CheckpointError(
             f"{job.folder} holds another run: {shown}{' and more' if len(hard) > 4 else ''}. "
             "Choose another name=, or the settings it was started with"
+        )
+    if state["processes"] != job.world.size:
+        job.console.print(
+            f"  [yellow]trained on {state['processes']} processes up to here, on {job.world.size} from here: the same "
+            "rows a step, but sums in another order, and dropout drawn by others[/]"
         )
     step, offset, module = state["step"], state["offset"], job.module
     if state["next_sample"] != (found := job.steps.sample_id(step + offset)):

@@ -1,0 +1,167 @@
+"""What tests/training/test_parallel.py runs, as one of several processes or alone: `python ranks.py FOLDER`."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from trivium.errors import TriviumError
+from trivium.models.config import LlamaConfig
+from trivium.models.llama import Llama
+from trivium.models.weights import weights_of
+from trivium.objectives.config import NextTokenConfig, SFTConfig
+from trivium.objectives.next_token import SFT, NextToken
+from trivium.schema import GuardConfig, TrainerConfig
+from trivium.training.config import AdamWConfig
+from trivium.training.objective_module import ObjectiveModule, StepSettings
+from trivium.training.optim import adamw, optimizer_tensors
+from trivium.training.parallel import ALONE, join, leave, placed
+from trivium.training.shard import Shards, mesh_of
+from trivium.training.trainer import lightning_trainer
+from trivium.types import LossOutput, TokenBatch
+
+ROWS, LENGTH, VOCAB = 8, 12, 61
+CPU = torch.device("cpu")
+
+
+def ragged_steps(count):
+    """Steps of 8 rows with 1 to 11 trained tokens each; the last two rows of every third step have none at all."""
+    generator = torch.Generator().manual_seed(0)
+    steps = []
+    for number in range(count):
+        tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=generator)
+        labels = tokens.clone()
+        labels[:, 0] = -100
+        kept = torch.tensor([1, 2, 11, 3, 1, 9, 11, 5])[torch.randperm(ROWS, generator=generator)]
+        for row, n in enumerate(kept.tolist()):
+            labels[row, 1 : LENGTH - n] = -100
+        if number % 3 == 2:
+            labels[1::2] = -100  # with one row a micro-batch, rank 1 of 2 has nothing to train on
+        steps.append((tokens, labels))
+    return steps
+
+
+def cut(step, size, world):
+    """This process's micro-batches of `size` rows."""
+    tokens, labels = step
+    positions = torch.arange(LENGTH).expand(ROWS, -1)
+    parts = [slice(i, i + size) for i in range(0, ROWS, size)][world.rank :: world.size]
+    return [TokenBatch(tokens[p], labels[p], positions[p]) for p in parts]
+
+
+class LossIsNaN(NextToken):
+    """The loss of rank 1 is NaN."""
+
+    def __call__(self, forward, batch):
+        output = super().__call__(forward, batch)
+        bad = torch.nan if placed().rank == 1 else 0.0
+        return LossOutput(output.loss_sum + bad, output.metrics)
+
+
+class GradientIsNaN(NextToken):
+    """The loss is finite, the gradient of rank 1 is not: d sqrt(0 x) / dx = inf * 0."""
+
+    def hidden(self, forward, batch):
+        states = super().hidden(forward, batch)
+        return states + (states.sum() * 0).sqrt() * (placed().rank == 1)
+
+
+OBJECTIVES = {
+    "next_token": lambda: NextToken(NextTokenConfig(z_loss=1e-3)),
+    "neftune": lambda: SFT(SFTConfig(neftune_alpha=1e-9)),
+    "loss_nan": lambda: LossIsNaN(NextTokenConfig()),
+    "gradient_nan": lambda: GradientIsNaN(NextTokenConfig()),
+}
+
+
+def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, average=0.0, recompute=0,
+          policy="stop", frozen=(), dtype=torch.float64):  # fmt: skip
+    """Train a small model; returns its figures, its weights and its optimizer's state, whole."""
+    config = LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, context=LENGTH, init_std=0.3, tied=tied)
+    model = Llama(config, VOCAB)
+    model.init_weights(seed=3)
+    model.to(dtype).recompute = recompute
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    shard = (lambda m: Shards(m, mesh_of(world, CPU))) if strategy == "fsdp" else None
+    module = ObjectiveModule(
+        model,
+        OBJECTIVES[objective](),
+        lambda m: adamw(AdamWConfig(lr=1e-2), m),
+        lambda step: 1.0,
+        StepSettings(grad_clip=0.5, seed=0, guard=GuardConfig(policy=policy), average=average),
+        shard=shard,
+    )
+    trainer = lightning_trainer(TrainerConfig(accelerator="cpu", devices=world.size, strategy=strategy), [], [], world)
+    data = [cut(step, size, world) for step in ragged_steps(steps)]
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+    rows = list(module.rows())
+    keys = ("train/loss", "train/nll", "grad_norm", "grad_norm/attn", "tokens", "skipped")
+    batches = [b for step in ragged_steps(2) for b in cut(step, 4, ALONE)]
+    held_out = None if objective.endswith("nan") else module.validation_loss(batches)
+    with module.shown_weights():
+        weights = {name: weight.clone() for name, weight in weights_of(module.model).items()}
+    return {
+        "rows": [{k: row[k] for k in keys if k in row} for row in rows],
+        "val/loss": held_out,
+        "tensors": {**weights, **{f"optimizer {k}": v for k, v in optimizer_tensors(module.optimizer).items()}},
+    }
+
+
+RUNS = {
+    **{f"{s} size {n}": (s, {"size": n}) for s in ("ddp", "fsdp") for n in (4, 2, 1)},
+    "fsdp untied": ("fsdp", {"size": 2, "tied": False}),
+    "fsdp recompute": ("fsdp", {"size": 2, "recompute": 1}),
+    "fsdp average": ("fsdp", {"size": 2, "average": 0.9}),
+    "fsdp neftune": ("fsdp", {"size": 2, "objective": "neftune"}),
+    "ddp average": ("ddp", {"size": 2, "average": 0.9}),
+    "ddp frozen": ("ddp", {"size": 2, "frozen": ("blocks.0.attn.q.weight",)}),
+    **{
+        f"{s} {bad}": (s, {"size": 2, "steps": 1, "objective": bad, "policy": "skip"})
+        for s in ("ddp", "fsdp")
+        for bad in ("loss_nan", "gradient_nan")
+    },
+}
+
+
+def told(action):
+    """The sentence that `action` is refused with."""
+    try:
+        action()
+    except TriviumError as error:
+        return str(error)
+    return ""
+
+
+def main(folder):
+    world = join(replace(placed(), local_size=2), CPU)
+    for name, (strategy, settings) in RUNS.items():
+        found = train(world, strategy, **settings)
+        save_file(found.pop("tensors"), folder / f"{name}.{world.rank}.safetensors")
+        (folder / f"{name}.{world.rank}.json").write_text(json.dumps(found))
+    mine = world.rank + 1
+    facts = {
+        "any": [world.any(False), world.any(world.rank == 1)],
+        "most": world.most(mine),
+        "gather": world.gather({"rank": world.rank, "text": "x" * mine}),
+        "same": told(lambda: world.agree({"optim": {"lr": 1.0}, "seed": 0})),
+        "other": told(lambda: world.agree({"optim": {"lr": float(mine)}, "seed": 0})),
+    }
+    with world.first():
+        if world.is_first:
+            time.sleep(0.3)
+            (folder / "made").write_text("by the first")
+        facts["read"] = (folder / "made").read_text()
+    (folder / f"facts.{world.rank}.json").write_text(json.dumps(facts))
+    leave(world)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
+    os._exit(0)

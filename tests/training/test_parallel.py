@@ -1,0 +1,124 @@
+"""Several processes train one model: real ones, over gloo. What they learn is what one process learns."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trivium.training.parallel import ALONE
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
+ranks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ranks)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two processes made of everything in ranks.RUNS: together(name, rank) -> figures and tensors."""
+    folder = tmp_path_factory.mktemp("ranks")
+    place = {"WORLD_SIZE": "2", "TRIVIUM_RENDEZVOUS": str(folder / "meet"), "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, folder],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), **place},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=180)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
+    assert not any("Warning" in text for text in said), said
+
+    def found(name, rank=0):
+        facts = json.loads((folder / f"{name}.{rank}.json").read_text())
+        tensors = folder / f"{name}.{rank}.safetensors"
+        return facts | ({"tensors": load_file(tensors)} if tensors.is_file() else {})
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """alone(**settings) -> the same of one process, with all rows of a step at once; each made once."""
+    made = {}
+
+    def found(**settings):
+        key = json.dumps(settings)
+        if key not in made:
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            made[key] = ranks.train(ALONE, "auto", **{"size": 8, **settings})
+            torch.set_num_threads(before)
+        return made[key]
+
+    return found
+
+
+def apart(one, other):
+    assert one["tensors"].keys() == other["tensors"].keys()
+    return max((one["tensors"][k].double() - other["tensors"][k].double()).abs().max().item() for k in one["tensors"])
+
+
+def equal_runs(one, other, tolerance):
+    """Losses, norms, counts, validation, weights and optimizer state."""
+    assert [r.keys() for r in one["rows"]] == [r.keys() for r in other["rows"]]
+    for mine, theirs in zip(one["rows"], other["rows"], strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance)
+        assert mine["tokens"] == theirs["tokens"]
+    assert one["val/loss"] == pytest.approx(other["val/loss"], rel=1e-6)  # summed in fp32, whatever the weights are
+    assert apart(one, other) < tolerance
+
+
+SAME = [name for name in ranks.RUNS if "nan" not in name]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_learn_what_one_does(name, together, alone):
+    """fp64, six steps of AdamW with clipping, 1 to 4 micro-batches a process, ragged, one process at times without a
+    trained token. 1e-12 is rounding: sums over ranks and micro-batches in another order."""
+    _, settings = ranks.RUNS[name]
+    expected = alone(**{k: v for k, v in settings.items() if k not in ("size", "recompute")})
+    # neftune's noise, of size 1e-9, is drawn by each process; averages are kept in fp32
+    tolerance = {"neftune": 1e-8, "average": 1e-6}.get(name.split()[1], 1e-12)
+    equal_runs(together(name), expected, tolerance)
+    equal_runs(together(name, rank=1), together(name), 1e-300)  # the processes have the very same bits
+
+
+def test_runs_would_show_what_is_wrong(alone):
+    """What the test above compares moves by far more than its tolerance: an unaveraged gradient would be seen."""
+    still = alone(steps=1)
+    assert apart(alone(), still) > 1e-2
+    assert apart(alone(), alone(average=0.9)) > 1e-2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("bad", ["loss_nan", "gradient_nan"])
+def test_nan_on_one_process_changes_no_weight_of_any(strategy, bad, together):
+    start = ranks.Llama(ranks.LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, init_std=0.3), ranks.VOCAB)
+    start.init_weights(seed=3)
+    for rank in (0, 1):
+        found = together(f"{strategy} {bad}", rank)
+        (row,) = found["rows"]
+        assert row["skipped"] == 1 and row["tokens"] == 96 and row["train/loss"] is None
+        assert (row["grad_norm"] is None) == (bad == "gradient_nan")
+        for name, parameter in start.named_parameters():
+            assert torch.equal(found["tensors"][name], parameter.detach().double()), name
+        state = [v for k, v in found["tensors"].items() if k.startswith("optimizer") and not k.endswith("step")]
+        assert state and not any(v.any() for v in state)
+
+
+def test_processes_agree(together):
+    for rank in (0, 1):
+        facts = together("facts", rank)
+        assert facts["any"] == [False, True] and facts["most"] == 2
+        assert facts["gather"] == [{"rank": 0, "text": "x"}, {"rank": 1, "text": "xx"}]
+        assert facts["read"] == "by the first"
+        assert facts["same"] == ""
+        assert facts["other"].endswith("different settings: optim.lr is 1.0 on rank 0 and 2.0 on rank 1")
