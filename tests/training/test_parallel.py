@@ -95,7 +95,7 @@ def test_runs_would_show_what_is_wrong(alone):
     """What the test above compares moves by far more than its tolerance: an unaveraged gradient would be seen."""
     still = alone(steps=1)
     assert apart(alone(), still) > 1e-2
-    assert apart(alone(), alone(average=0.9)) > 1e-2
+    assert apart(alone(), alone(average=0.9)) > 1e-3
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
