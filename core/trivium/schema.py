@@ -16,7 +16,7 @@ DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
 """Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
 STRATEGIES = ("auto", "ddp", "fsdp")
-POLICIES = ("stop", "skip", "rollback")
+POLICIES = ("stop", "skip", "rollback", "off")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -66,6 +66,7 @@ class TrainerConfig:
     grad_clip: float = 1.0  # largest global gradient norm; 0 is off
     compile: bool = False  # torch.compile of the model's blocks: slower to start, faster to run
     recompute: int = 0  # every n-th block keeps no activations and makes them again in the backward pass; 0 is off
+    step_in_backward: bool = False  # step each parameter as its gradient comes and let go of it: less memory
     average: float = 0.0  # decay of a running average of the weights, such as 0.999, for others to get; 0 is off
     threads: int = 0  # CPU threads of a process; 0 leaves torch's choice, or shares the cores among several processes
     devices: int = 1  # processes on each machine, a GPU each; batch.size is of all together
@@ -90,7 +91,7 @@ class TrainerConfig:
 class GuardConfig:
     """What happens to a step whose loss or gradient is not finite, or a spike. It never reaches the weights."""
 
-    policy: str = "stop"  # stop | skip the step | rollback to the last checkpoint and go on behind the bad data
+    policy: str = "stop"  # stop | skip the step | rollback to the last checkpoint, on behind the bad data | off
     spike_sigma: float = 0.0  # a loss or gradient norm so many standard deviations above its mean is bad too; 0 is off
     window: int = 100  # steps that mean and deviation look back on; before so many nothing is a spike
     patience: int = 10  # bad steps in a row, or rollbacks to one checkpoint, before the run stops after all
@@ -286,6 +287,8 @@ class RunConfig:
                 raise ConfigError(f"{name} needs validation.every_steps greater than 0")
         if self.trainer.processes > 1 and self.phase in TRAINING_PHASES:
             self._check_processes()
+        if self.trainer.step_in_backward and self.phase in TRAINING_PHASES:
+            self._check_step_in_backward()
         if self.batch.auto and (self.phase == "rlhf" or self.trainer.strategy == "fsdp"):
             where = "phase=rlhf" if self.phase == "rlhf" else "trainer.strategy=fsdp"
             raise ConfigError(f"batch.auto cannot try what fits with {where}; set batch.micro_size")
@@ -313,6 +316,24 @@ class RunConfig:
                 f"rollout.prompts={rollout.prompts} must be a multiple of rollout.updates={rollout.updates} x {count} "
                 "processes"
             )
+
+    def _check_step_in_backward(self) -> None:
+        wanted = {
+            "trainer.grad_clip": (self.trainer.grad_clip, 0),
+            "guard.policy": (self.guard.policy, "off"),
+            "batch.micro_size": (self.batch.micro_size, self.batch.size),
+            "batch.auto": (self.batch.auto, False),
+            "trainer.devices": (self.trainer.processes, 1),
+        }
+        for name, (value, needed) in wanted.items():
+            if value != needed:
+                raise ConfigError(
+                    f"trainer.step_in_backward=true lets go of each gradient at once, so there is no clipping, no "
+                    f"accumulation, no guard and one process: {name}={value} must be {needed}"
+                )
+        if self.phase == "rlhf" or self.precision == "fp16":
+            what = "phase=rlhf" if self.phase == "rlhf" else "precision=fp16"
+            raise ConfigError(f"trainer.step_in_backward=true cannot be had with {what}")
 
     def _check_rlhf(self) -> None:
         if self.validation.every_steps:

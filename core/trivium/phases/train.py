@@ -98,6 +98,7 @@ def run_training(this: Run) -> int:
             equal and (fresh_head or not objective.scores),
             config.guard,
             config.trainer.average,
+            config.trainer.step_in_backward,
         ),
     )
     more = {"shard": sharding(config, this.world, device_of(config.trainer.accelerator))}

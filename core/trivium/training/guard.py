@@ -2,7 +2,7 @@
 
 A step whose loss or gradient is not finite, or (if asked for) far above what was usual, changes neither weights nor
 optimizer. What happens then is `guard.policy`: stop, skip the step, or roll back to the last checkpoint and go on
-behind the data that led there.
+behind the data that led there. "off" only sees it afterwards.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class Guard:
         self.config = config
         self.seen = torch.zeros(5)  # good steps; means of loss and gradient norm; variances
         self.skipped = 0  # bad steps in a row, up to the last one read
+
+    @property
+    def holds(self) -> bool:
+        """Whether bad steps are kept from the weights; without it they are only seen."""
+        return self.config.policy != "off"
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """1.0 where the step must not be taken, else 0.0: (), on the device, without waiting for it."""
@@ -61,6 +66,11 @@ class Guard:
         if all(x is not None and abs(x) < float("inf") for x in (row["train/loss"], row["grad_norm"])):
             said += f" (usual: {usual[1]:.4g} and {usual[2]:.4g}; guard.spike_sigma={self.config.spike_sigma:g})"
         hint = "Lower optim.lr, raise schedule.warmup or set precision=fp32"
+        if policy == "off":
+            raise TrainingError(
+                f"{said}. With guard.policy=off the weights hold it; the last checkpoint is sound: the same command "
+                f"goes on from there. {hint}"
+            )
         if policy == "rollback":
             raise RollBack(step)
         if policy == "stop":

@@ -28,6 +28,7 @@ from trivium.schema import GuardConfig
 from trivium.training.average import WeightAverage
 from trivium.training.figures import Figures, Stopwatch
 from trivium.training.guard import Guard
+from trivium.training.in_backward import StepInBackward
 from trivium.training.optim import guarded_step, set_rates
 from trivium.training.precision import FP32, LossScale, Precision
 from trivium.training.schedule import Schedule
@@ -45,6 +46,7 @@ class StepSettings:
     starts_equal: bool = False  # the model starts from the very weights of its companions: at_start must hold
     guard: GuardConfig = GuardConfig()
     average: float = 0.0  # decay of the weights' running average; 0 keeps none
+    in_backward: bool = False  # step each parameter as soon as its gradient is there
 
 
 class ObjectiveModule(L.LightningModule):
@@ -75,6 +77,7 @@ class ObjectiveModule(L.LightningModule):
         self.guard = Guard(settings.guard)
         self.loss_scale = LossScale() if settings.precision.scaled else None
         self.average = WeightAverage(model, settings.average) if settings.average else None
+        self.in_backward = StepInBackward(model, self.optimizer) if settings.in_backward else None
         self.watch = Stopwatch()
         self.step = 0
         self.tokens_seen = 0
@@ -167,6 +170,7 @@ class ObjectiveModule(L.LightningModule):
         self.model.train()
         counted = [torch.stack([self.objective.count(b), _real_tokens(b)]) for b in micro_batches]
         counts = self.global_sum(torch.stack(counted).sum(0))
+        rate = set_rates(self.optimizer, self.schedule(self.step))
         self.watch.lap("other")
         while True:
             loss, metrics = self.run_backward(micro_batches, counts[0])
@@ -177,10 +181,10 @@ class ObjectiveModule(L.LightningModule):
             self.optimizer.zero_grad(set_to_none=True)
             self.seed_step()
         bad = self.guard.judge(loss, norm)
-        self.scale_gradients(norm)
-        rate = set_rates(self.optimizer, self.schedule(self.step))
-        guarded_step(self.optimizer, bad)
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.in_backward is None:
+            self.scale_gradients(norm)
+            guarded_step(self.optimizer, bad if self.guard.holds else torch.zeros_like(bad))
+            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.average:
             self.average.update(self.model, self.step)
@@ -244,16 +248,21 @@ class ObjectiveModule(L.LightningModule):
     def gradient_norms(self, scale: float) -> dict[str, Tensor]:
         """The norm of the gradient of each group of parameters: embed, attn, ffn, norms, head."""
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        named = [(_group(name), p.grad) for name, p in trained if p.grad is not None]
-        if not named:
+        named = {name: local(p.grad) for name, p in trained if p.grad is not None}
+        if self.in_backward:
+            norms = self.in_backward.norms
+        elif named:
+            first = next(iter(named.values()))
+            found = torch._foreach_norm(list(named.values()), 2.0, dtype=_norm_type(first.dtype))  # type: ignore[reportPrivateImportUsage]
+            norms = dict(zip(named, found, strict=True))
+        else:
             raise TrainingError(f"step {self.step}: no parameter has a gradient; is everything frozen?")
-        if len(named) < len(trained) and self.trainer.world_size > 1:  # DDP would leave its whole bucket unaveraged
+        if len(norms) < len(trained) and self.trainer.world_size > 1:  # DDP would leave its whole bucket unaveraged
             lost = next(name for name, p in trained if p.grad is None)
             raise TrainingError(f"step {self.step}: {lost} has no gradient to average over the processes; freeze it")
-        norms = torch._foreach_norm([local(grad) for _, grad in named], 2.0, dtype=_norm_type(named[0][1].dtype))  # type: ignore[reportPrivateImportUsage]
         groups: dict[str, list[Tensor]] = {}
-        for (group, _), norm in zip(named, norms, strict=True):
-            groups.setdefault(group, []).append(norm)
+        for name, norm in norms.items():
+            groups.setdefault(_group(name), []).append(norm)
         found = torch.stack([torch.linalg.vector_norm(torch.stack(values)) for values in groups.values()])
         if self.shards:  # each process has the squares of its own share
             found = self.global_sum(found.square()).sqrt()
