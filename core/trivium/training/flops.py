@@ -1,8 +1,8 @@
 """Model FLOPs utilisation: the share of a device's peak that the model itself needs.
 
-Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311. Only what the model needs counts: six FLOPs for each
-weight that a token meets, and the attention to tokens of its own document. Activations made anew (`trainer.recompute`),
-a teacher's or a reference's forward pass and sampling are work besides, and lower the figure.
+Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311. Only what the model needs counts: six FLOPs for
+each weight that a token meets, and the attention to tokens of its own document. Activations made anew
+(`trainer.recompute`), a teacher's or a reference's forward pass and sampling are work besides, and lower the figure.
 """
 
 from __future__ import annotations
