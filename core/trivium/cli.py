@@ -20,6 +20,7 @@ VERBS = {
     "plugins": "trivium.cli:plugins",
     "explain": "trivium.explain:explain",
     "report": "trivium.cli:report",
+    "watch": "trivium.lineage.watch:watch",
 }
 """Looked up before anything heavy is imported: a verb loads only what it needs."""
 
@@ -33,7 +34,7 @@ Trivium: a language model learns, improves and speaks.
   python launch.py phase=sft domain=files data.path=my.jsonl init_from=runs/...
   python launch.py -m phase=pretrain optim.lr=1e-3,3e-3        one run for each value
   python launch.py phase=chat init_from=runs/...
-  python launch.py plugins list | explain optim.lr [overrides] | report runs/...
+  python launch.py plugins list | explain optim.lr [overrides] | report runs/... | watch runs/...
 """
 
 FLAGS = """\

@@ -53,7 +53,8 @@ class Validate(AfterStep):
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         self.improved = False
         if module.step % self.every_steps == 0 or module.step == self.max_steps:
-            loss = module.validation_loss(self.batches)
+            with module.watch.aside():
+                loss = module.validation_loss(self.batches)
             module.note("val/loss", loss)
             self.improved = self.stop.update(loss, module.step)
             if self.stop.exhausted:
@@ -81,13 +82,14 @@ class Sample(AfterStep):
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         if module.step % self.every_steps == 0:
-            with module.shown_weights():
-                rows = self.make()
-            self.world.barrier()
-            if not self.world.is_first:
-                return
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows)
+            with module.watch.aside():
+                with module.shown_weights():
+                    rows = self.make()
+                self.world.barrier()
+                if not self.world.is_first:
+                    return
+                with open(self.path, "a", encoding="utf-8") as f:
+                    f.writelines(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows)
             shown = f"{rows[0]['prompt']!r} -> {rows[0]['completion']!r}"
             self.console.print(f"  sample  {shown}", highlight=False, markup=False)
 
@@ -202,7 +204,8 @@ class Save(AfterStep):
         self._due |= module.step % self.every_steps == 0 or ends or best or self.signal > 0
         if self._due and module.between_items:  # in the midst of a rollout the steps that are left come first
             self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
-            self.save(module, best)
+            with module.watch.aside():
+                self.save(module, best)
             self._due = False
             if self.signal:
                 trainer.should_stop = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,26 +12,41 @@ from torch import Tensor
 
 
 class Stopwatch:
-    """Where a step's time goes. On a GPU the marks are events in its stream: the host does not wait for them."""
+    """Where a step's time goes. On a GPU the marks are events in its stream: the host does not wait for them.
+
+    It runs from the end of one step to the end of the next, so that what follows a step (its figures written, the
+    loop's own work) is counted too; only what happens `aside` belongs to no step.
+    """
 
     def __init__(self) -> None:
+        self._on_gpu = False
         self._marks: list[tuple[str, Any]] = []
 
-    def start(self) -> None:
-        """What follows belongs to the next step."""
+    def start(self, device: torch.device) -> None:
+        """Training begins on `device`; what follows belongs to the first step."""
+        self._on_gpu = device.type == "cuda"
         self._marks = [("", self._mark())]
 
     def lap(self, name: str) -> None:
         """The time since the last mark was spent on `name`."""
         self._marks.append((name, self._mark()))
 
-    def laps(self) -> list[tuple[str, Any]]:
-        """The marks so far, for `seconds` to read once they are past."""
-        return self._marks
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside belongs to no step: validation, sampling, saving."""
+        self.lap("other")
+        try:
+            yield
+        finally:
+            self.lap("")
 
-    @staticmethod
-    def _mark() -> Any:
-        if not torch.cuda.is_available():
+    def laps(self) -> list[tuple[str, Any]]:
+        """The step's marks, for `seconds` to read once they are past; what follows belongs to the next step."""
+        marks, self._marks = self._marks, self._marks[-1:]
+        return marks
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -40,11 +56,13 @@ class Stopwatch:
 def seconds(laps: list[tuple[str, Any]]) -> dict[str, float]:
     """Seconds by name; on a GPU all marks must be past.
 
-    >>> seconds([("", 1.0), ("forward", 3.0), ("backward", 3.5), ("forward", 4.5)])
+    >>> seconds([("", 1.0), ("forward", 3.0), ("backward", 3.5), ("", 9.0), ("forward", 10.0)])  # 5.5 s aside
     {'forward': 3.0, 'backward': 0.5}
     """
     spent: dict[str, float] = {}
     for (_, before), (name, after) in zip(laps, laps[1:], strict=False):
+        if not name:
+            continue
         took = after - before if isinstance(after, float) else before.elapsed_time(after) / 1000
         spent[name] = spent.get(name, 0.0) + took
     return spent
@@ -82,6 +100,7 @@ class Figures:
             if number:
                 row[f"train/{name}"] = total / number
         row |= {"lr": self.facts.pop("lr"), "grad_norm": found.pop("grad_norm"), "tokens": int(found.pop("tokens"))}
+        row |= {name: int(found.pop(name)) for name in ("targets", "attended")}
         spent = seconds(self._laps)
         whole = sum(spent.values())
         row |= {"step_seconds": whole, "tokens_per_second": row["tokens"] / whole if whole else 0.0}

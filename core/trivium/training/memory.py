@@ -14,7 +14,7 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def reset_peak() -> None:
     """Start counting anew, where the system can (CUDA, Linux)."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else nothing is held there, and nothing will be by a run on the processor
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
         RESET.write_text("5")  # proc(5): resets the peak resident set size
@@ -22,7 +22,7 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """Bytes held at most since `reset_peak`; since the process began where the system cannot start anew."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     with suppress(OSError):
         for line in STATUS.read_text().splitlines():

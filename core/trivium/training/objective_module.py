@@ -27,13 +27,15 @@ from trivium.objectives.protocol import Objective
 from trivium.schema import GuardConfig
 from trivium.training.average import WeightAverage
 from trivium.training.figures import Figures, Stopwatch
+from trivium.training.flops import mfu, peak_of, step_flops
 from trivium.training.guard import Guard
 from trivium.training.in_backward import StepInBackward
+from trivium.training.memory import peak_bytes
 from trivium.training.optim import guarded_step, set_rates
 from trivium.training.precision import FP32, LossScale, Precision
 from trivium.training.schedule import Schedule
 from trivium.training.shard import Shards, local
-from trivium.types import LossOutput, Metric, TokenBatch
+from trivium.types import IGNORE, LossOutput, Metric, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class ObjectiveModule(L.LightningModule):
         self.average = WeightAverage(model, settings.average) if settings.average else None
         self.in_backward = StepInBackward(model, self.optimizer) if settings.in_backward else None
         self.watch = Stopwatch()
+        self.peak: float | None = None
+        """FLOP/s of all devices together, where it is known: then rows have `mfu`."""
         self.step = 0
         self.tokens_seen = 0
         self.last: dict[str, Any] = {}
@@ -113,6 +117,13 @@ class ObjectiveModule(L.LightningModule):
         for companion in self.companions.values():
             companion.to(self.device)
 
+    def on_train_start(self) -> None:
+        peak = peak_of(self.device, self.settings.precision.compute)
+        self.peak = peak * self.trainer.world_size if peak else None
+
+    def on_train_epoch_start(self) -> None:  # called before the first step's data are read
+        self.watch.start(self.device)
+
     @property
     def between_items(self) -> bool:
         """Whether a checkpoint taken now misses nothing: here after every step."""
@@ -122,7 +133,7 @@ class ObjectiveModule(L.LightningModule):
         self.take_step(micro_batches)
 
     def on_train_batch_end(self, *_: Any) -> None:  # called after every callback's
-        self.watch.start()
+        self.watch.lap("other")
 
     @contextmanager
     def asking(self) -> Iterator[dict[str, Any]]:
@@ -168,7 +179,7 @@ class ObjectiveModule(L.LightningModule):
         if self.step == 0 and self.settings.starts_equal and self.objective.at_start:
             self.check_start(micro_batches)
         self.model.train()
-        counted = [torch.stack([self.objective.count(b), _real_tokens(b)]) for b in micro_batches]
+        counted = [torch.stack([self.objective.count(b), *_work(b)]) for b in micro_batches]
         counts = self.global_sum(torch.stack(counted).sum(0))
         rate = set_rates(self.optimizer, self.schedule(self.step))
         self.watch.lap("other")
@@ -189,9 +200,10 @@ class ObjectiveModule(L.LightningModule):
         if self.average:
             self.average.update(self.model, self.step)
         self.watch.lap("optimizer")
-        known = {"bad": bad, "count": counts[0], "tokens": counts[1], "train/loss": loss, "grad_norm": norm}
+        known = {"bad": bad, "train/loss": loss, "grad_norm": norm}
+        known |= dict(zip(("count", "tokens", "targets", "attended"), counts, strict=True))
         known |= {f"grad_norm/{group}": value for group, value in norms.items()}
-        facts = {"lr": rate, **(more or {})}
+        facts = {"lr": rate, "memory": peak_bytes(), **(more or {})}
         if self.loss_scale:
             facts["loss_scale"] = self.loss_scale.scale
         self._unread.append(Figures(self.step, known, metrics, facts, self.watch.laps()))
@@ -287,6 +299,9 @@ class ObjectiveModule(L.LightningModule):
             if not count:
                 raise TrainingError(f"step {row['step']}: no {self.objective.unit} of the batch would be trained on")
             self.guard.read(bad, row)
+            targets, attended = row.pop("targets"), row.pop("attended")
+            if self.peak and (flops := step_flops(self.model, row["tokens"], targets, attended)):
+                row["mfu"] = mfu(row["tokens_per_second"], flops / row["tokens"], self.peak)
             self.tokens_seen += row["tokens"]
             row["tokens"] = self.tokens_seen
             if bad:
@@ -373,10 +388,10 @@ class ObjectiveModule(L.LightningModule):
         return loss
 
 
-def _real_tokens(batch: TokenBatch) -> Tensor:
-    if batch.segments is None:
-        return torch.tensor(batch.tokens.numel(), device=batch.tokens.device)
-    return (batch.segments > 0).sum()
+def _work(batch: TokenBatch) -> list[Tensor]:
+    """How many real tokens, how many of them meet the head, and how many tokens they attend to in all."""
+    real = torch.ones_like(batch.tokens) if batch.segments is None else (batch.segments > 0).long()
+    return [real.sum(), (batch.labels[:, 1:] != IGNORE).sum(), ((batch.positions + 1) * real).sum()]
 
 
 def _group(name: str) -> str:
