@@ -47,13 +47,9 @@ def guarded_step(optimizer: Optimizer, bad: Tensor) -> None:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors named "parameter number.entry"."""
+    """The optimizer's state as flat tensors named "parameter number.entry", where they are."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{i}.{key}": torch.as_tensor(v).cpu().contiguous()
-        for i, entries in state.items()
-        for key, v in entries.items()
-    }
+    return {f"{i}.{key}": torch.as_tensor(v) for i, entries in state.items() for key, v in entries.items()}
 
 
 def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], origin: str) -> None:
