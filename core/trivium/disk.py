@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,13 +15,37 @@ from trivium.errors import CheckpointError
 
 def write_file(path: Path, data: bytes) -> None:
     """Write and sync one file. Raises CheckpointError naming path and size when the disk refuses."""
+    write_pieces(path, (data,), len(data))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], size: int) -> None:
+    """`write_file` of `size` bytes that come piece by piece, so that they need not all be in memory at once."""
     try:
         with open(path, "wb") as f:
-            f.write(data)
+            for piece in pieces:
+                f.write(piece)
             f.flush()
             os.fsync(f.fileno())
     except OSError as error:
-        raise CheckpointError(f"{path} ({len(data):,} bytes) cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{path} ({size:,} bytes) cannot be written: {error.strerror}") from error
+
+
+def digest_file(path: Path) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file, read in small pieces. Raises CheckpointError naming it when the disk refuses."""
+    try:
+        with open(path, "rb") as f:
+            return os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file so far, by whomever, durable. Raises CheckpointError naming it."""
+    try:
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be synced: {error.strerror}") from error
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -53,9 +78,13 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder and its parents. Raises CheckpointError naming it when the disk refuses."""
+    """Create a folder and its parents, durably. Raises CheckpointError naming it when the disk refuses."""
     try:
+        missing = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for new in reversed(missing):  # a folder whose name is lost in a power cut takes all its files with it
+            if os.access(new.parent, os.R_OK):
+                sync_folder(new.parent)
     except OSError as error:
         raise CheckpointError(f"the folder {path} cannot be made: {error.strerror}") from error
     return path

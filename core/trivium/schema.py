@@ -108,11 +108,17 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     every_steps: int = 100  # a kill loses at most this many steps; the last step is always saved
-    keep: int = 2  # newest checkpoints kept
+    keep: int = 2  # newest checkpoints kept; at least 2, since the newest may turn out to be damaged
     keep_best: str = ""  # val/loss keeps the checkpoint with the lowest besides, for init_from to find
+    async_save: bool = False  # write beside training: a step waits for a copy only, which takes memory as large as it
+    fallback: bool = False  # continue from the checkpoint before a damaged one, which is set aside; false refuses
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "every_steps", "keep")
+        if self.keep < 2:
+            raise ConfigError(
+                f"checkpoint.keep={self.keep} leaves nothing if the newest turns out to be damaged; 2 is the least"
+            )
         if self.keep_best not in ("", "val/loss"):
             raise ConfigError(f"checkpoint.keep_best={self.keep_best!r} is not known; val/loss is, or empty for none")
 

@@ -64,7 +64,7 @@ def test_wrong_override_is_told(overrides, sentence):
         *("optim.lr=0", "optim.lr=-1", "optim.eps=0", "optim.beta1=1", "optim.weight_decay=-0.1"),
         *("batch.size=0", "batch.length=-3", "batch.micro_size=0", "batch.size=20"),
         *("trainer.max_steps=0", "trainer.grad_clip=-1", "trainer.threads=-1"),
-        *("checkpoint.every_steps=0", "checkpoint.keep=0", "checkpoint.keep_best=train/loss"),
+        *("checkpoint.every_steps=0", "checkpoint.keep=0", "checkpoint.keep=1", "checkpoint.keep_best=train/loss"),
         *("validation.every_steps=-1", "validation.max_rows=0", "stop.patience=-1", "stop.min_delta=-0.1"),
         *("samples.every_steps=-1", "samples.max_tokens=0", "logger.wandb_mode=on"),
         *("evaluation.max_texts=0", "evaluation.stride=-1", "evaluation.confidence=1", "evaluation.resamples=0"),

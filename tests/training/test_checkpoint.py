@@ -1,18 +1,25 @@
 """The checkpoint writer: a crash, a refusing disk or a changed byte at any point never costs the older checkpoint."""
 
 import errno
+import hashlib
 import json
 import os
 import random
 import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
 
 from trivium.data.config import BPEConfig
 from trivium.data.tokenizer import Tokenizer, train_bpe
-from trivium.errors import CheckpointError
+from trivium.errors import CheckpointError, TrainingError
+from trivium.models.weights import read_tensors
+from trivium.training.background import Background
 from trivium.training.checkpoint import RECORD, CheckpointStore, Contents, model_tensors, verify
+from trivium.training.tensorfile import EXPONENTS, NAMES, write_tensors
 
 STAGES = ("fsync", "rename", "replace")
 """The calls of `os` that make bytes, names and pointers durable; between any two of them the disk looks different."""
@@ -113,6 +120,31 @@ def test_every_file_and_folder_is_synced_before_the_rename(store, contents, monk
     store.save(2, contents(2))
     assert at_rename == set()
     assert str(store.folder) in synced, "the rename itself must be made durable"
+
+
+def test_figures_of_the_run_are_on_disk_before_the_checkpoint_counts(tmp_path, contents, monkeypatch):
+    """After a power cut a checkpoint of step 40 beside figures up to step 31 would leave a gap that nothing fills."""
+    figures, missing = tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"
+    figures.write_text("{}\n")
+    store = CheckpointStore(tmp_path / "checkpoints", beside=[figures, missing])
+    order = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor):
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def rename(old, new):
+        order.append("rename")
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    store.save(1, contents(1))
+    whole = next(i for i, name in enumerate(order) if RECORD in name)
+    assert order.index(str(figures)) < whole < order.index("rename")
+    assert order.index(str(tmp_path)) < whole, "the name of the figures' file, and of checkpoints/ itself"
+    assert str(missing) not in order
 
 
 def test_process_killed_at_any_call_leaves_the_old_checkpoint(store, contents, monkeypatch):
@@ -225,6 +257,20 @@ def test_one_changed_bit_in_any_file_is_noticed_by_name(store):
     assert intact(checkpoint, 1)
 
 
+def test_one_changed_bit_in_the_record_is_noticed(store):
+    """Its step, names, sizes and hashes, and its own form: 400 of its bits, drawn at random."""
+    record = store.latest() / RECORD
+    good = record.read_bytes()
+    for bit in random.sample(range(8 * len(good)), 400):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        record.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=f"{store.latest() or record.parent}"):
+            verify(record.parent)
+    record.write_bytes(good)
+    assert intact(record.parent, 1)
+
+
 def test_missing_file_is_noticed_by_name(store):
     checkpoint = store.latest()
     (checkpoint / "optimizer.safetensors").unlink()
@@ -309,3 +355,191 @@ def test_read_only_folder_is_named(tmp_path, contents):
     finally:
         subprocess.run(["umount", "-l", place], check=True)
     assert names(store) == ["step-1"] and intact(store.latest(), 1)
+
+
+# ---- files of tensors
+
+
+def test_every_type_and_shape_is_read_back_as_the_library_reads_it(tmp_path):
+    """Bits, not values: random bytes as bfloat16 are NaN now and then, so floats are drawn."""
+    tensors = {}
+    for number, dtype in enumerate(NAMES):
+        values = torch.randn(7, 3) if dtype.is_floating_point else torch.randint(0, 2, (7, 3))
+        tensors[f"{number}.whole"] = values.to(dtype)
+        tensors[f"{number}.scalar"] = values[0, 0].to(dtype)
+        tensors[f"{number}.none"] = values[:0].to(dtype)
+        tensors[f"{number}.turned"] = values.to(dtype).t()
+        tensors[f"{number}.skipping"] = values.to(dtype)[::2]
+    tensors["large"] = torch.randn(700_001)  # more than one piece, and no whole number of them
+    size, digest = write_tensors(tmp_path / "t.safetensors", tensors)
+    data = (tmp_path / "t.safetensors").read_bytes()
+    assert (size, digest) == (len(data), hashlib.sha256(data).hexdigest())
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype is tensor.dtype and found[name].shape == tensor.shape
+        assert found[name].contiguous().view(-1).view(torch.uint8).equal(
+            tensor.contiguous().view(-1).view(torch.uint8)
+        ), name  # fmt: skip
+
+
+def test_type_that_files_cannot_hold_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="w is of the type torch.complex64"):
+        write_tensors(tmp_path / "t.safetensors", {"w": torch.zeros(1, dtype=torch.complex64)})
+
+
+@pytest.mark.parametrize("dtype", EXPONENTS)
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+def test_checkpoint_that_is_not_finite_is_never_marked_good(file, dtype, store, contents):
+    """Weights and optimizer state alike, at the first value or the last; the largest and smallest numbers are fine."""
+    far = torch.finfo(dtype)
+    fine = torch.tensor([far.max, far.min, far.tiny, far.tiny / 2, -0.0], dtype=torch.float64).to(dtype).repeat(300_000)
+    good = contents(2)
+    good.tensors[file]["w"] = fine
+    store.save(2, good)
+    for value, place in ((float("nan"), 0), (float("inf"), -1), (-float("inf"), 700_000)):
+        bad = contents(3)
+        bad.tensors[file]["w"] = fine.clone()
+        bad.tensors[file]["w"][place] = value
+        with pytest.raises(TrainingError, match=f"step 3: w in {file} is no longer finite"):
+            store.save(3, bad, best=True)
+    assert names(store) == ["step-1", "step-2"] and not leftovers(store) and store.best() is None
+    assert (store.folder / "LATEST").read_text() == "step-2"
+
+
+def test_saving_takes_no_second_copy_and_checking_none_at_all(tmp_path):
+    """256 MB of weights: the peak grows by less than a tenth of them (before: by more than the whole of them).
+
+    A copy for the background takes one copy, and no more either.
+    """
+    measure = """
+import resource, sys, torch
+from pathlib import Path
+from trivium.training.checkpoint import CheckpointStore, Contents, verify
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+weights = {str(i): torch.ones(1 << 23) for i in range(8)}
+store = CheckpointStore(Path(sys.argv[1]))
+store.save(1, Contents({"model.safetensors": {"w": torch.ones(3)}}, {}, {}))
+before, seen = peak(), []
+contents = Contents({"model.safetensors": weights}, {}, {})
+store.save(2, contents)
+seen.append(peak() - before)
+verify(store.latest())
+seen.append(peak() - before)
+store.save(3, contents.held())
+seen.append(peak() - before)
+print(*seen)
+"""
+    done = subprocess.run([sys.executable, "-c", measure, tmp_path / "c"], capture_output=True, text=True, check=True)
+    saved, checked, held = (int(x) / (8 << 25) for x in done.stdout.split())
+    print(f"peak over the weights' 256 MB: save {saved:.3f}, verify {checked:.3f}, save of a copy {held:.3f}")
+    assert saved <= 0.1 and checked <= 0.1 and 0.9 < held <= 1.1
+
+
+# ---- beside training
+
+
+def test_copy_is_of_its_moment(store, contents):
+    """What training changes after the copy was taken is not in it: weights, optimizer state, JSON."""
+    live = contents(2)
+    held = live.held()
+    for tensors in live.tensors.values():
+        for tensor in tensors.values():
+            tensor.fill_(77)
+    live.json["state.json"]["step"] = 77
+    assert intact(store.save(2, held), 2)
+
+
+def test_background_runs_one_job_at_a_time_and_loses_no_error():
+    background, order, gate = Background(), [], threading.Event()
+
+    def first():
+        gate.wait(10)
+        time.sleep(0.05)
+        order.append("first")
+
+    def failing():
+        order.append("failing")
+        raise CheckpointError("no room")
+
+    background.wait()  # nothing to wait for
+    background.start(first)
+    background.check()
+    assert order == [], "the caller goes on"
+    gate.set()
+    background.start(failing)  # waits for the first
+    assert order[0] == "first"
+    while background._thread.is_alive():
+        time.sleep(0.001)
+    with pytest.raises(CheckpointError, match="no room"):
+        background.check()
+    background.check()  # told once
+    background.start(failing)
+    with pytest.raises(CheckpointError, match="no room"):
+        background.start(first)
+    background.start(failing)
+    background.join()
+    with pytest.raises(CheckpointError, match="no room"):
+        background.wait()
+
+
+# ---- damaged ones
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_newest_is_refused_or_set_aside_if_so_set(store, contents):
+    store.save(2, contents(2))
+    store.save(3, contents(3), best=True)
+    assert store.sound(fallback=False, say=None) == store.folder / "step-3"
+    damage(store.folder / "step-3/model.safetensors")
+    bad = (store.folder / "step-3/model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"step-3/model.safetensors is damaged.*checkpoint.fallback=true.*step-2"):
+        store.sound(fallback=False, say=None)
+    assert names(store) == ["step-2", "step-3"], "refusing changes nothing"
+    said = []
+    assert store.sound(fallback=True, say=said.append) == store.folder / "step-2"
+    assert len(said) == 1 and f"{store.folder}/step-3/model.safetensors is damaged" in said[0]
+    assert "set aside as step-3.damaged-1, continues from step-2" in said[0]
+    assert (store.folder / "step-3.damaged-1/model.safetensors").read_bytes() == bad, "never removed"
+    assert (store.folder / "LATEST").read_text() == "step-2" and store.best() is None
+    store.sweep()
+    store.save(3, contents(3))  # trained again
+    assert names(store) == ["step-2", "step-3"] and intact(store.latest(), 3)
+    damage(store.folder / "step-3/model.safetensors")
+    store.sound(fallback=True, say=said.append)
+    assert (store.folder / "step-3.damaged-2").is_dir() and (store.folder / "step-3.damaged-1").is_dir()
+
+
+def test_several_damaged_ones_are_set_aside_but_never_all(store, contents):
+    """When none is whole nothing is renamed: the refusal must leave a folder that can be looked at."""
+    store.keep = 3
+    store.save(2, contents(2))
+    store.save(3, contents(3))
+    damage(store.folder / "step-2/state.json")
+    (store.folder / "step-3" / RECORD).unlink()
+    said = []
+    assert store.sound(fallback=True, say=said.append).name == "step-1" and len(said) == 2
+    assert names(store) == ["step-1"]
+    damage(store.folder / "step-1/tokenizer/tokenizer.json")
+    with pytest.raises(CheckpointError, match="tokenizer.json is damaged.*none that is whole: choose another name="):
+        store.sound(fallback=True, say=said.append)
+    assert names(store) == ["step-1"]
+
+
+def test_save_where_half_a_checkpoint_lies_writes_a_whole_one(store, contents):
+    """A folder that lost its record was taken for a finished save once, and LATEST pointed to it."""
+    store.save(2, contents(2))
+    (store.folder / "step-2" / RECORD).unlink()
+    store.save(2, contents(2))
+    assert intact(store.latest(), 2) and (store.folder / "LATEST").read_text() == "step-2"
+    assert (store.folder / "step-2.damaged-1/model.safetensors").is_file()
+
+
+def test_no_checkpoint_is_no_damage(tmp_path):
+    assert CheckpointStore(tmp_path / "none").sound(fallback=False, say=None) is None

@@ -19,16 +19,17 @@ def weights_of(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
 
     Of a model that is shared out among processes all must call this; those with keep=False get nothing for it.
     """
-    return whole_tensors({name: p.detach() for name, p in model.named_parameters()}, keep=keep)
+    whole = whole_tensors({name: p.detach() for name, p in model.named_parameters()}, keep=keep)
+    return {name: tensor.cpu().contiguous() for name, tensor in whole.items()}
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """Tensors gathered from all processes, where they are shared out, and brought to the CPU, one after the other."""
+    """Tensors as they are; those that are shared out are gathered from all processes, to the CPU, one at a time."""
     found = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            found[name] = whole.cpu().contiguous()
+            found[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
     return found
 
 

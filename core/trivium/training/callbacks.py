@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trivium.disk import read_lines, replace_file
 from trivium.errors import TriviumError
+from trivium.training.background import Background
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.parallel import ALONE, World
 from trivium.training.stop import SignalWatch, StopController
@@ -179,9 +180,10 @@ class Save(AfterStep):
         every_steps: int,
         max_steps: int,
         best_of: Validate | None,
+        background: Background,
         world: World = ALONE,
     ) -> None:
-        self.record, self.world = record, world
+        self.record, self.background, self.world = record, background, world
         self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
         self.watch = SignalWatch()
         self.signal = 0
@@ -191,13 +193,18 @@ class Save(AfterStep):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.watch.__enter__()  # after Lightning has set its own handlers, which save nothing
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.background.wait()  # while signals are still only noted
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.watch.__exit__()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.background.join()
         self.teardown(trainer, pl_module, "fit")
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
+        self.background.check()
         self.signal = self.signal or self.world.most(self.watch.received or 0)
         best = self.best_of is not None and self.best_of.improved
         ends = module.step == self.max_steps or trainer.should_stop

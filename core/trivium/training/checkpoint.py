@@ -1,27 +1,29 @@
 """Checkpoints: atomic, durable, hashed; safetensors and JSON only.
 
 A checkpoint is a folder `step-N`. It is written as `step-N.tmp-*` beside its place, every file is synced to disk,
-`CHECKPOINT.json` (hashes, sizes, fingerprints) is written last, and a rename makes it complete. Old ones go only after.
+`CHECKPOINT.json` (hashes, sizes) is written last, and a rename makes it complete. Old ones go only after. Hashes are of
+what was meant to be written, made while it is: what a disk makes of it is noticed by `verify`, before any use.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
-from trivium.disk import replace_file, sync_folder, write_file
-from trivium.errors import CheckpointError
+from trivium.disk import digest_file, make_folder, replace_file, sync_file, sync_folder, write_file
+from trivium.errors import CheckpointError, TrainingError
 from trivium.models.weights import read_tensors
+from trivium.training.tensorfile import write_tensors
 
 RECORD = "CHECKPOINT.json"
 LATEST = "LATEST"
@@ -30,23 +32,39 @@ BEST = "BEST"
 
 @dataclass
 class Contents:
-    """What a checkpoint holds: tensors by file name, JSON by file name, and folders that `writers` fill."""
+    """What a checkpoint holds: tensors by file name, JSON by file name, and folders that `writers` fill.
+
+    Writers write what training never changes (the tokenizer), so they may run at any time.
+    """
 
     tensors: dict[str, dict[str, Tensor]]
     json: dict[str, Any]
     writers: dict[str, Callable[[Path], None]]
 
+    def held(self) -> Contents:
+        """A copy in host memory, as large as the checkpoint: training may go on while it is written."""
+        copies = {
+            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for file, tensors in self.tensors.items()
+        }
+        return Contents(copies, copy.deepcopy(self.json), self.writers)
+
 
 class CheckpointStore:
-    """The `checkpoints/` folder of one run."""
+    """The `checkpoints/` folder of one run.
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    beside: files of the run (its figures) that must be on disk up to a step before the checkpoint of that step counts.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, beside: Sequence[Path] = ()) -> None:
+        self.folder, self.keep, self.beside = folder, keep, beside
 
     def save(self, step: int, contents: Contents, *, best: bool = False) -> Path:
         """Write checkpoint `step`, make it the latest (and best), then let go of those no longer kept."""
         target = self.folder / f"step-{step}"
-        if not target.exists():
+        if not (target / RECORD).is_file():
+            if target.exists():  # damaged: the rename would fail
+                self._set_aside(target)
             self._write(step, target, contents)
         replace_file(self.folder / LATEST, target.name.encode())
         if best:
@@ -58,27 +76,33 @@ class CheckpointStore:
     def _write(self, step: int, target: Path, contents: Contents) -> None:
         temporary = self.folder / f"{target.name}.tmp-{os.getpid()}"
         try:
-            temporary.mkdir(parents=True)
-            for name, tensors in contents.tensors.items():
-                write_file(temporary / name, save(tensors))
+            make_folder(self.folder)
+            temporary.mkdir()
+            files = {name: write_tensors(temporary / name, tensors) for name, tensors in contents.tensors.items()}
             for name, value in contents.json.items():
-                write_file(temporary / name, json.dumps(value, indent=1).encode())
+                data = json.dumps(value, indent=1).encode()
+                write_file(temporary / name, data)
+                files[name] = len(data), hashlib.sha256(data).hexdigest()
             for name, writer in contents.writers.items():
                 writer(temporary / name)
-            files = {}
             for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                data = path.read_bytes()
-                files[path.relative_to(temporary).as_posix()] = {
-                    "bytes": len(data),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                }
-            write_file(temporary / RECORD, json.dumps({"step": step, "files": files}, indent=1).encode())
+                name = path.relative_to(temporary).as_posix()
+                files[name] = files.get(name) or digest_file(path)
+            found = {name: dict(zip(("bytes", "sha256"), files[name], strict=True)) for name in sorted(files)}
+            for path in self.beside:
+                if path.is_file():
+                    sync_file(path)
+                    sync_folder(path.parent)
+            write_file(temporary / RECORD, json.dumps({"step": step, "files": found}, indent=1).encode())
             for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                 sync_folder(path)
             os.rename(temporary, target)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"checkpoint {target} cannot be written: {error.strerror}") from error
+        except TrainingError as error:  # a checkpoint that can never be loaded must not push out a sound one
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingError(f"step {step}: {error}; it is not saved, the last checkpoint is sound") from error
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -96,6 +120,48 @@ class CheckpointStore:
         if self._pointer(BEST) != name and (self.folder / name / RECORD).is_file():
             replace_file(self.folder / BEST, name.encode())
 
+    def sound(self, *, fallback: bool, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint, every byte of it checked; None if there is none.
+
+        A damaged one is refused, or with `fallback` set aside (renamed, never removed), said so, and the newest whole
+        one before it taken. Raises CheckpointError naming the damaged file, and what to do.
+        """
+        found, damage = None, {}
+        for path in reversed(self._numbered()):
+            try:
+                verify(path)
+            except CheckpointError as error:
+                damage[path] = error
+            else:
+                found = path
+                break
+        if not damage:
+            return found
+        first = next(iter(damage.values()))
+        if found is None:
+            raise CheckpointError(f"{first}, but there is none that is whole: choose another name= to start anew")
+        if not fallback:
+            raise CheckpointError(
+                f"{first}: checkpoint.fallback=true sets the damaged aside and continues from {found.name}"
+            )
+        for path, error in damage.items():
+            aside = self._set_aside(path)
+            say(f"{error}: set aside as {aside.name}, continues from {found.name}")
+        replace_file(self.folder / LATEST, found.name.encode())
+        sync_folder(self.folder)
+        return found
+
+    def _set_aside(self, path: Path) -> Path:
+        """Rename a damaged checkpoint, so that nothing takes it for one and somebody can look at it."""
+        taken = {p.name for p in self.folder.glob(f"{path.name}.damaged-*")}
+        name = next(n for i in range(1, len(taken) + 2) if (n := f"{path.name}.damaged-{i}") not in taken)
+        if self._pointer(BEST) == path.name:
+            (self.folder / BEST).unlink()
+        try:
+            return path.rename(path.with_name(name))
+        except OSError as error:
+            raise CheckpointError(f"{path} is damaged and cannot be renamed: {error.strerror}") from error
+
     def sweep(self) -> None:
         """Remove what an interrupted save left behind. Only at the start of a training run."""
         if self.folder.is_dir():
@@ -104,7 +170,11 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = [p for p in self.folder.glob("step-*") if (p / RECORD).is_file() and p.name[5:].isdigit()]
+        return [p for p in self._numbered() if (p / RECORD).is_file()]
+
+    def _numbered(self) -> list[Path]:
+        """What is called a checkpoint, oldest first. Since a rename makes it one, one without its record is damaged."""
+        found = [p for p in self.folder.glob("step-*") if p.name[5:].isdigit()]
         return sorted(found, key=lambda p: int(p.name[5:]))
 
     def latest(self) -> Path | None:
@@ -127,14 +197,16 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     try:
         record = json.loads((checkpoint / RECORD).read_text())
         files = {name: (expected["bytes"], expected["sha256"]) for name, expected in record["files"].items()}
+        step = checkpoint.name.removeprefix("step-")
+        if record.keys() != {"step", "files"} or (step.isdigit() and record["step"] != int(step)):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint / RECORD} is missing or damaged ({type(error).__name__})") from error
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
-        data = path.read_bytes()
-        if (len(data), hashlib.sha256(data).hexdigest()) != expected:
+        if digest_file(path) != expected:
             raise CheckpointError(
                 f"{path} is damaged: its bytes are not those that were saved; use an earlier checkpoint"
             )

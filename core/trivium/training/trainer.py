@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from torch import Tensor
 
 from trivium.data.datamodule import StepDataModule, Steps
 from trivium.data.tokenizer import Tokenizer
-from trivium.errors import CheckpointError, ConfigError, TrainingError
-from trivium.models.weights import load_weights, read_tensors, weights_of
+from trivium.errors import CheckpointError, ConfigError, TrainingError, TriviumError
+from trivium.models.weights import load_weights, read_tensors, whole_tensors
 from trivium.schema import RunConfig, TrainerConfig
+from trivium.training.background import Background
 from trivium.training.callbacks import Record, Sample, Save, Show, Validate
 from trivium.training.checkpoint import (
     CheckpointStore,
@@ -27,7 +28,6 @@ from trivium.training.checkpoint import (
     model_tensors,
     read_checkpoint_json,
     trained_tensors,
-    verify,
 )
 from trivium.training.guard import RollBack
 from trivium.training.loggers import build_loggers
@@ -82,11 +82,12 @@ class Fitted:
 def fit(job: Job) -> Fitted:
     """Train to max_steps, early stop or a signal; continue from the newest checkpoint of the same folder."""
     config, module = job.config, job.module
-    store = CheckpointStore(job.folder / "checkpoints", config.checkpoint.keep)
+    figures = [job.folder / name for name in ("metrics.jsonl", "samples.jsonl")]
+    store = CheckpointStore(job.folder / "checkpoints", config.checkpoint.keep, figures)
     stop = StopController(config.stop.patience, config.stop.min_delta)
     if job.world.is_first:
         store.sweep()
-    latest, offset = store.latest(), 0
+    latest, offset = _newest(job, store), 0
     if latest is not None:
         offset = restore(job, latest, stop)
         if config.checkpoint.keep_best and stop.best is not None and job.world.is_first:
@@ -102,20 +103,36 @@ def fit(job: Job) -> Fitted:
     if config.trainer.compile:
         module.model.compile_blocks()
     rolled: Counter[str] = Counter()
+    background = Background()
     while True:
         try:
-            signal = _train(job, store, stop, offset)
+            signal = _train(job, store, stop, offset, background)
         except RollBack as back:
+            background.wait()
             offset = _roll_back(job, store, stop, back.step, offset, rolled)
+        except BaseException as first:
+            try:
+                background.wait()
+            except TriviumError as second:
+                if second is not first:
+                    job.console.print(f"  [red]and the save that was under way: {second}[/]")
+            raise
         else:
             return Fitted(module.step, module.tokens_seen, module.last, start, signal, stop.exhausted)
+
+
+def _newest(job: Job, store: CheckpointStore) -> Path | None:
+    def say(text: str) -> None:
+        job.console.print(f"  warning: {text}", style="yellow", markup=False, highlight=False)
+
+    return store.sound(fallback=job.config.checkpoint.fallback, say=say)
 
 
 def _roll_back(
     job: Job, store: CheckpointStore, stop: StopController, bad: int, offset: int, rolled: Counter[str]
 ) -> int:
     """Back to the newest checkpoint because of step `bad`; returns the offset that goes on behind that step's data."""
-    latest, patience = store.latest(), job.config.guard.patience
+    latest, patience = _newest(job, store), job.config.guard.patience
     said = f"step {bad}: loss or gradient not usable"
     if latest is None:
         raise TrainingError(
@@ -132,7 +149,7 @@ def _roll_back(
     return offset + bad - job.module.step
 
 
-def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) -> int | None:
+def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, background: Background) -> int | None:
     """From the module's step to the end; returns the signal that ended it before, if one did.
 
     offset: step s reads item s + offset of the data (rollbacks move it).
@@ -145,14 +162,18 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) 
         validate = Validate(job.validation, config.validation.every_steps, config.trainer.max_steps, stop)
 
     def save(module: ObjectiveModule, best: bool) -> None:
-        held = contents(job, module, stop, offset) if first or module.shards else None
-        if first and held:
-            store.save(module.step, held, best=best)
-        job.world.barrier()  # no process goes on, or ends, before the checkpoint is complete
+        background.wait()  # never two copies at once
+        step, found = module.step, contents(job, module, stop, offset) if first or module.shards else None
+        if first and found and config.checkpoint.async_save:
+            held = found.held()
+            background.start(lambda: store.save(step, held, best=best))
+        elif first and found:
+            store.save(step, found, best=best)
+        job.world.barrier()  # no process goes on, or ends, before the first has its copy
 
     best_of = validate if config.checkpoint.keep_best else None
     record = Record(loggers, Show(job.console, config.trainer.max_steps))
-    saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of, job.world)
+    saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of, background, job.world)
     callbacks: list[L.Callback] = [validate] if validate else []
     if config.samples.every_steps and config.samples.prompts:
         path, every = job.folder / "samples.jsonl", config.samples.every_steps
@@ -204,15 +225,11 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: in
         "processes": job.world.size,
         "guard": job.guard,
     }
-    weights = weights_of(module.model, keep=keep)
-    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if broken:  # a checkpoint that can never be loaded must not push out a sound one
-        raise TrainingError(f"step {module.step}: {broken[0]} is no longer finite; the last checkpoint is sound")
+    weights = _weights(module, keep)
     tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer, keep=keep)}
     if module.averages:  # others get the average, training goes on from its own weights
         with module.shown_weights():
-            shown = weights_of(module.model, keep=keep)
-            tensors["model.safetensors"] = {name: tensor.clone() for name, tensor in shown.items()}
+            tensors["model.safetensors"] = {name: tensor.clone() for name, tensor in _weights(module, keep).items()}
         tensors[OWN_WEIGHTS] = weights
     return Contents(
         tensors=tensors,
@@ -221,12 +238,16 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: in
     )
 
 
+def _weights(module: ObjectiveModule, keep: bool) -> dict[str, Tensor]:
+    """Every parameter by name, where it is; a tied one once."""
+    return whole_tensors({name: parameter.detach() for name, parameter in module.model.named_parameters()}, keep=keep)
+
+
 def restore(job: Job, checkpoint: Path, stop: StopController) -> int:
-    """Put a checkpoint back into the job, after checking that it is this run's; returns its offset in the data.
+    """Put a verified checkpoint back into the job, if it is this run's; returns its offset in the data.
 
     Raises CheckpointError.
     """
-    verify(checkpoint)
     state = read_checkpoint_json(checkpoint, "state.json")
     differences = [k for k in job.guard if state["guard"].get(k) != job.guard[k]]
     for key in [k for k in differences if k in FREE]:
