@@ -23,7 +23,12 @@ from trivium.types import TokenBatch
 
 
 class Steps(Dataset):
-    """What a training run reads: step -> what that step needs, a pure function of (data, seed, step)."""
+    """What a training run reads: step -> what that step needs, a pure function of (data, seed, step).
+
+    updates: steps in a row that learn from the same data.
+    """
+
+    updates: int = 1
 
     @abstractmethod
     def __getitem__(self, step: int) -> Any: ...

@@ -126,6 +126,15 @@ def spread(values: Tensor, labels: Tensor) -> Tensor:
     return out
 
 
+def _cast(weight: Tensor, needed: bool) -> Tensor:
+    """A leaf of its own in the format of matrix products. Autocast would cast one too, and keep it, with its gradient,
+    until the step is over: at a vocabulary of 20,000 and a width of 512 that was 61 MB a micro-batch."""
+    device, dtype = weight.device.type, weight.dtype
+    if torch.is_autocast_enabled(device) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(device)
+    return weight.detach().to(dtype).requires_grad_(needed)
+
+
 class _TokenSums(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -138,8 +147,11 @@ class _TokenSums(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         needed = ctx.needs_input_grad
-        w = weight.detach().requires_grad_(needed[1])
-        b = None if bias is None else bias.detach().requires_grad_(needed[2])
+        w, b = _cast(weight, needed[1]), None if bias is None else _cast(bias, needed[2])
+        grads = [
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if t is not None and need else None
+            for t, need in ((w, needed[1]), (b, needed[2]))
+        ]
         states_grad = torch.zeros_like(states) if needed[0] else None
         totals = []
         for start in range(0, max(len(states), 1), chunk):
@@ -151,8 +163,12 @@ class _TokenSums(torch.autograd.Function):
                 sums[0].backward()
             if states_grad is not None and h.grad is not None:
                 states_grad[here] = h.grad
+            for part, grad in zip((w, b), grads, strict=True):
+                if grad is not None and part is not None and part.grad is not None:
+                    grad += part.grad
+                    part.grad = None
             totals.append(torch.stack([s.detach() for s in sums]))
-        ctx.save_for_backward(states_grad, w.grad, None if b is None else b.grad)
+        ctx.save_for_backward(states_grad, *grads)
         return torch.stack(totals).sum(0)
 
     @staticmethod

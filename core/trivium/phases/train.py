@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trivium.build import (
     Artifact,
     build_backend,
@@ -39,6 +41,7 @@ from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
 from trivium.training.checkpoint import CheckpointStore, read_checkpoint_json
 from trivium.training.companions import COLUMN, note_reference
+from trivium.training.compiler import check_compiler
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.precision import Precision, precision_of
 from trivium.training.probe import largest_micro_size
@@ -50,8 +53,9 @@ from trivium.types import TokenBatch
 
 UNGUARDED = (
     *("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts"),
-    *("batch.auto", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE),
-    *("trainer.devices", "trainer.nodes", "trainer.strategy"),
+    *("batch.auto", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile"),
+    *("trainer.recompute", "trainer.devices", "trainer.nodes", "trainer.strategy"),
+    *ASIDE,
 )
 """Settings that may change between the starts of one training run, since no weight depends on them."""
 
@@ -76,6 +80,8 @@ def run_training(this: Run) -> int:
     """Every phase that trains: the same path with another objective, from data or from the policy's own samples."""
     config = this.config
     objective = build_objective(config.objective, config.phase)
+    if config.trainer.compile:
+        check_compiler(device_of(config.trainer.accelerator))
     companions = _companions(this, objective)
     source = this.source()
     source.expect(config.phase)
@@ -113,8 +119,10 @@ def run_training(this: Run) -> int:
         "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
     }
-    job = Job(config, this.folder, ready.module, ready.steps, ready.validation, tokenizer, record, guard,
-              ready.form, make_samples, lambda: this.begin(**facts), this.console, this.world)  # fmt: skip
+    job = Job(
+        config, this.folder, ready.module, ready.steps, ready.validation, tokenizer, record, guard, ready.form,
+        make_samples, lambda: this.begin(**facts), this.console, this.world, ready.foresee,
+    )  # fmt: skip
     fitted = fit(job)
     kept = ("train/loss", "val/loss", "train/nll", "rollout/reward")
     results = {k: v for k, v in fitted.figures.items() if k in kept}
@@ -133,7 +141,10 @@ def run_training(this: Run) -> int:
 
 @dataclasses.dataclass
 class Ready:
-    """What a training run is made of. form: "chat" or "text". data: fingerprints by split. about: for the header."""
+    """What a training run is made of. form: "chat" or "text". data: fingerprints by split. about: for the header.
+
+    foresee: see Job.
+    """
 
     module: ObjectiveModule
     steps: Steps
@@ -141,6 +152,7 @@ class Ready:
     data: dict[str, str]
     about: str
     validation: list[TokenBatch] = dataclasses.field(default_factory=list)
+    foresee: Callable[[int], None] = lambda steps: None
 
 
 def _companions(this: Run, objective: Objective) -> dict[str, Artifact]:
@@ -190,20 +202,27 @@ def _from_data(
     if config.validation.every_steps:
         tables["validation"] = table_of(this.source("validation"))
     models = {name: artifact for name, artifact in companions.items() if name != COLUMN}
-    if COLUMN in companions:
-        reference = companions[COLUMN]
 
-        def load() -> CausalLM:
-            return build_companion(COLUMN, reference, tokenizer, longest)
+    def ask(split: StepDataset, count: int, known: int = 0) -> None:
+        """The reference, about the first `count` rows that are read; of the first `known` it is known."""
+        if COLUMN not in companions:
+            return
+        rows = np.setdiff1d(split.first_rows(count), split.first_rows(known))
+        if len(rows):
+            reference = companions[COLUMN]
+            device = device_of(config.trainer.accelerator)
 
-        device = device_of(config.trainer.accelerator)
-        read = {"train": (steps, config.trainer.max_steps * steps.size)}
-        if "validation" in tables:
-            held_out = StepDataset(tables["validation"], size=1, seed=0, batch=steps.batch, **sizes)
-            read["validation"] = (held_out, config.validation.max_rows)
-        for split, count in read.values():
+            def load() -> CausalLM:
+                return build_companion(COLUMN, reference, tokenizer, longest)
+
             with this.world.first():
-                note_reference(objective, load, reference.sha256, split, split.first_rows(count), precision, device)
+                note_reference(objective, load, reference.sha256, split, rows, precision, device)
+
+    planned = config.trainer.max_steps * steps.size
+    ask(steps, planned)
+    if "validation" in tables:
+        held_out = StepDataset(tables["validation"], size=1, seed=0, batch=steps.batch, **sizes)
+        ask(held_out, config.validation.max_rows)
     validation = []
     if "validation" in tables:
         rows = config.validation.max_rows
@@ -225,7 +244,8 @@ def _from_data(
         about += f"; {table.truncated} documents cut at {longest} tokens, {table.lost_ends} of them without their end"
     talks = any("text" not in e and "prompt" not in e for e in map(source.__getitem__, range(len(source))))
     data = {name: t.fingerprint for name, t in tables.items()}
-    return Ready(module, steps, "chat" if talks else "text", data, about, validation)
+    return Ready(module, steps, "chat" if talks else "text", data, about, validation,
+                 foresee=lambda num_steps: ask(steps, num_steps * steps.size, planned))  # fmt: skip
 
 
 def _micro_size(this: Run, module: ObjectiveModule, steps: StepDataset) -> int:
@@ -387,6 +407,11 @@ def _header(this: Run, ready: Ready, precision: Precision) -> None:
     others = sum(c.num_parameters for c in ready.module.companions.values()) * 4
     memory = 0.6e9 + model.num_parameters * 16 + held + others
     this.say(f"{_count(model.num_parameters)} parameters, {precision.name}; {ready.about}")
+    if precision.weights is not None:
+        this.say(
+            f"warning: precision={precision.name} keeps weights, gradients and optimizer state in 16 bits, so updates "
+            "below about 1/256 of a weight are lost; precision=bf16 keeps them in 32"
+        )
     this.say(f"about {memory / 1e9:.1f} GB of memory")
 
 

@@ -17,11 +17,11 @@ class WeightAverage:
         self._of = {p: p.detach().float().clone() for p in model.parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step `step` (from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, step: int, bad: Tensor) -> None:
+        """Take in the weights after optimizer step `step` (from 1), unless it was not taken (`bad` is 1.0)."""
+        weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - bad)
         now = [p.detach().float() for p in self._of]
-        torch._foreach_lerp_(list(self._of.values()), now, 1 - decay)  # type: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(list(self._of.values()), now, [weight] * len(now))  # type: ignore[reportPrivateImportUsage]
 
     def weights(self) -> dict[nn.Parameter, Tensor]:
         """The average of each parameter."""

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trivium.disk import read_lines, replace_file
 from trivium.errors import TriviumError
 from trivium.training.background import Background
+from trivium.training.guard import RollBack
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.parallel import ALONE, World
 from trivium.training.stop import SignalWatch, StopController
@@ -124,7 +125,7 @@ class Record(AfterStep):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         assert isinstance(pl_module, ObjectiveModule)
-        with suppress(TriviumError):  # what went wrong first is what is told
+        with suppress(TriviumError, RollBack):  # what went wrong first is what is told
             self.read(pl_module)
         self.show.end()  # Lightning leaves teardown out, and the terminal would be without a cursor
 

@@ -35,7 +35,7 @@ def note_reference(
     """Put the reference's log-probability of each document into the table's columns; True if they were in the cache.
 
     reference: loads the model, if it must be asked. sha256: of its checkpoint. rows: those that will be read; what is
-    said of the others is NaN, and so would be the loss of a row that was not foreseen.
+    said of the others stays as it was, NaN at first, and so would be the loss of a row that was not foreseen.
     """
     read = [steps.rows[row] for row in rows]  # the documents: another seed packs others under the same row numbers
     key = digest_of([sha256, steps.table.fingerprint, steps.length, steps.micro_size, read, precision.name])
@@ -45,7 +45,8 @@ def note_reference(
     if not found:
         values = _ask(objective, reference().to(device, precision.weights).eval(), steps, rows, precision, device)
         keep(path, values.tobytes())
-    steps.table.columns[COLUMN] = values
+    known = steps.table.columns.get(COLUMN)
+    steps.table.columns[COLUMN] = values if known is None else np.where(np.isnan(values), known, values)
     return found
 
 

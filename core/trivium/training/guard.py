@@ -15,10 +15,15 @@ from trivium.schema import GuardConfig
 
 
 class RollBack(Exception):
-    """Step `step` was bad; training goes on from the last checkpoint, with the data after that step."""
+    """Step `step` was bad; training goes on from the last checkpoint, with the data after that step.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
+    signal: the one that had come by then, if any.
+    """
+
+    signal: int | None = None
+
+    def __init__(self, step: int, said: str) -> None:
+        super().__init__(said)
         self.step = step
 
 
@@ -62,17 +67,18 @@ class Guard:
             return
         step, policy = int(row["step"] or 0), self.config.policy
         said = f"step {step}: loss {row['train/loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
-        usual = self.seen.tolist()
-        if all(x is not None and abs(x) < float("inf") for x in (row["train/loss"], row["grad_norm"])):
-            said += f" (usual: {usual[1]:.4g} and {usual[2]:.4g}; guard.spike_sigma={self.config.spike_sigma:g})"
         hint = "Lower optim.lr, raise schedule.warmup or set precision=fp32"
+        if all(x is not None and abs(x) < float("inf") for x in (row["train/loss"], row["grad_norm"])):
+            usual = self.seen.tolist()
+            said += f" (usual: {usual[1]:.4g} and {usual[2]:.4g}; guard.spike_sigma={self.config.spike_sigma:g})"
+            hint = "Lower optim.lr, or raise guard.spike_sigma if this is the level from here on"
         if policy == "off":
             raise TrainingError(
                 f"{said}. With guard.policy=off the weights hold it; the last checkpoint is sound: the same command "
                 f"goes on from there. {hint}"
             )
         if policy == "rollback":
-            raise RollBack(step)
+            raise RollBack(step, said)
         if policy == "stop":
             raise TrainingError(
                 f"{said}. The step was not taken; the last checkpoint is sound. {hint}, or guard.policy=skip"

@@ -183,6 +183,8 @@ class ObjectiveModule(L.LightningModule):
         counts = self.global_sum(torch.stack(counted).sum(0))
         rate = set_rates(self.optimizer, self.schedule(self.step))
         self.watch.lap("other")
+        if self.loss_scale:
+            self.loss_scale.begin()
         while True:
             loss, metrics = self.run_backward(micro_batches, counts[0])
             norms = self.gradient_norms(self.loss_scale.scale if self.loss_scale else 1.0)
@@ -198,7 +200,7 @@ class ObjectiveModule(L.LightningModule):
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.average:
-            self.average.update(self.model, self.step)
+            self.average.update(self.step, bad)
         self.watch.lap("optimizer")
         known = {"bad": bad, "train/loss": loss, "grad_norm": norm}
         known |= dict(zip(("count", "tokens", "targets", "attended"), counts, strict=True))
@@ -326,10 +328,16 @@ class ObjectiveModule(L.LightningModule):
         """Whether others get other weights than those that are trained: an average of them."""
         return self.average is not None or hasattr(self.optimizer, "weights")
 
-    def take_average(self) -> None:
-        """The model's weights, just loaded, are the average that was kept (an optimizer makes its own anew)."""
+    def shown_tensors(self) -> dict[str, Tensor]:
+        """The weights that others get, by name, in the precision they are kept in, where they are."""
+        averaged: Any = self.average or self.optimizer
+        weights = averaged.weights() if self.averages else {}
+        return {n: weights.get(p, p).detach() for n, p in self.model.named_parameters()}
+
+    def take_average(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with the average that a checkpoint kept (an optimizer makes its own anew)."""
         if self.average is not None:
-            self.average.restore({p: p.detach() for p in self.model.parameters()})
+            self.average.restore({p: tensors[name] for name, p in self.model.named_parameters()})
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights, optimizer and figures."""
@@ -338,6 +346,7 @@ class ObjectiveModule(L.LightningModule):
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state."""
         self._unread.clear()
+        self.watch.start(self.device)
         self.guard.restore(state["guard"])
         if self.loss_scale:
             self.loss_scale.restore(state["loss_scale"])

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trivium.errors import TrainingError
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -65,28 +63,34 @@ def _cpu_flags() -> str:
 class LossScale:
     """Keeps fp16 gradients above its smallest number (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
 
-    An overflow is no bad step: the scale is halved and the same step is made again, so no data is lost to it. That
-    takes one look at the gradient norm a step, for which the host waits; bf16 needs none of this.
+    An overflow is no bad step: the scale is halved and the same step is made again, so no data is lost to it. What is
+    not finite without a scale either is the guard's. That takes one look at the gradient norm a step, for which the
+    host waits; bf16 needs none of this.
     """
 
     GROWTH_STEPS = 2000
 
     def __init__(self) -> None:
         self.scale, self.good_steps = 2.0**16, 0
+        self._first = self.scale
+
+    def begin(self) -> None:
+        """A new step: after so many good ones the scale may grow."""
+        if self.good_steps >= self.GROWTH_STEPS:
+            self.scale, self.good_steps = self.scale * 2, 0
+        self._first = self.scale
 
     def overflowed(self, loss: Tensor, norm: Tensor) -> bool:
-        """Whether the gradients are too large for fp16 because of the scale; then it is half of what it was."""
-        if torch.isfinite(norm) or not torch.isfinite(loss):  # a loss that is not finite is the guard's
+        """Whether the gradients may be too large for fp16 because of the scale; then it is half of what it was."""
+        if torch.isfinite(loss) and torch.isfinite(norm):
             self.good_steps += 1
-            if self.good_steps == self.GROWTH_STEPS:
-                self.scale, self.good_steps = self.scale * 2, 0
             return False
-        self.scale, self.good_steps = self.scale / 2, 0
-        if self.scale < 1:
-            raise TrainingError(
-                "fp16 gradients overflow even without a loss scale: set precision=bf16 or fp32, or lower optim.lr"
-            )
-        return True
+        self.good_steps = 0
+        if torch.isfinite(loss) and self.scale > 1:
+            self.scale = self.scale / 2
+            return True
+        self.scale = self._first  # the scale was not to blame
+        return False
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""

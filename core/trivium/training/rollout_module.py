@@ -69,6 +69,10 @@ class RolloutModule(ObjectiveModule):
     def between_items(self) -> bool:
         return not self._pending
 
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self._pending.clear()  # drawn by weights that are given up
+
     def training_step(self, prompts: Sequence[Prompt], _index: int) -> None:
         if not self._pending:
             self.watch.lap("data")

@@ -49,7 +49,7 @@ class Job:
     """Everything a training run is made of. guard: what must be the same at a resume, as flat plain data.
 
     form: "chat" or "text", how its data reads. begin: called once the folder is known to be this run's, before anything
-    in it is changed.
+    in it is changed. foresee: called with a number of steps once it is known that the data of so many will be read.
     """
 
     config: RunConfig
@@ -65,6 +65,7 @@ class Job:
     begin: Callable[[], None]
     console: Console
     world: World = ALONE
+    foresee: Callable[[int], None] = lambda steps: None
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,15 @@ def fit(job: Job) -> Fitted:
     rolled: Counter[str] = Counter()
     background = Background()
     while True:
+        job.foresee(config.trainer.max_steps + offset)
         try:
             signal = _train(job, store, stop, offset, background)
         except RollBack as back:
             background.wait()
-            offset = _roll_back(job, store, stop, back.step, offset, rolled)
+            job.world.barrier()  # the first has saved what all of them go back to
+            offset, signal = _roll_back(job, store, stop, back, offset, rolled), back.signal
+            if signal is None:
+                continue
         except BaseException as first:
             try:
                 background.wait()
@@ -117,8 +122,7 @@ def fit(job: Job) -> Fitted:
                 if second is not first:
                     job.console.print(f"  [red]and the save that was under way: {second}[/]")
             raise
-        else:
-            return Fitted(module.step, module.tokens_seen, module.last, start, signal, stop.exhausted)
+        return Fitted(module.step, module.tokens_seen, module.last, start, signal, stop.exhausted)
 
 
 def _newest(job: Job, store: CheckpointStore) -> Path | None:
@@ -129,24 +133,24 @@ def _newest(job: Job, store: CheckpointStore) -> Path | None:
 
 
 def _roll_back(
-    job: Job, store: CheckpointStore, stop: StopController, bad: int, offset: int, rolled: Counter[str]
+    job: Job, store: CheckpointStore, stop: StopController, back: RollBack, offset: int, rolled: Counter[str]
 ) -> int:
-    """Back to the newest checkpoint because of step `bad`; returns the offset that goes on behind that step's data."""
+    """Back to the newest checkpoint because of a bad step; returns the offset that goes on behind that step's data."""
     latest, patience = _newest(job, store), job.config.guard.patience
-    said = f"step {bad}: loss or gradient not usable"
     if latest is None:
         raise TrainingError(
-            f"{said}, and there is no checkpoint yet to roll back to; lower optim.lr, raise schedule.warmup, or set "
+            f"{back}, and there is no checkpoint yet to roll back to; lower optim.lr, raise schedule.warmup, or set "
             "guard.policy=skip"
         )
     rolled[latest.name] += 1
     if rolled[latest.name] > patience:
         raise TrainingError(
-            f"{said}, after {patience} times (guard.patience) back to {latest.name}; lower optim.lr or look at the data"
+            f"{back}, after {patience} times (guard.patience) back to {latest.name}; lower optim.lr or look at the data"
         )
     restore(job, latest, stop)
-    job.console.print(f"  [yellow]{said}; back to {latest.name}, and on with the data after that step[/]")
-    return offset + bad - job.module.step
+    job.console.print(f"  [yellow]{back}; back to {latest.name}, and on with the data after that step[/]")
+    shared = job.steps.updates  # steps that learn from the same data are all behind
+    return -(-(offset + back.step) // shared) * shared - job.module.step
 
 
 def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, background: Background) -> int | None:
@@ -180,7 +184,11 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, 
         callbacks.append(Sample(path, every, job.sample, start, job.console, job.world))
     trainer = lightning_trainer(config.trainer, loggers, [*callbacks, record, saver], job.world)
     items = range(start + offset, config.trainer.max_steps + offset)
-    trainer.fit(module, datamodule=StepDataModule(job.steps, items))
+    try:
+        trainer.fit(module, datamodule=StepDataModule(job.steps, items))
+    except RollBack as back:
+        back.signal = saver.signal or None
+        raise
     return saver.signal or None
 
 
@@ -228,9 +236,8 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: in
     weights = _weights(module, keep)
     tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer, keep=keep)}
     if module.averages:  # others get the average, training goes on from its own weights
-        with module.shown_weights():
-            tensors["model.safetensors"] = {name: tensor.clone() for name, tensor in _weights(module, keep).items()}
-        tensors[OWN_WEIGHTS] = weights
+        shown = whole_tensors(module.shown_tensors(), keep=keep)
+        tensors |= {"model.safetensors": shown, OWN_WEIGHTS: weights}
     return Contents(
         tensors=tensors,
         json={"state.json": state, "model.json": job.model_record},
@@ -272,7 +279,7 @@ def restore(job: Job, checkpoint: Path, stop: StopController) -> int:
     shown = model_tensors(checkpoint)
     if module.averages:
         load_weights(module.model, shown, str(checkpoint))
-        module.take_average()
+        module.take_average(shown)
         shown = read_tensors(checkpoint / OWN_WEIGHTS)
     load_weights(module.model, shown, str(checkpoint))
     load_optimizer(module.optimizer, trained_tensors(checkpoint), str(checkpoint))
