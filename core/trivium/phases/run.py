@@ -78,7 +78,7 @@ class Run:
         """A line under the phase's header, on the console and in log.txt."""
         self.console.print(f"  {text}", highlight=False, markup=False)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
-            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {masked(text)}\n")
 
     def source(self, split: str | None = None) -> Source:
         """The run's data, built once for each split."""

@@ -33,6 +33,7 @@ from trivium.training.guard import RollBack
 from trivium.training.loggers import build_loggers
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.optim import load_optimizer, optimizer_tensors
+from trivium.training.profiler import Profile
 from trivium.training.stop import StopController
 from trivium.types import TokenBatch
 
@@ -134,7 +135,7 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) 
     offset: step s reads item s + offset of the data (rollbacks move it).
     """
     config, module, start = job.config, job.module, job.module.step
-    loggers = build_loggers(config.logger, job.folder, config.name, start)
+    loggers = build_loggers(config.logger, job.folder, config.name, start, _warner(job.console))
     validate = None
     if config.validation.every_steps:
         validate = Validate(job.validation, config.validation.every_steps, config.trainer.max_steps, stop)
@@ -145,7 +146,10 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) 
     best_of = validate if config.checkpoint.keep_best else None
     record = Record(loggers, Show(job.console, config.trainer.max_steps))
     saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of)
-    callbacks: list[L.Callback] = [validate] if validate else []
+    callbacks: list[L.Callback] = []
+    if config.profiler.torch:
+        callbacks.append(Profile(config.profiler, job.folder, job.console.print))
+    callbacks += [validate] if validate else []
     if config.samples.every_steps and config.samples.prompts:
         callbacks.append(
             Sample(job.folder / "samples.jsonl", config.samples.every_steps, job.sample, start, job.console)
@@ -154,6 +158,10 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) 
     items = range(start + offset, config.trainer.max_steps + offset)
     trainer.fit(module, datamodule=StepDataModule(job.steps, items))
     return saver.watch.received
+
+
+def _warner(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(f"  warning: {text}", style="yellow", markup=False, highlight=False)
 
 
 def _lightning_trainer(config: RunConfig, loggers: list, callbacks: list[L.Callback]) -> L.Trainer:
