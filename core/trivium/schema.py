@@ -174,6 +174,20 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class ProfilerConfig:
+    """A trace of a few steps, to open in a browser."""
+
+    torch: bool = False
+    first_step: int = 3  # counted from the start of this process; the first ones compile and fill caches
+    steps: int = 4  # more make a larger trace
+
+    def __post_init__(self) -> None:
+        _positive("profiler", self, "steps")
+        if self.first_step < 2:
+            raise ConfigError(f"profiler.first_step={self.first_step} must be at least 2: the profiler warms up first")
+
+
+@dataclass(frozen=True)
 class CompanionConfig:
     """A frozen model beside the one that is trained; its architecture is its checkpoint's own."""
 
@@ -270,6 +284,7 @@ class RunConfig:
     stop: StopConfig = field(default_factory=StopConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reference: CompanionConfig = field(default_factory=CompanionConfig)

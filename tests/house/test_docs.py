@@ -35,7 +35,7 @@ def commands(page: str) -> list[str]:
 def shortened(command: str) -> list[str]:
     words = shlex.split(command)
     verb = words[2] if len(words) > 2 else ""
-    if verb in ("plugins", "explain", "report") or "--help" in words or "--cfg" in words:
+    if verb in ("plugins", "explain", "report", "watch") or "--help" in words or "--cfg" in words:
         return words
     phase = next((w.removeprefix("phase=") for w in words if w.startswith("phase=")), "pipeline")
     extra = []

@@ -141,6 +141,37 @@ def test_keep_best_keeps_the_best_besides_and_init_from_takes_it(main, pretraini
     assert f"starts from {tmp_path / 'a'}/checkpoints/step-{best} " in one_line(tuned.out)
 
 
+def test_held_out_loss_is_of_the_weights_of_its_own_step(main, pretraining, tmp_path):
+    """Figures are read one step late, the held-out loss is not: measured again on the checkpoints, it is the row's.
+
+    Measured by a run of one step that changes nothing, at a rate of 1e-30. A neighbour's is 100 times as far away.
+    """
+    settings = ("optim.lr=0.5", "schedule=constant", "schedule.warmup=0.9", "trainer.max_steps=20")
+    settings += ("validation.every_steps=1", "checkpoint.keep_best=val/loss", "checkpoint.every_steps=20")
+    assert main(*pretraining(tmp_path, "a", *settings, "checkpoint.keep=1")).code == 0
+    rows = {r["step"]: r["val/loss"] for r in rows_of(tmp_path / "a")}
+    best = min(rows, key=rows.__getitem__)
+    assert steps_kept(tmp_path / "a") == sorted({best, 20})
+    for step in (best, 20):
+        name, start = f"again-{step}", f"init_from={tmp_path / 'a'}/checkpoints/step-{step}"
+        still = ("trainer.max_steps=1", "optim.lr=1e-30", "validation.every_steps=1", start)
+        assert main(*pretraining(tmp_path, name, *still)).code == 0
+        (again,) = (r["val/loss"] for r in rows_of(tmp_path / name))
+        assert again == pytest.approx(rows[step], rel=1e-6)
+        neighbours = [rows[n] for n in (step - 1, step + 1) if n in rows]
+        assert all(abs(again - other) > 1e-4 * again for other in neighbours)
+
+
+def test_early_stopping_counts_from_the_step_of_the_lowest_loss(main, pretraining, tmp_path):
+    """Patience 3, a validation each step: the run ends three steps after the lowest held-out loss of its rows."""
+    settings = ("optim.lr=0.5", "schedule=constant", "schedule.warmup=0.9", "trainer.max_steps=40")
+    run = main(*pretraining(tmp_path, "a", *settings, "validation.every_steps=1", "stop.patience=3"))
+    assert run.code == 0, run.err
+    rows = {r["step"]: r["val/loss"] for r in rows_of(tmp_path / "a")}
+    assert max(rows) == min(rows, key=rows.__getitem__) + 3 < 40
+    assert steps_kept(tmp_path / "a")[-1] == max(rows)
+
+
 def test_early_stopping_stops_and_a_rerun_says_it_is_done(main, pretraining, tmp_path):
     """No fall is large enough: the first validation (step 3) is the best, the second (step 6) ends the run."""
     settings = ("trainer.max_steps=50", "validation.every_steps=3", "stop.patience=1", "stop.min_delta=1000")

@@ -428,3 +428,19 @@ def test_odd_files_do_no_harm(tmp_path, put):
     put(tmp_path, facts | {"stages": stages})
     assert "x running sft → sft" in text_of(page(tmp_path))
     assert ["c", "1", "100", "0.5s", "200", "3.000"] in [line.split() for line in terminal(tmp_path).splitlines()]
+
+
+def test_skipped_steps_are_gaps_and_mfu_is_a_column(tmp_path, put):
+    """Losses 4, null, 2 and a NaN that json wrote: the curve has the two that are numbers, the page no NaN."""
+    rows = steps(4.0, 3.0, 2.0, 1.0, mfu=0.4, **{"grad_norm/attn": 0.5, "time/data": 0.1, "memory": 5})
+    rows[1] |= {"train/loss": None, "skipped": 1, "mfu": 0.2}
+    rows[3]["train/loss"] = float("nan")
+    manifest = {"phase": "pretrain", "status": "done", "results": {"train/loss": None}}
+    put(tmp_path / "run", manifest, rows)
+    (stage,) = load_run(tmp_path / "run").stages
+    assert stage.curve("train/loss") == [(1, 4.0), (3, 2.0)]
+    assert draw_curves(stage).text == "loss of run: 4.000 at step 1, 2.000 at step 3"
+    html = page(tmp_path / "run")
+    assert "40.0%" in text_of(html) and "MFU" in text_of(html)
+    assert "nan" not in html.lower().replace("lightning-ai/nan", "") and "None" not in text_of(html)
+    assert not any(key in html for key in ("grad_norm/attn", "time/data"))

@@ -119,6 +119,11 @@ def _tokens_per_second(stage: Stage) -> float | None:
     return median(speeds) if speeds else None
 
 
+def _mfu(stage: Stage) -> float | None:
+    shares = [share for _, share in stage.curve("mfu")]
+    return median(shares) if shares else None
+
+
 def _steps(stage: Stage) -> float | None:
     return first(finite(stage.manifest.get("steps")), stage.metrics[-1]["step"] if stage.metrics else None)
 
@@ -191,6 +196,7 @@ TRAINING: Columns = {
     "tokens": _figure(tokens_seen, count_text),
     "time": _figure(lambda stage: stage.seconds, time_text),
     "tokens/s": _figure(_tokens_per_second, whole_text),
+    "MFU": _figure(_mfu, lambda share: f"{100 * share:.1f}%"),
     "memory": _figure(lambda stage: stage.manifest.get("peak_memory"), memory_text),
     "train loss": _figure(lambda stage: _loss(stage, "train/loss"), _loss_text),
     "val loss": _figure(lambda stage: _loss(stage, "val/loss"), _loss_text),

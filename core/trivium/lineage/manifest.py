@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -16,7 +17,8 @@ from trivium.disk import replace_json
 
 FILE = "MANIFEST.json"
 PACKAGES = ("trivium-llm", "torch", "lightning", "hydra-core", "omegaconf", "tokenizers", "datasets", "safetensors")
-SECRET = ("api_key", "secret", "password", "access_token")
+SECRET = ("api_key", "secret", "password", "private_key", "access_token", "auth_token", "hf_token")
+IN_URL = re.compile(r"(\w+://)[^/\s@'\"]+@")
 
 
 def versions() -> dict[str, str]:
@@ -31,9 +33,15 @@ def versions() -> dict[str, str]:
 
 
 def masked(config: Any) -> Any:
-    """`config` with the values of secret-looking keys replaced by ***."""
+    """`config` without secrets: values of secret-looking keys, and user and password in URLs, are replaced by ***.
+
+    >>> masked({"api_key": "abc", "path": "https://me:abc@example.org/x", "depth": [1, {"password": ""}]})
+    {'api_key': '***', 'path': 'https://***@example.org/x', 'depth': [1, {'password': ''}]}
+    """
     if isinstance(config, Mapping):
         return {k: "***" if v and str(k).lower().endswith(SECRET) else masked(v) for k, v in config.items()}
+    if isinstance(config, str):
+        return IN_URL.sub(r"\1***@", config)
     return [masked(v) for v in config] if isinstance(config, list) else config
 
 
@@ -79,4 +87,4 @@ class Manifest:
         self.facts |= {"status": status, "seconds": round(seconds, 3), **facts}
         self.others = False
         if self.writes:
-            replace_json(self.folder / FILE, self.facts)
+            replace_json(self.folder / FILE, masked(self.facts))  # an error's text may quote a setting

@@ -83,7 +83,7 @@ class Run:
             return
         self.console.print(f"  {text}", highlight=False, markup=False)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
-            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {masked(text)}\n")
 
     def source(self, split: str | None = None) -> Source:
         """The run's data, built once for each split."""

@@ -34,6 +34,7 @@ from trivium.evaluation.generation import complete
 from trivium.inference.chat import sampling_params
 from trivium.inference.config import SamplingConfig
 from trivium.inference.protocol import Backend
+from trivium.lineage.manifest import masked
 from trivium.models.protocol import CausalLM
 from trivium.models.weights import weights_of
 from trivium.objectives.protocol import Objective
@@ -52,8 +53,8 @@ from trivium.training.trainer import Job, fit
 from trivium.types import TokenBatch
 
 UNGUARDED = (
-    *("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts"),
-    *("batch.auto", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile"),
+    *("checkpoint", "validation", "samples", "logger", "profiler", "stop", "inference", "evaluation", "prompt"),
+    *("batch.auto", "prompts", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile"),
     *("trainer.recompute", "trainer.devices", "trainer.nodes", "trainer.strategy"),
     *ASIDE,
 )
@@ -134,8 +135,9 @@ def run_training(this: Run) -> int:
     shown = {"val/loss": ", val loss {:.3f}", "rollout/reward": ", reward {:.3f}"}
     more = "".join(text.format(fitted.figures[k]) for k, text in shown.items() if k in fitted.figures)
     already = "was done already" if fitted.resumed_from == fitted.steps else "done"
-    loss = fitted.figures.get("train/loss", float("nan"))
-    this.say(f"{already}: step {fitted.steps}{early}, train loss {loss:.3f}{more}")
+    loss = fitted.figures.get("train/loss")
+    shown_loss = ", the last step was skipped" if loss is None else f", train loss {loss:.3f}"
+    this.say(f"{already}: step {fitted.steps}{early}{shown_loss}{more}")
     return 0
 
 
@@ -381,7 +383,7 @@ def _guard(
         else:
             flat[prefix] = value
 
-    walk("", as_dict(this.config))
+    walk("", masked(as_dict(this.config)))  # it is written into every checkpoint
     flat |= {f"{name} weights": artifact.sha256 for name, artifact in companions.items()}
     flat |= {"data fingerprint": data, "tokenizer fingerprint": tokenizer.fingerprint}
     flat |= {"precision": precision.name, "parent": this.parent.sha256 if this.parent else ""}

@@ -34,6 +34,7 @@ from trivium.training.loggers import build_loggers
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.optim import load_optimizer, optimizer_tensors
 from trivium.training.parallel import ALONE, Placed, World, strategy_of
+from trivium.training.profiler import Profile
 from trivium.training.stop import StopController
 from trivium.types import TokenBatch
 
@@ -126,10 +127,7 @@ def fit(job: Job) -> Fitted:
 
 
 def _newest(job: Job, store: CheckpointStore) -> Path | None:
-    def say(text: str) -> None:
-        job.console.print(f"  warning: {text}", style="yellow", markup=False, highlight=False)
-
-    return store.sound(fallback=job.config.checkpoint.fallback, say=say)
+    return store.sound(fallback=job.config.checkpoint.fallback, say=_warner(job.console))
 
 
 def _roll_back(
@@ -160,7 +158,7 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, 
     """
     config, module, start = job.config, job.module, job.module.step
     first = job.world.is_first
-    loggers = build_loggers(config.logger, job.folder, config.name, start) if first else []
+    loggers = build_loggers(config.logger, job.folder, config.name, start, _warner(job.console)) if first else []
     validate = None
     if config.validation.every_steps:
         validate = Validate(job.validation, config.validation.every_steps, config.trainer.max_steps, stop)
@@ -178,7 +176,10 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, 
     best_of = validate if config.checkpoint.keep_best else None
     record = Record(loggers, Show(job.console, config.trainer.max_steps))
     saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of, background, job.world)
-    callbacks: list[L.Callback] = [validate] if validate else []
+    callbacks: list[L.Callback] = []
+    if config.profiler.torch and first:
+        callbacks.append(Profile(config.profiler, job.folder, job.console.print))
+    callbacks += [validate] if validate else []
     if config.samples.every_steps and config.samples.prompts:
         path, every = job.folder / "samples.jsonl", config.samples.every_steps
         callbacks.append(Sample(path, every, job.sample, start, job.console, job.world))
@@ -190,6 +191,10 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, 
         back.signal = saver.signal or None
         raise
     return saver.signal or None
+
+
+def _warner(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(f"  warning: {text}", style="yellow", markup=False, highlight=False)
 
 
 def lightning_trainer(config: TrainerConfig, loggers: list, callbacks: list[L.Callback], world: World) -> L.Trainer:
