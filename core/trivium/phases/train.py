@@ -45,6 +45,7 @@ from trivium.types import TokenBatch
 UNGUARDED = (
     *("checkpoint", "validation", "samples", "logger", "stop", "inference", "evaluation", "prompt", "prompts"),
     *("prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile", *ASIDE),
+    *("trainer.workers", "trainer.prefetch", "trainer.loader_timeout"),
 )
 """Settings that may change between the starts of one training run, since no weight depends on them."""
 

@@ -171,11 +171,17 @@ class Save(AfterStep):
         self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
         self.watch = SignalWatch()
         self._due = False
+        self._saved = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ObjectiveModule)
+        self._saved = pl_module.step
         self.watch.__enter__()  # after Lightning has set its own handlers, which save nothing
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ObjectiveModule)
+        if self.watch.received is not None and pl_module.step != self._saved and pl_module.between_items:
+            self._write(pl_module, best=False)  # the signal came while the next step's data was waited for
         self.background.wait()  # while signals are still only noted
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -192,8 +198,12 @@ class Save(AfterStep):
         ends = module.step == self.max_steps or trainer.should_stop
         self._due |= module.step % self.every_steps == 0 or ends or best or signalled
         if self._due and module.between_items:  # in the midst of a rollout the steps that are left come first
-            self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
-            self.save(module, best)
+            self._write(module, best)
             self._due = False
             if signalled:
                 trainer.should_stop = True
+
+    def _write(self, module: ObjectiveModule, best: bool) -> None:
+        self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
+        self.save(module, best)
+        self._saved = module.step

@@ -15,7 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor
 
-from trivium.data.datamodule import StepDataModule, Steps
+from trivium.data.datamodule import Steps
+from trivium.data.loader import StepLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import CheckpointError, ConfigError, TrainingError, TriviumError
 from trivium.models.weights import load_weights, read_tensors
@@ -175,7 +176,19 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, 
         )
     trainer = _lightning_trainer(config, loggers, [*callbacks, record, saver])
     items = range(start + offset, config.trainer.max_steps + offset)
-    trainer.fit(module, datamodule=StepDataModule(job.steps, items))
+    loader = StepLoader(
+        job.steps,
+        items,
+        workers=config.trainer.workers,
+        prefetch=config.trainer.prefetch,
+        timeout=config.trainer.loader_timeout,
+        pin=trainer.strategy.root_device.type == "cuda",
+        interrupted=lambda: saver.watch.received is not None,
+    )
+    try:
+        trainer.fit(module, train_dataloaders=loader)
+    finally:
+        loader.close()
     return saver.watch.received
 
 
