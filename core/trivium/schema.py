@@ -69,6 +69,9 @@ class TrainerConfig:
     step_in_backward: bool = False  # step each parameter as its gradient comes and let go of it: less memory
     average: float = 0.0  # decay of a running average of the weights, such as 0.999, for others to get; 0 is off
     threads: int = 0  # CPU threads of a process; 0 leaves torch's choice, or shares the cores among several processes
+    workers: int = 0  # processes that make batches beside training; never changes them; 0 makes them in between steps
+    prefetch: int = 2  # steps each worker makes ahead; more rides out slow ones and takes memory
+    loader_timeout: float = 300.0  # seconds to wait for a worker's batch before the run ends
     devices: int = 1  # processes on each machine, a GPU each; batch.size is of all together
     nodes: int = 1  # machines; more than one needs torchrun, srun or launcher.kind=slurm (docs/parallel.md)
     strategy: str = "auto"  # auto | ddp, every process holds the whole model | fsdp, each holds its share
@@ -79,10 +82,10 @@ class TrainerConfig:
         return self.devices * self.nodes
 
     def __post_init__(self) -> None:
-        _positive("trainer", self, "max_steps", "devices", "nodes")
+        _positive("trainer", self, "max_steps", "prefetch", "loader_timeout", "devices", "nodes")
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"trainer.strategy={self.strategy!r} is not one of {', '.join(STRATEGIES)}")
-        _not_negative("trainer", self, "grad_clip", "threads", "recompute")
+        _not_negative("trainer", self, "grad_clip", "threads", "recompute", "workers")
         if not 0 <= self.average < 1:
             raise ConfigError(f"trainer.average={self.average} must be at least 0 (off) and less than 1")
 
@@ -359,6 +362,11 @@ class RunConfig:
     def _check_rlhf(self) -> None:
         if self.validation.every_steps:
             raise ConfigError("phase=rlhf has no held-out loss: set validation.every_steps=0, and phase=evaluate")
+        if self.trainer.workers:
+            raise ConfigError(
+                f"trainer.workers={self.trainer.workers} has nothing to do in phase=rlhf, whose prompts are tokenised "
+                "before it starts; set it to 0"
+            )
         if self.trainer.max_steps % self.rollout.updates:
             raise ConfigError(
                 f"trainer.max_steps={self.trainer.max_steps} must be a multiple of "

@@ -41,6 +41,11 @@ class TokenBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in held.items() if hasattr(v, "to") and v is not None}
         return replace(self, **moved)
 
+    def pinned(self) -> Self:
+        """The same batch in page-locked memory, from which a GPU fetches it while it computes."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in held.items() if hasattr(v, "pin_memory")})
+
 
 @dataclass
 class PreferenceBatch(TokenBatch):

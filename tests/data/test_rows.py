@@ -9,7 +9,8 @@ import torch
 
 from trivium.data.collate import collate
 from trivium.data.config import BPEConfig, SourceConfig
-from trivium.data.datamodule import StepDataModule, StepDataset, validation_batches
+from trivium.data.datamodule import StepDataset, validation_batches
+from trivium.data.loader import StepLoader
 from trivium.data.packing import WINDOW, TokenTable, pack, plan, tokenise
 from trivium.data.source import Source
 from trivium.data.tokenizer import train_bpe
@@ -222,7 +223,7 @@ def test_steps_utilisation_by_hand():
 def test_loader_feeds_the_steps_that_are_left(start):
     """Its length is known, so nothing is lost at a resume: steps start..7, each as the data set has it."""
     steps = steps_of(micro_size=2)
-    loader = StepDataModule(steps, start, 8).train_dataloader()
+    loader = StepLoader(steps, range(start, 8))
     assert len(loader) == 8 - start
     assert [stacked(b) for b in loader] == [stacked(steps[k]) for k in range(start, 8)]
 

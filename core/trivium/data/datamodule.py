@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from trivium.data.chat import Chat
 from trivium.data.collate import collate
@@ -38,6 +38,20 @@ class Steps(Dataset):
         """Id of the first example of a step: what a resume compares."""
 
 
+class Rows(Sequence):
+    """The rows of a plan as two arrays, which workers can share; row r is an array of document numbers."""
+
+    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+        self.ends = np.cumsum([0, *map(len, rows)])
+        self.documents = np.fromiter((d for row in rows for d in row), np.int64, self.ends[-1])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.documents[self.ends[row] : self.ends[row + 1]]
+
+
 class StepDataset(Steps):
     """step -> its micro-batches."""
 
@@ -59,8 +73,14 @@ class StepDataset(Steps):
         self.rank, self.world = rank, world
         self.table, self.length, self.pad_id, self.batch = table, length, pad_id, batch
         self.size, self.micro_size = size, micro_size
-        self.rows = plan(table, length, seed)
+        self.rows: Sequence[Sequence[int]] = plan(table, length, seed)
         self.order = Order(len(self.rows), seed, table.fingerprint)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker needs: arrays it can share, and no list of ids, which may be longer than the tokens."""
+        table = copy.copy(self.table)
+        table.ids = []
+        return {**self.__dict__, "table": table, "rows": Rows(self.rows)}
 
     def __getitem__(self, step: int) -> list[TokenBatch]:
         chosen = self.order.rows(step * self.size, self.size)
@@ -147,14 +167,3 @@ def validation_batches(
     chosen = Order(len(packed), 0, table.fingerprint).rows(0, min(max_rows, len(packed)))
     rows = [packed[r] for r in chosen]
     return [collate(table, rows[i : i + micro_size], length, pad_id, batch) for i in range(0, len(rows), micro_size)]
-
-
-class StepDataModule(L.LightningDataModule):
-    """Feeds `items` of the steps; their number is known, so no batch is lost at a resume."""
-
-    def __init__(self, steps: Steps, items: range) -> None:
-        super().__init__()
-        self.steps, self.items = steps, items
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.steps, batch_size=None, sampler=self.items)

@@ -56,6 +56,7 @@ UNGUARDED = (
     *("checkpoint", "validation", "samples", "logger", "profiler", "stop", "inference", "evaluation", "prompt"),
     *("batch.auto", "prompts", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile"),
     *("trainer.recompute", "trainer.devices", "trainer.nodes", "trainer.strategy"),
+    *("trainer.workers", "trainer.prefetch", "trainer.loader_timeout"),
     *ASIDE,
 )
 """Settings that may change between the starts of one training run, since no weight depends on them."""

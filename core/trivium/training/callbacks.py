@@ -190,11 +190,19 @@ class Save(AfterStep):
         self.signal = 0
         """The signal that some process got, once all of them know of it."""
         self._due = False
+        self._saved = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ObjectiveModule)
+        self._saved = pl_module.step
         self.watch.__enter__()  # after Lightning has set its own handlers, which save nothing
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, ObjectiveModule)
+        if self.world.size == 1 and self.watch.received:  # it may have come while the next step's data was waited for
+            self.signal = self.watch.received
+            if pl_module.step != self._saved and pl_module.between_items:
+                self._write(pl_module, best=False)
         self.background.wait()  # while signals are still only noted
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -211,9 +219,13 @@ class Save(AfterStep):
         ends = module.step == self.max_steps or trainer.should_stop
         self._due |= module.step % self.every_steps == 0 or ends or best or self.signal > 0
         if self._due and module.between_items:  # in the midst of a rollout the steps that are left come first
-            self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
-            with module.watch.aside():
-                self.save(module, best)
+            self._write(module, best)
             self._due = False
             if self.signal:
                 trainer.should_stop = True
+
+    def _write(self, module: ObjectiveModule, best: bool) -> None:
+        self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
+        with module.watch.aside():
+            self.save(module, best)
+        self._saved = module.step

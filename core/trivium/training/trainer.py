@@ -15,7 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor
 
-from trivium.data.datamodule import StepDataModule, Steps
+from trivium.data.datamodule import Steps
+from trivium.data.loader import StepLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import CheckpointError, ConfigError, TrainingError, TriviumError
 from trivium.models.weights import load_weights, read_tensors, whole_tensors
@@ -185,11 +186,22 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, 
         callbacks.append(Sample(path, every, job.sample, start, job.console, job.world))
     trainer = lightning_trainer(config.trainer, loggers, [*callbacks, record, saver], job.world)
     items = range(start + offset, config.trainer.max_steps + offset)
+    loader = StepLoader(
+        job.steps,
+        items,
+        workers=config.trainer.workers,
+        prefetch=config.trainer.prefetch,
+        timeout=config.trainer.loader_timeout,
+        pin=trainer.strategy.root_device.type == "cuda",
+        interrupted=lambda: job.world.size == 1 and saver.watch.received is not None,  # several stop together
+    )
     try:
-        trainer.fit(module, datamodule=StepDataModule(job.steps, items))
+        trainer.fit(module, train_dataloaders=loader)
     except RollBack as back:
         back.signal = saver.signal or None
         raise
+    finally:
+        loader.close()
     return saver.signal or None
 
 
