@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trivium.build import build_objective, build_source
+from trivium.cluster import submit
 from trivium.compose import as_dict, as_yaml, compose, options, pipeline_from_file, run_config
 from trivium.disk import make_folder, replace_file
 from trivium.errors import ConfigError
@@ -271,6 +272,8 @@ def launch(overrides: Sequence[str]) -> int:
         said = {k: getattr(config.pipeline, k) for k in ("skip", "after", "result") if f"pipeline.{k}" in keys}
         pipeline = dataclasses.replace(pipeline_from_file(Path(chosen.partition("=")[2])), **said)
         config = dataclasses.replace(config, pipeline=pipeline)
+    if config.launcher.kind != "here" and placed().size == 1:
+        return submit(config, console)
     if config.pipeline.stages:
         return run_pipeline(overrides, config, console)
     return run(config, console)

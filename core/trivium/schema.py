@@ -15,6 +15,7 @@ PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat")
 DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
 """Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
+LAUNCHERS = ("here", "slurm", "local")
 STRATEGIES = ("auto", "ddp", "fsdp")
 POLICIES = ("stop", "skip", "rollback", "off")
 WANDB_MODES = ("offline", "online", "disabled")
@@ -73,7 +74,7 @@ class TrainerConfig:
     prefetch: int = 2  # steps each worker makes ahead; more rides out slow ones and takes memory
     loader_timeout: float = 300.0  # seconds to wait for a worker's batch before the run ends
     devices: int = 1  # processes on each machine, a GPU each; batch.size is of all together
-    nodes: int = 1  # machines; more than one needs torchrun, srun or launcher.kind=slurm (docs/parallel.md)
+    nodes: int = 1  # machines; more than one needs torchrun, srun or launcher.kind=slurm
     strategy: str = "auto"  # auto | ddp, every process holds the whole model | fsdp, each holds its share
 
     @property
@@ -88,6 +89,29 @@ class TrainerConfig:
         _not_negative("trainer", self, "grad_clip", "threads", "recompute", "workers")
         if not 0 <= self.average < 1:
             raise ConfigError(f"trainer.average={self.average} must be at least 0 (off) and less than 1")
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    """Who starts a training run's processes, and what a cluster is asked for."""
+
+    kind: str = "here"  # here | slurm | local, submitit's processes on this machine
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    minutes: int = 60  # until the cluster ends the job
+    grace: int = 120  # seconds before that at which it is told to save and stop
+    cpus: int = 4  # cores of each process
+    memory: int = 0  # GB of each machine; 0 is the cluster's default
+    setup: list[str] = field(default_factory=list)  # shell lines before it starts, such as module load
+    wait: bool = False  # stay until the job has ended, and return its exit code
+
+    def __post_init__(self) -> None:
+        if self.kind not in LAUNCHERS:
+            raise ConfigError(f"launcher.kind={self.kind!r} is not one of {', '.join(LAUNCHERS)}")
+        _positive("launcher", self, "minutes", "cpus")
+        _not_negative("launcher", self, "grace", "memory")
 
 
 @dataclass(frozen=True)
@@ -281,6 +305,7 @@ class RunConfig:
     inference: Any = None
     batch: BatchConfig = field(default_factory=BatchConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -32,7 +32,7 @@ def together(tmp_path_factory):
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=180)[1] for process in started]
+    said = [process.communicate(timeout=300)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
     assert not any("Warning" in text for text in said), said
 

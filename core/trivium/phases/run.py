@@ -24,7 +24,7 @@ from trivium.training.parallel import ALONE, World
 COMPANIONS = ("reference", "teacher")
 USED_BY = {"reference": (), "teacher": ("evaluate",)}
 """Phases that use a companion, beside those that train: there the objective says."""
-ASIDE = ("name", "runs", "debug", "pipeline", "init_from", *COMPANIONS)
+ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", *COMPANIONS)
 """Settings that change no result: init_from, here and of companions, is replaced by the hash of what it named."""
 RESULTS_OF = {
     "tokenizer": ("data", "tokenizer", "phase", "domain"),
