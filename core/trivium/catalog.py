@@ -54,6 +54,33 @@ CATALOG = Plugin(
         },
         "optimizers": {
             "adamw": Entry("trivium.training.optim:adamw", "trivium.training.config:AdamWConfig", "AdamW"),
+            "adamw8bit": Entry(
+                "trivium.training.eight_bit:adamw8bit",
+                "trivium.training.config:AdamW8bitConfig",
+                "AdamW with moments in 8 bits (bitsandbytes)",
+            ),
+            "paged_adamw8bit": Entry(
+                "trivium.training.eight_bit:paged_adamw8bit",
+                "trivium.training.config:AdamW8bitConfig",
+                "the same, moments in pages that may leave a GPU's memory",
+            ),
+            "adafactor": Entry(
+                "trivium.training.optim:adafactor",
+                "trivium.training.config:AdafactorConfig",
+                "moments as rows and columns: the least memory",
+            ),
+            "lion": Entry("trivium.training.lion:lion", "trivium.training.config:LionConfig", "the sign of a momentum"),
+            "muon": Entry(
+                "trivium.training.muon:muon",
+                "trivium.training.config:MuonConfig",
+                "orthogonal steps for matrices in blocks, AdamW for all else",
+            ),
+            "schedule_free": Entry(
+                "trivium.training.schedule_free:schedule_free",
+                "trivium.training.config:ScheduleFreeConfig",
+                "AdamW with an average of the weights in place of a schedule",
+            ),
+            "sgd": Entry("trivium.training.sgd:sgd", "trivium.training.config:SGDConfig", "momentum, Nesterov's too"),
         },
         "schedules": {
             "cosine": Entry(
@@ -66,6 +93,14 @@ CATALOG = Plugin(
                 "trivium.training.schedule:constant", "trivium.training.config:ConstantConfig", "the peak"
             ),
             "wsd": Entry("trivium.training.schedule:wsd", "trivium.training.config:WSDConfig", "stable, then decay"),
+            "inverse_sqrt": Entry(
+                "trivium.training.schedule:inverse_sqrt",
+                "trivium.training.config:InverseSqrtConfig",
+                "one over the root of the step",
+            ),
+            "cyclic": Entry(
+                "trivium.training.schedule:cyclic", "trivium.training.config:CyclicConfig", "cosines with restarts"
+            ),
         },
     },
 )

@@ -31,8 +31,8 @@ def choose(*overrides):
         (["nonsense=1"], "unknown option 'nonsense'"),
         (["data.path=x"], "unknown option 'data.path'"),  # the primer has no files; `files` has
         (["model=lama"], "unknown model=lama. Did you mean llama? Available: llama, primer"),
-        (["optim=adam"], "unknown optim=adam. Did you mean adamw? Available: adamw"),
-        (["schedule=cosin"], "unknown schedule=cosin. Did you mean cosine? Available: constant, cosine, linear, wsd"),
+        (["optim=adan"], "unknown optim=adan. Did you mean adamw? Available: adafactor, adamw, adamw8bit, lion, muon"),
+        (["schedule=cosin"], "unknown schedule=cosin. Did you mean cosine? Available: constant, cosine, cyclic, "),
         (["phase=pretrian"], "unknown phase=pretrian. Did you mean pretrain? Available: chat, distill, evaluate, "),
         (["domain=file"], "unknown domain=file. Did you mean files? Available: files, primer"),
         (["pipeline=three"], "unknown pipeline=three."),
@@ -118,5 +118,5 @@ def test_config_travels_as_plain_dataclasses_and_comes_back():
 
 
 def test_component_without_a_name_is_told():
-    with pytest.raises(ConfigError, match="optim has no name; choose one of adamw"):
+    with pytest.raises(ConfigError, match="optim has no name; choose one of adafactor, adamw, "):
         component("optim", {"lr": 1.0})

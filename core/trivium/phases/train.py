@@ -81,6 +81,7 @@ def run_tokenizer(this: Run) -> int:
 def run_training(this: Run) -> int:
     """Every phase that trains: the same path with another objective, from data or from the policy's own samples."""
     config = this.config
+    _check_average(this)
     objective = build_objective(config.objective, config.phase)
     if config.trainer.compile:
         check_compiler(device_of(config.trainer.accelerator))
@@ -140,6 +141,17 @@ def run_training(this: Run) -> int:
     shown_loss = ", the last step was skipped" if loss is None else f", train loss {loss:.3f}"
     this.say(f"{already}: step {fitted.steps}{early}{shown_loss}{more}")
     return 0
+
+
+def _check_average(this: Run) -> None:
+    """An optimizer that averages weights wants no second average, and no falling rate either."""
+    optim, schedule = this.config.optim, this.config.schedule.name
+    if not getattr(optim.config, "averages", False):
+        return
+    if this.config.trainer.average:
+        raise ConfigError(f"optim={optim.name} keeps an average of the weights itself; leave trainer.average at 0")
+    if schedule != "constant":
+        this.say(f"warning: optim={optim.name} expects schedule=constant, its average does the rest; it is {schedule}")
 
 
 @dataclasses.dataclass

@@ -1,37 +1,41 @@
-"""Optimizers: always one object for the whole model, so there is one step and one state to save."""
+"""Optimizers: always one object for the whole model, so there is one step and one state to save.
+
+Here are those of torch, and what is done with every one of them; each of ours has a file of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trivium.errors import CheckpointError
 from trivium.models.weights import shared_like, whole_tensors
-from trivium.training.config import AdamWConfig
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices decay; norms, biases and scalars (one dimension or none) do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
+from trivium.training.config import AdafactorConfig, AdamWConfig
+from trivium.training.groups import parameter_groups
 
 
 def adamw(config: AdamWConfig, model: nn.Module) -> Optimizer:
     """AdamW, fused: one kernel for all parameters."""
-    groups = decay_groups(model, config.weight_decay)
+    groups = parameter_groups(config, model)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
+def adafactor(config: AdafactorConfig, model: nn.Module) -> Optimizer:
+    """Adafactor, torch's. It looks at norms on the host, so it waits for the device several times a step."""
+    groups = parameter_groups(config, model)
+    decay, eps = config.beta2_decay, (None, config.eps)
+    return torch.optim.Adafactor(groups, lr=config.lr, beta2_decay=decay, eps=eps, d=config.clip)
+
+
 def set_rates(optimizer: Optimizer, factor: float) -> float:
-    """Give every group its own peak rate times `factor`; returns the first group's rate."""
+    """Give every group its own peak rate times `factor`; returns the rate of parameters without a pattern."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
-    return optimizer.param_groups[0]["lr"]
+    return optimizer.defaults["lr"] * factor
 
 
 def guarded_step(optimizer: Optimizer, bad: Tensor) -> None:
@@ -47,23 +51,75 @@ def guarded_step(optimizer: Optimizer, bad: Tensor) -> None:
         optimizer.step()
 
 
+def keep_where(bad: Tensor | None, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Write `new` into `old`, unless `bad` is 1.0: then every bit of `old` stays, whatever `new` holds.
+
+    The host does not wait. None is a step that nobody judged.
+    """
+    for before, after in zip(old, new, strict=True):
+        before.copy_(after if bad is None else torch.where(bad.to(before.device) > 0, before, after))
+
+
+UNTOUCHED = "untouched"
+"""The one entry (no element) of a parameter that has no state yet, so that a checkpoint still names it."""
+
+
+def named(optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, dict]]:
+    """Parameter name -> the parameter and its group; in an optimizer that was given no names, its number instead."""
+    found: dict[str, tuple[nn.Parameter, dict]] = {}
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or map(str, range(len(found), len(found) + len(group["params"])))
+        found |= {n: (p, group) for n, p in zip(names, group["params"], strict=True)}
+    return found
+
+
 def optimizer_tensors(optimizer: Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors named "parameter number.entry". keep: as for `weights_of`."""
-    state = optimizer.state_dict()["state"]
-    flat = {f"{i}.{key}": torch.as_tensor(v) for i, entries in state.items() for key, v in entries.items()}
-    return whole_tensors(flat, keep=keep)
+    """The optimizer's state as flat tensors named "parameter.entry": all of it, so however it is grouped later.
+
+    keep: as for `whole_tensors`.
+    """
+    constants = getattr(optimizer, "constants", ())
+    tensors: dict[str, Tensor] = {}
+    for name, (parameter, _) in named(optimizer).items():
+        entries = {k: v for k, v in optimizer.state.get(parameter, {}).items() if k not in constants}
+        for key, value in (entries or {UNTOUCHED: torch.empty(0)}).items():
+            tensors[f"{name}.{key}"] = torch.as_tensor(value).detach()
+    return whole_tensors(tensors, keep=keep)
 
 
 def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], origin: str) -> None:
-    """Put flat tensors back. Raises CheckpointError if they are not this optimizer's."""
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in tensors.items():
-        number, _, key = name.partition(".")
-        if int(number) < len(parameters) and tensor.shape == parameters[int(number)].shape:
-            tensor = shared_like(tensor, parameters[int(number)])
-        state.setdefault(int(number), {})[key] = tensor
-    numbers = [i for group in optimizer.state_dict()["param_groups"] for i in group["params"]]
-    if sorted(state) != sorted(numbers):
-        raise CheckpointError(f"{origin} holds the state of {len(state)} parameters, the optimizer has {len(numbers)}")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Put flat tensors back, bit for bit. Raises CheckpointError if they are not this optimizer's."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition(".")
+        saved.setdefault(name, {})[entry] = tensor
+    parameters = named(optimizer)
+    if saved.keys() != parameters.keys():
+        odd = sorted(saved.keys() ^ parameters.keys())
+        raise CheckpointError(
+            f"{origin} holds the optimizer's state of {len(saved)} parameters, {len(parameters)} are trained; the "
+            f"first that only one of them has is {odd[0]}"
+        )
+    optimizer.state.clear()
+    begin = getattr(optimizer, "begin", None)
+    for name, entries in saved.items():
+        parameter, group = parameters[name]
+        if UNTOUCHED in entries:
+            continue
+        if begin is not None:  # such as buffers of a special kind, to be filled
+            begin(parameter)
+        state = optimizer.state[parameter]
+        for key, tensor in entries.items():
+            state[key] = _placed(state.get(key), tensor, parameter, group, key)
+
+
+def _placed(before: object, tensor: Tensor, parameter: Tensor, group: dict, key: str) -> Tensor | int:
+    """A saved entry in its own format where the optimizer wants it: not in that of the weights, as torch has it."""
+    if isinstance(before, int):
+        return int(tensor)
+    if isinstance(before, Tensor):
+        return before.copy_(tensor)
+    if tensor.shape == parameter.shape and isinstance(parameter, DTensor):
+        return shared_like(tensor, parameter)
+    on_host = key == "step" and not (group.get("fused") or group.get("capturable"))  # where torch keeps it
+    return tensor.clone() if on_host else tensor.to(parameter.device, copy=True)
