@@ -56,6 +56,11 @@ def register_local(points: Mapping[str, str]) -> None:
     _local.update(points)
 
 
+def local_points() -> dict[str, str]:
+    """What `register_local` was told, for a child process to be told too."""
+    return dict(_local)
+
+
 def register(plugin: Plugin, owner: str) -> None:
     """Put everything `plugin` names into the registries, or nothing."""
     if plugin.api != API_LEVEL:

@@ -14,7 +14,7 @@ from rich.console import Console
 from trivium.build import Artifact, build_source, load_artifact
 from trivium.compose import as_dict, as_yaml
 from trivium.data.source import Source
-from trivium.disk import make_folder, replace_file
+from trivium.disk import append_file, make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.manifest import read as read_manifest
@@ -77,8 +77,7 @@ class Run:
     def say(self, text: str) -> None:
         """A line under the phase's header, on the console and in log.txt."""
         self.console.print(f"  {text}", highlight=False, markup=False)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
-            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        append_file(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def source(self, split: str | None = None) -> Source:
         """The run's data, built once for each split."""

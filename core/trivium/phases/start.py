@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import torch
@@ -40,6 +41,10 @@ def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
     if lock is None:
         raise ConfigError(f"another process is at work in {this.folder}; wait for it, or choose another name=")
     reset_peak()
+    # what answers can be interrupted; training takes signals itself, and before its first step there is nothing to save
+    interruptible = config.phase not in TRAINING_PHASES and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.phase not in TRAINING_PHASES:
         this.begin()
     try:
@@ -50,6 +55,8 @@ def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:
         raise
     finally:
         lock.close()
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     this.manifest.update("done" if code == 0 else "stopped", peak_memory=peak_bytes())
     write_report(this.folder)
     return code

@@ -6,6 +6,7 @@ Figures are read one step late (see figures.py), and all of them before anything
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,8 +17,8 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trivium.disk import read_lines, replace_file
-from trivium.errors import TriviumError
+from trivium.disk import append_file, read_lines, replace_file
+from trivium.errors import TrainingError, TriviumError
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.stop import SignalWatch, StopController
 from trivium.types import TokenBatch
@@ -73,8 +74,8 @@ class Sample(AfterStep):
         if module.step % self.every_steps == 0:
             with module.shown_weights():
                 rows = self.make()
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows)
+            lines = [json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows]
+            append_file(self.path, "".join(lines))
             shown = f"{rows[0]['prompt']!r} -> {rows[0]['completion']!r}"
             self.console.print(f"  sample  {shown}", highlight=False, markup=False)
 
@@ -164,20 +165,23 @@ class Save(AfterStep):
         every_steps: int,
         max_steps: int,
         best_of: Validate | None,
+        watch: SignalWatch,
     ) -> None:
-        self.record = record
+        self.record, self.watch = record, watch
         self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
-        self.watch = SignalWatch()
         self._due = False
+        self._saved = 0  # the last step that a checkpoint holds
+        self._working = threading.Lock()  # held from the moment a step's data is here until all is done with it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.watch.__enter__()  # after Lightning has set its own handlers, which save nothing
+        assert isinstance(pl_module, ObjectiveModule)
+        self._saved = pl_module.step
+        self.watch.overdue = lambda: self.save_late(pl_module)
+        self.watch.listen()  # Lightning has set its own handlers, which save nothing,
+        trainer._signal_connector.received_sigterm = False  # and would raise for what came before now
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.watch.__exit__()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
+    def on_train_batch_start(self, *_: object) -> None:  # type: ignore[override]
+        self._working.acquire()
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         signalled = self.watch.received is not None
@@ -187,6 +191,19 @@ class Save(AfterStep):
         if self._due and module.between_items:  # in the midst of a rollout the steps that are left come first
             self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
             self.save(module, best)
-            self._due = False
+            self._due, self._saved = False, module.step
             if signalled:
                 trainer.should_stop = True
+        self._working.release()
+
+    def save_late(self, module: ObjectiveModule) -> None:
+        """From another thread, when the run should have ended: save the last step if the main thread waits for data."""
+        if not self._working.acquire(blocking=False):
+            raise TrainingError(f"step {module.step + 1} takes longer; the newest checkpoint has step {self._saved}")
+        if module.step == self._saved:
+            return
+        if not module.between_items:
+            raise TrainingError(f"step {module.step} is one of several on one rollout and cannot be saved alone; "
+                                f"the newest checkpoint has step {self._saved}")  # fmt: skip
+        self.record.read(module)
+        self.save(module, False)

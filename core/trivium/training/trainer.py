@@ -33,7 +33,7 @@ from trivium.training.guard import RollBack
 from trivium.training.loggers import build_loggers
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.optim import load_optimizer, optimizer_tensors
-from trivium.training.stop import StopController
+from trivium.training.stop import SignalWatch, StopController
 from trivium.types import TokenBatch
 
 OWN_WEIGHTS = "training.safetensors"
@@ -98,13 +98,14 @@ def fit(job: Job) -> Fitted:
     if config.trainer.compile:
         module.model.compile_blocks()
     rolled: Counter[str] = Counter()
-    while True:
-        try:
-            signal = _train(job, store, stop, offset)
-        except RollBack as back:
-            offset = _roll_back(job, store, stop, back.step, offset, rolled)
-        else:
-            return Fitted(module.step, module.tokens_seen, module.last, start, signal, stop.exhausted)
+    with SignalWatch(config.stop.deadline) as watch:
+        while True:
+            try:
+                _train(job, store, stop, offset, watch)
+            except RollBack as back:
+                offset = _roll_back(job, store, stop, back.step, offset, rolled)
+            else:
+                return Fitted(module.step, module.tokens_seen, module.last, start, watch.received, stop.exhausted)
 
 
 def _roll_back(
@@ -128,8 +129,8 @@ def _roll_back(
     return offset + bad - job.module.step
 
 
-def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) -> int | None:
-    """From the module's step to the end; returns the signal that ended it before, if one did.
+def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, watch: SignalWatch) -> None:
+    """From the module's step to the end, or to the signal that `watch` notes.
 
     offset: step s reads item s + offset of the data (rollbacks move it).
     """
@@ -144,7 +145,7 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) 
 
     best_of = validate if config.checkpoint.keep_best else None
     record = Record(loggers, Show(job.console, config.trainer.max_steps))
-    saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of)
+    saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of, watch)
     callbacks: list[L.Callback] = [validate] if validate else []
     if config.samples.every_steps and config.samples.prompts:
         callbacks.append(
@@ -153,7 +154,6 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int) 
     trainer = _lightning_trainer(config, loggers, [*callbacks, record, saver])
     items = range(start + offset, config.trainer.max_steps + offset)
     trainer.fit(module, datamodule=StepDataModule(job.steps, items))
-    return saver.watch.received
 
 
 def _lightning_trainer(config: RunConfig, loggers: list, callbacks: list[L.Callback]) -> L.Trainer:
