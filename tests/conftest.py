@@ -3,14 +3,15 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from trivium.selftest.harness import Forker
+from trivium.selftest.recipes import overridden
 
 ROOT = Path(__file__).parents[1]
 TINY_MODEL = ("model.dim=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=64")
@@ -19,43 +20,6 @@ TINY_RUN = (
     *("validation.every_steps=0", "validation.max_rows=8", "samples.every_steps=0", "trainer.max_steps=6"),
 )
 TINY = (*TINY_MODEL, *TINY_RUN)
-FORKER = """
-import json, os, select, sys
-from launch import main
-import trivium.pipeline
-from trivium.registry import registries
-
-for registry in registries().values():
-    [registry.load(name) for name in registry]
-orders, children = open(0, "rb", buffering=0, closefd=False), {}
-while True:
-    while children and (found := os.waitpid(-1, os.WNOHANG))[0]:
-        place = children.pop(found[0])
-        with open(place + ".tmp", "w") as f:
-            f.write(str(os.waitstatus_to_exitcode(found[1])))
-        os.rename(place + ".tmp", place + ".code")
-    if not select.select([orders], [], [], 0.005)[0]:
-        continue
-    line = orders.readline()
-    if not line:
-        [os.kill(pid, 9) for pid in children]
-        sys.exit()
-    order = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, kind in ((1, "out"), (2, "err")):
-            os.dup2(os.open(order["place"] + "." + kind, os.O_WRONLY | os.O_CREAT), number)
-        sys.exit(main(order["args"]))
-    children[pid] = order["place"]
-    print(pid, flush=True)
-"""
-"""Imports everything there is, then forks a process for each line of its input; `.code` appears when that has ended."""
-
-
-def overridden(*groups):
-    """Overrides in order, each key once: a later one replaces an earlier one."""
-    return list({o.partition("=")[0]: o for group in groups for o in group}.values())
 
 
 @pytest.fixture(scope="session", name="overridden")
@@ -104,65 +68,12 @@ def launch(spawn):
     return launch
 
 
-class Forked:
-    """A running command line with a process of its own; as much of Popen as the tests need."""
-
-    def __init__(self, pid, place):
-        self.pid, self.place = pid, place
-        self.returncode = None
-
-    def poll(self):
-        code = self.place.with_suffix(".code")
-        if self.returncode is None and code.is_file():
-            self.returncode = int(code.read_text())
-        return self.returncode
-
-    def wait(self, timeout):
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                self.send_signal(signal.SIGKILL)
-                raise TimeoutError(f"process {self.pid} still runs after {timeout} s: {self.out}{self.err}")
-            time.sleep(0.002)
-        return self.returncode
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    @property
-    def out(self):
-        return self.place.with_suffix(".out").read_text()
-
-    @property
-    def err(self):
-        return self.place.with_suffix(".err").read_text()
-
-    def done(self, timeout=120):
-        """Wait for it to end; returns it."""
-        self.wait(timeout)
-        return self
-
-
 @pytest.fixture(scope="session")
 def fork(cache, tmp_path_factory):
-    """fork("phase=pretrain", ...) -> a running Forked, at once: a real process to kill, without seconds of imports."""
-    env = {**os.environ, "TRIVIUM_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    forker = subprocess.Popen([sys.executable, "-c", FORKER], cwd=ROOT, env=env, text=True, bufsize=1, **pipes)
-    folder = tmp_path_factory.mktemp("forked")
-    started = []
-
-    def fork(*args):
-        place = folder / str(len(started))
-        forker.stdin.write(json.dumps({"place": str(place), "args": [str(a) for a in args]}) + "\n")
-        started.append(Forked(int(forker.stdout.readline()), place))
-        return started[-1]
-
-    yield fork
-    forker.stdin.close()
-    forker.wait(timeout=20)
-    forker.stdout.close()
+    """fork("phase=pretrain", ...) -> a running Process, at once: a real one to kill, without seconds of imports."""
+    forker = Forker(tmp_path_factory.mktemp("forked"), cache, home=ROOT)
+    yield forker.fork
+    forker.close()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ VERBS = {
     "explain": "trivium.explain:explain",
     "report": "trivium.cli:report",
     "watch": "trivium.lineage.watch:watch",
+    "selftest": "trivium.selftest.verb:selftest",
 }
 """Looked up before anything heavy is imported: a verb loads only what it needs."""
 
@@ -35,6 +37,7 @@ Trivium: a language model learns, improves and speaks.
   python launch.py -m phase=pretrain optim.lr=1e-3,3e-3        one run for each value
   python launch.py phase=chat init_from=runs/...
   python launch.py plugins list | explain optim.lr [overrides] | report runs/... | watch runs/...
+  python launch.py selftest faults [--quick]          kill, fill and break real runs on this disk; prints a table
 """
 
 FLAGS = """\
@@ -47,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's threads wait by spinning; beside another busy process a step then takes ten times as long. A short spin
     # costs nothing on quiet cores (LOG.md). Read by libgomp when torch is loaded, so it is set before anything else.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if argv is None:  # this is the program: until a phase listens, Ctrl-C ends it at once, imports and all
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or "debug=true" in args
     args = [as_typed("debug=true" if a == "--debug" else a) for a in args]

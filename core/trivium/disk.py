@@ -60,6 +60,16 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def append_file(path: Path, text: str) -> None:
+    """Add text to a file's end. Raises CheckpointError naming path and size when the disk refuses."""
+    data = text.encode()
+    try:
+        with open(path, "ab") as f:
+            f.write(data)
+    except OSError as error:
+        raise CheckpointError(f"{path} ({len(data):,} bytes) cannot be written: {error.strerror}") from error
+
+
 def replace_json(path: Path, value: Any) -> None:
     """`replace_file` with readable JSON."""
     replace_file(path, json.dumps(value, indent=1, ensure_ascii=False).encode())

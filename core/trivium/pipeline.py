@@ -24,7 +24,7 @@ from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig, StageConfig
 from trivium.training.checkpoint import RECORD
 from trivium.training.parallel import placed
 
-HELD_OUT = ("validation.", "stop.", "checkpoint.keep_best=")
+HELD_OUT = ("validation.", "stop.patience", "stop.min_delta", "checkpoint.keep_best=")
 """Settings of the held-out loss."""
 STARTS_MODEL = ("pretrain", "distill")
 """Phases that bring a model of their own, unless init_from= names a trained one."""

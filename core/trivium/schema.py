@@ -164,12 +164,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class StopConfig:
-    """Early stopping on the validation loss."""
+    """Early stopping on the validation loss, and how long a signal waits."""
 
     patience: int = 0  # validations without improvement before stopping; 0 is off
     min_delta: float = 0.0  # smallest fall that counts as improvement
+    deadline: float = 60.0  # seconds from a signal to the end of the process, whatever it is doing; more is safer
 
     def __post_init__(self) -> None:
+        _positive("stop", self, "deadline")
         _not_negative("stop", self, "patience", "min_delta")
 
 

@@ -211,6 +211,7 @@ def test_weights_that_are_not_finite_are_refused(main, base, pretraining, tmp_pa
     record = json.loads((path.parent / "CHECKPOINT.json").read_text())
     data = path.read_bytes()
     record["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    del record["sha256"]  # as an earlier version wrote it
     (path.parent / "CHECKPOINT.json").write_text(json.dumps(record))
     told(main(*pretraining(tmp_path, "a", f"init_from={base}")), 1, f"{name} holds values that are not finite")
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from trivium.build import Artifact, build_source, load_artifact
 from trivium.compose import as_dict, as_yaml
 from trivium.data.source import Source
-from trivium.disk import make_folder, replace_file
+from trivium.disk import append_file, make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.manifest import read as read_manifest
@@ -82,8 +82,7 @@ class Run:
         if not self.world.is_first:
             return
         self.console.print(f"  {text}", highlight=False, markup=False)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
-            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {masked(text)}\n")
+        append_file(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {masked(text)}\n")
 
     def source(self, split: str | None = None) -> Source:
         """The run's data, built once for each split."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable
 
 import torch
@@ -98,6 +99,10 @@ def _run(config: RunConfig, console: Console, world: World, skip_done: bool) -> 
     if world.any(lock is None and world.is_first):
         raise ConfigError(f"another process is at work in {this.folder}; wait for it, or choose another name=")
     reset_peak()
+    # what answers can be interrupted; training takes signals itself, and before its first step there is nothing to save
+    interruptible = config.phase not in TRAINING_PHASES and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.phase not in TRAINING_PHASES:
         this.begin()
     try:
@@ -109,6 +114,8 @@ def _run(config: RunConfig, console: Console, world: World, skip_done: bool) -> 
     finally:
         if lock:
             lock.close()
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     this.manifest.update("done" if code == 0 else "stopped", peak_memory=world.most(peak_bytes()))
     if world.is_first:
         write_report(this.folder)

@@ -6,6 +6,7 @@ Figures are read one step late (see figures.py), and all of them before anything
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,8 +17,8 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trivium.disk import read_lines, replace_file
-from trivium.errors import TriviumError
+from trivium.disk import append_file, read_lines, replace_file
+from trivium.errors import TrainingError, TriviumError
 from trivium.training.background import Background
 from trivium.training.guard import RollBack
 from trivium.training.objective_module import ObjectiveModule
@@ -90,8 +91,8 @@ class Sample(AfterStep):
                 self.world.barrier()
                 if not self.world.is_first:
                     return
-                with open(self.path, "a", encoding="utf-8") as f:
-                    f.writelines(json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows)
+                lines = [json.dumps({"step": module.step, **row}, ensure_ascii=False) + "\n" for row in rows]
+                append_file(self.path, "".join(lines))
             shown = f"{rows[0]['prompt']!r} -> {rows[0]['completion']!r}"
             self.console.print(f"  sample  {shown}", highlight=False, markup=False)
 
@@ -181,36 +182,39 @@ class Save(AfterStep):
         every_steps: int,
         max_steps: int,
         best_of: Validate | None,
+        watch: SignalWatch,
         background: Background,
         world: World = ALONE,
     ) -> None:
-        self.record, self.background, self.world = record, background, world
+        self.record, self.watch, self.background, self.world = record, watch, background, world
         self.save, self.every_steps, self.max_steps, self.best_of = save, every_steps, max_steps, best_of
-        self.watch = SignalWatch()
         self.signal = 0
         """The signal that some process got, once all of them know of it."""
         self._due = False
-        self._saved = 0
+        self._saved = 0  # the last step that a checkpoint holds
+        self._working = threading.Lock()  # held from the moment a step's data is here until all is done with it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ObjectiveModule)
         self._saved = pl_module.step
-        self.watch.__enter__()  # after Lightning has set its own handlers, which save nothing
+        self.watch.overdue = lambda: self.save_late(pl_module)
+        self.watch.listen()  # Lightning has set its own handlers, which save nothing,
+        trainer._signal_connector.received_sigterm = False  # and would raise for what came before now
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ObjectiveModule)
-        if self.world.size == 1 and self.watch.received:  # it may have come while the next step's data was waited for
-            self.signal = self.watch.received
-            if pl_module.step != self._saved and pl_module.between_items:
-                self._write(pl_module, best=False)
-        self.background.wait()  # while signals are still only noted
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.watch.__exit__()
+        with self._working:
+            if self.world.size == 1 and self.watch.received:  # it may have come while a step's data was waited for
+                self.signal = self.watch.received
+                if pl_module.step != self._saved and pl_module.between_items:
+                    self._write(pl_module, best=False)
+            self.background.wait()  # while signals are still only noted
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.background.join()
-        self.teardown(trainer, pl_module, "fit")
+
+    def on_train_batch_start(self, *_: object) -> None:  # type: ignore[override]
+        self._working.acquire()
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         self.background.check()
@@ -223,9 +227,25 @@ class Save(AfterStep):
             self._due = False
             if self.signal:
                 trainer.should_stop = True
+        self._working.release()
 
     def _write(self, module: ObjectiveModule, best: bool) -> None:
         self.record.read(module)  # a checkpoint of a step whose figures are not known could hide a bad one
         with module.watch.aside():
             self.save(module, best)
         self._saved = module.step
+
+    def save_late(self, module: ObjectiveModule) -> None:
+        """From another thread, when the run should have ended: save the last step if the main thread waits for data."""
+        if not self._working.acquire(blocking=False):
+            raise TrainingError(f"step {module.step + 1} takes longer; the newest checkpoint has step {self._saved}")
+        if self.world.size > 1:
+            raise TrainingError(
+                f"the other processes cannot be waited for; the newest checkpoint has step {self._saved}"
+            )
+        if module.step != self._saved and not module.between_items:
+            raise TrainingError(f"step {module.step} is one of several on one rollout and cannot be saved alone; "
+                                f"the newest checkpoint has step {self._saved}")  # fmt: skip
+        if module.step != self._saved:
+            self._write(module, best=False)
+        self.background.wait()

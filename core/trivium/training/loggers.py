@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -53,17 +53,21 @@ class FileLogger(Logger):
         """The run's config.yaml has them."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        try:
-            self._json.write(json.dumps(metrics) + "\n")
-            self._json.flush()
-            self._csv.write(self._row(metrics))
-            self._csv.flush()
-        except OSError as error:
-            raise CheckpointError(f"{self.json_path} cannot be written: {error.strerror}") from error
+        self._write(self._json, self.json_path, json.dumps(metrics) + "\n")
+        self._write(self._csv, self.csv_path, self._row(metrics))
 
     def finalize(self, status: str) -> None:
-        self._json.close()
-        self._csv.close()
+        for file in (self._json, self._csv):
+            with suppress(OSError):  # what a full disk did not take was told when it was written
+                file.close()
+
+    @staticmethod
+    def _write(file: TextIO, path: Path, line: str) -> None:
+        try:
+            file.write(line)
+            file.flush()
+        except OSError as error:
+            raise CheckpointError(f"{path} ({len(line):,} bytes) cannot be written: {error.strerror}") from error
 
     @staticmethod
     def _row(metrics: Mapping[str, float]) -> str:

@@ -36,7 +36,7 @@ from trivium.training.objective_module import ObjectiveModule
 from trivium.training.optim import load_optimizer, optimizer_tensors
 from trivium.training.parallel import ALONE, Placed, World, strategy_of
 from trivium.training.profiler import Profile
-from trivium.training.stop import StopController
+from trivium.training.stop import SignalWatch, StopController
 from trivium.types import TokenBatch
 
 OWN_WEIGHTS = "training.safetensors"
@@ -107,24 +107,25 @@ def fit(job: Job) -> Fitted:
         module.model.compile_blocks()
     rolled: Counter[str] = Counter()
     background = Background()
-    while True:
-        job.foresee(config.trainer.max_steps + offset)
-        try:
-            signal = _train(job, store, stop, offset, background)
-        except RollBack as back:
-            background.wait()
-            job.world.barrier()  # the first has saved what all of them go back to
-            offset, signal = _roll_back(job, store, stop, back, offset, rolled), back.signal
-            if signal is None:
-                continue
-        except BaseException as first:
+    with SignalWatch(config.stop.deadline) as watch:
+        while True:
+            job.foresee(config.trainer.max_steps + offset)
             try:
+                signal = _train(job, store, stop, offset, background, watch)
+            except RollBack as back:
                 background.wait()
-            except TriviumError as second:
-                if second is not first:
-                    job.console.print(f"  [red]and the save that was under way: {second}[/]")
-            raise
-        return Fitted(module.step, module.tokens_seen, module.last, start, signal, stop.exhausted)
+                job.world.barrier()  # the first has saved what all of them go back to
+                offset, signal = _roll_back(job, store, stop, back, offset, rolled), back.signal
+                if signal is None:
+                    continue
+            except BaseException as first:
+                try:
+                    background.wait()
+                except TriviumError as second:
+                    if second is not first:
+                        job.console.print(f"  [red]and the save that was under way: {second}[/]")
+                raise
+            return Fitted(module.step, module.tokens_seen, module.last, start, signal, stop.exhausted)
 
 
 def _newest(job: Job, store: CheckpointStore) -> Path | None:
@@ -152,7 +153,9 @@ def _roll_back(
     return -(-(offset + back.step) // shared) * shared - job.module.step
 
 
-def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, background: Background) -> int | None:
+def _train(
+    job: Job, store: CheckpointStore, stop: StopController, offset: int, background: Background, watch: SignalWatch
+) -> int | None:
     """From the module's step to the end; returns the signal that ended it before, if one did.
 
     offset: step s reads item s + offset of the data (rollbacks move it).
@@ -176,7 +179,8 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, 
 
     best_of = validate if config.checkpoint.keep_best else None
     record = Record(loggers, Show(job.console, config.trainer.max_steps))
-    saver = Save(save, record, config.checkpoint.every_steps, config.trainer.max_steps, best_of, background, job.world)
+    every, most = config.checkpoint.every_steps, config.trainer.max_steps
+    saver = Save(save, record, every, most, best_of, watch, background, job.world)
     callbacks: list[L.Callback] = []
     if config.profiler.torch and first:
         callbacks.append(Profile(config.profiler, job.folder, job.console.print))
@@ -193,7 +197,7 @@ def _train(job: Job, store: CheckpointStore, stop: StopController, offset: int, 
         prefetch=config.trainer.prefetch,
         timeout=config.trainer.loader_timeout,
         pin=trainer.strategy.root_device.type == "cuda",
-        interrupted=lambda: job.world.size == 1 and saver.watch.received is not None,  # several stop together
+        interrupted=lambda: job.world.size == 1 and watch.received is not None,  # several stop together
     )
     try:
         trainer.fit(module, train_dataloaders=loader)
