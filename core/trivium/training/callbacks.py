@@ -240,9 +240,7 @@ class Save(AfterStep):
         if not self._working.acquire(blocking=False):
             raise TrainingError(f"step {module.step + 1} takes longer; the newest checkpoint has step {self._saved}")
         if self.world.size > 1:
-            raise TrainingError(
-                f"the other processes cannot be waited for; the newest checkpoint has step {self._saved}"
-            )
+            raise TrainingError(f"the other processes cannot be waited for; checkpoint {self._saved} is the newest")
         if module.step != self._saved and not module.between_items:
             raise TrainingError(f"step {module.step} is one of several on one rollout and cannot be saved alone; "
                                 f"the newest checkpoint has step {self._saved}")  # fmt: skip
