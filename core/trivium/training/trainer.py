@@ -17,6 +17,7 @@ from rich.console import Console
 
 from trivium.data.datamodule import StepDataModule, Steps
 from trivium.data.tokenizer import Tokenizer
+from trivium.disk import sweep
 from trivium.errors import CheckpointError, ConfigError, TrainingError
 from trivium.models.weights import load_weights, read_tensors, weights_of
 from trivium.schema import RunConfig
@@ -83,6 +84,7 @@ def fit(job: Job) -> Fitted:
     store = CheckpointStore(job.folder / "checkpoints", config.checkpoint.keep)
     stop = StopController(config.stop.patience, config.stop.min_delta)
     store.sweep()
+    sweep(job.folder)
     latest, offset = store.latest(), 0
     if latest is not None:
         offset = restore(job, latest, stop)
