@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -98,6 +99,12 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"the folder {path} cannot be made: {error.strerror}") from error
     return path
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`. Only by the process that holds the folder's lock."""
+    for path in folder.glob("*.tmp-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def lock_folder(path: Path) -> IO[bytes] | None:

@@ -8,7 +8,6 @@ The page is one file: no scripts, no links, pictures inline.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from trivium.disk import replace_file
 from trivium.lineage.curves import draw_curves
 from trivium.lineage.figures import (
     BY_TASK,
@@ -50,13 +50,8 @@ def write_report(folder: Path) -> Path:
     """Write `folder/report.html` (the old one stays until the new one is whole) and return its path."""
     folder = Path(folder)
     html = _template().render(page_context(load_run(folder)))
-    target, partial = folder / "report.html", folder / f".report.html.{os.getpid()}.tmp"
-    try:
-        # a model may emit half of a surrogate pair, which UTF-8 cannot hold
-        partial.write_bytes(html.encode("utf-8", "replace"))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    target = folder / "report.html"
+    replace_file(target, html.encode("utf-8", "replace"))  # a model may emit half a surrogate pair, not held by UTF-8
     return target
 
 

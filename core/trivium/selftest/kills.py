@@ -89,9 +89,11 @@ def killed(
             time.sleep(draw.uniform(0.1, 1.5))
             ensure(step_of(run) == before and not process.out, "the start was over before the kill")
         else:
+            written = identity(run)
             process = bench.fork(*command, environment=environment)
             moment, what = _moment(kind, process, run, step, every, ends, draw, updates)
-            stop_when(process, moment, what)
+            # the figures that are there at first are those of the process before
+            stop_when(process, lambda old=written, due=moment: identity(run) != old and due(), what)
         reached = step_of(run)
         ensure(reached < steps, f"too late: step {reached} of {steps}")
         saved = [int(p.name[5:]) for p in checkpoints(run)]
@@ -149,6 +151,12 @@ def learns(recipe: str, whole: Path) -> None:
     ensure(all(r["grad_norm"] > 0 for r in rows), f"{recipe}: nothing is learned")
     if recipe == "rlhf":  # some groups differ in their rewards, so there is something to learn from the samples
         ensure(sum(r["rollout/idle_groups"] < 1 for r in rows) > len(rows) / 2, "rlhf: all rewards are equal")
+
+
+def identity(run: Path) -> int:
+    """Of metrics.jsonl as a file: every start of a run writes it anew."""
+    path = run / "metrics.jsonl"
+    return path.stat().st_ino if path.is_file() else 0
 
 
 def _half_a_line(run: Path) -> None:

@@ -24,6 +24,7 @@ from trivium.selftest.harness import (
     stop_when,
     tally,
 )
+from trivium.selftest.kills import identity
 from trivium.selftest.plugin import PLACES
 
 VALUES = ("nan", "inf", "-inf", "1e30")
@@ -86,9 +87,12 @@ def resume(bench: Bench, policies: tuple[str, ...] = ("skip", "rollback"), kills
         run, draw = bench.place("poison-killed"), random.Random(seed)
         command = _command(bench, run, "nan", "loss", policy)
         for number in range(kills):
+            written = identity(run)
             process = bench.fork(*command)
             step = max(step_of(run) + 1, int(26 * (number + draw.random()) / kills))
-            stop_when(process, lambda step=step: step_of(run) >= step, f"step {step}")
+            stop_when(
+                process, lambda old=written, step=step: identity(run) != old and step_of(run) >= step, f"step {step}"
+            )
             ensure(step_of(run) < 30, "killed too late")
             process.kill()
         bench.finish(command)

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trivium.disk import digest_file, make_folder, replace_file, sync_file, sync_folder, write_file
+from trivium.disk import digest_file, make_folder, replace_file, sweep, sync_file, sync_folder, write_file
 from trivium.errors import CheckpointError, TrainingError
 from trivium.models.weights import read_tensors
 from trivium.training.tensorfile import write_tensors
@@ -165,9 +165,7 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Remove what an interrupted save left behind. Only at the start of a training run."""
-        if self.folder.is_dir():
-            for path in self.folder.glob("*.tmp-*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        sweep(self.folder)
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from trivium.data.datamodule import Steps
 from trivium.data.loader import StepLoader
 from trivium.data.tokenizer import Tokenizer
+from trivium.disk import sweep
 from trivium.errors import CheckpointError, ConfigError, TrainingError, TriviumError
 from trivium.models.weights import load_weights, read_tensors, whole_tensors
 from trivium.schema import RunConfig, TrainerConfig
@@ -90,6 +91,7 @@ def fit(job: Job) -> Fitted:
     stop = StopController(config.stop.patience, config.stop.min_delta)
     if job.world.is_first:
         store.sweep()
+        sweep(job.folder)
     latest, offset = _newest(job, store), 0
     if latest is not None:
         offset = restore(job, latest, stop)
