@@ -35,7 +35,7 @@ def test_file_logger_drops_what_lies_behind_the_resumed_step(tmp_path):
 def test_tensorboard_and_wandb_get_the_same_losses(launch, pretraining, tmp_path):
     """wandb works offline, without an account; TensorBoard's events hold what metrics.jsonl holds."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = launch(*pretraining(tmp_path, "logged", "logger=wandb", "logger.tensorboard=true"))
+    run = launch(*pretraining(tmp_path, "logged", "logger=wandb", "logger.tensorboard=true"), timeout=400)
     assert run.returncode == 0, run.stderr
     folder = tmp_path / "logged"
     losses = [json.loads(line)["train/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -268,8 +268,9 @@ def test_planted_secrets_are_in_no_file(launch, pretraining, tmp_path, closed):
     secrets = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "HOME": str(tmp_path / "home")}
     said = f"samples.prompts=['https://me:{argument}@example.org']"
     loggers = ("logger=wandb", "logger.wandb_mode=online", "logger.tensorboard=true")
-    run = launch(*pretraining(tmp_path / "runs", "run", said, *loggers), **secrets)
+    run = launch(*pretraining(tmp_path / "runs", "run", said, *loggers), timeout=400, **secrets)
     assert run.returncode == 0, run.stderr
+    assert len(wandb_losses(tmp_path / "runs" / "run")) == 6  # its process is done, and has written all it will
     files = [p for p in (tmp_path / "runs").rglob("*") if p.is_file()]
     assert {"MANIFEST.json", "config.yaml", "metrics.jsonl", "state.json", "report.html"} <= {p.name for p in files}
     assert [p for p in files if p.suffix == ".wandb"]
@@ -277,3 +278,16 @@ def test_planted_secrets_are_in_no_file(launch, pretraining, tmp_path, closed):
         assert [str(p) for p in files if secret.encode() in p.read_bytes()] == [], secret
         assert secret not in run.stdout + run.stderr
     assert "https://***@example.org" in (tmp_path / "runs/run/config.yaml").read_text()  # it was there to be found
+
+
+def test_what_a_resume_compares_has_no_secret(main, pretraining, corpus, tmp_path):
+    """Every checkpoint holds the settings that must not change; a password in a path (odd, but a path) is masked."""
+    odd = tmp_path / "https:" / "me:hunter2@host"
+    odd.mkdir(parents=True)
+    (odd / "text.txt").write_bytes(corpus.read_bytes())
+    run = main(*pretraining(tmp_path, "run", f"data.path='{tmp_path}/https://me:hunter2@host/text.txt'"))
+    assert run.code == 0, run.err
+    state = json.loads((tmp_path / "run/checkpoints/step-6/state.json").read_text())
+    assert state["guard"]["data.path"] == f"{tmp_path}/https://***@host/text.txt"
+    again = main(*pretraining(tmp_path, "run", f"data.path='{tmp_path}/https://me:hunter2@host/text.txt'"))
+    assert again.code == 0 and "was done already" in again.out, again.err
