@@ -111,6 +111,11 @@ class ObjectiveModule(L.LightningModule):
             companion.to(self.device)
 
     @property
+    def world_size(self) -> int:
+        """How many processes share a step; one while there is no loop yet."""
+        return self._trainer.world_size if self._trainer else 1
+
+    @property
     def between_items(self) -> bool:
         """Whether a checkpoint taken now misses nothing: here after every step."""
         return True
@@ -202,7 +207,7 @@ class ObjectiveModule(L.LightningModule):
         """Forward and backward of all micro-batches: the mean loss over all ranks, and metrics as (total, count)."""
         sums: dict[str, list[Tensor]] = {}
         # the only division: DDP averages gradients over ranks, so its factor is given back
-        factor = self.trainer.world_size / count * (self.loss_scale.scale if self.loss_scale else 1.0)
+        factor = self.world_size / count * (self.loss_scale.scale if self.loss_scale else 1.0)
         with self.autocast():  # around them all: a weight is cast once a step
             for number, batch in enumerate(micro_batches):
                 loss_sum, metrics = self.loss(batch)
@@ -238,7 +243,7 @@ class ObjectiveModule(L.LightningModule):
         named = [(_group(name), p.grad) for name, p in trained if p.grad is not None]
         if not named:
             raise TrainingError(f"step {self.step}: no parameter has a gradient; is everything frozen?")
-        if len(named) < len(trained) and self.trainer.world_size > 1:  # DDP would leave its whole bucket unaveraged
+        if len(named) < len(trained) and self.world_size > 1:  # DDP would leave its whole bucket unaveraged
             lost = next(name for name, p in trained if p.grad is None)
             raise TrainingError(f"step {self.step}: {lost} has no gradient to average over the processes; freeze it")
         norms = torch._foreach_norm([local(grad) for _, grad in named], 2.0, dtype=_norm_type(named[0][1].dtype))  # type: ignore[reportPrivateImportUsage]
@@ -283,7 +288,7 @@ class ObjectiveModule(L.LightningModule):
 
     def global_sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks; the same bits on each."""
-        if self.trainer.world_size > 1:
+        if self.world_size > 1:
             value = value.clone()
             torch.distributed.all_reduce(value)  # not Lightning's `reduce`: it has the host wait first
         return value
@@ -335,8 +340,8 @@ class ObjectiveModule(L.LightningModule):
         """
         was_training = self.model.training
         self.model.eval()
-        if len(batches) % self.trainer.world_size == 0:
-            batches = batches[self.global_rank :: self.trainer.world_size]
+        if len(batches) % self.world_size == 0:
+            batches = batches[self.global_rank :: self.world_size]
         batches = [batch.to(self.device) for batch in batches]
         total = count = torch.zeros((), device=self.device)
         with self.shown_weights():
