@@ -22,11 +22,11 @@ from trivium.compose import as_dict, config_of
 from trivium.disk import make_folder, write_file
 from trivium.errors import ConfigError, TriviumError
 from trivium.phases.start import run
-from trivium.plugin import local_plugins, register_local
+from trivium.plugin import discover, local_plugins, register_local
 from trivium.schema import TRAINING_PHASES, RunConfig
 
 try:
-    import submitit
+    import submitit  # type: ignore[reportMissingImports]
 except ModuleNotFoundError:
     submitit = None
 
@@ -44,6 +44,7 @@ class Task:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         order = json.loads(Path(self.order).read_text())
         register_local(order["plugins"])
+        discover()
         try:
             return run(config_of(order["config"]), Console(soft_wrap=True))
         except TriviumError as error:

@@ -12,6 +12,7 @@ from trivium.cli import spoken
 from trivium.compose import config_of
 from trivium.phases.start import run
 from trivium.plugin import discover, register_local
+from trivium.training.parallel import PeerLost
 from trivium.training.processes import orders
 
 
@@ -19,7 +20,10 @@ def work(order: dict[str, Any]) -> int:
     """Run the phase that the launcher composed."""
     register_local(order["plugins"])
     discover()
-    return run(config_of(order["config"]), Console(soft_wrap=True), skip_done=order["skip_done"])
+    try:
+        return run(config_of(order["config"]), Console(soft_wrap=True), skip_done=order["skip_done"])
+    except PeerLost as lost:
+        return lost.exit_code  # the launcher tells what the other died of
 
 
 def main() -> int:

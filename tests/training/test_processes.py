@@ -58,6 +58,14 @@ def alive(pid):
         return False
 
 
+def gone(workers):
+    """Wait until no worker is left: 5 s for the others to notice a death by themselves, and 5 for a busy machine."""
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline, "a process outlives the others"
+        time.sleep(0.02)
+
+
 def under_way(process, run, more=5):
     """Wait until a run that was just started is `more` steps on; returns its workers, both alive."""
     before, deadline = len(rows_of(run)), time.monotonic() + SLOW
@@ -102,7 +110,7 @@ def test_signal_and_deaths(fork, pretraining, tmp_path):
     run = tmp_path / "long"
     first = fork(*pretraining(tmp_path, "long", *long))
     os.kill(under_way(first, run)[1], signal.SIGTERM)
-    assert first.wait(timeout=30) == 143, first.err
+    assert first.wait(timeout=SLOW) == 143, first.err
     steps = len(rows_of(run))
     assert [p.name for p in (run / "checkpoints").glob("step-*")] == [f"step-{steps}"]
     assert "stopped by signal 15" in (run / "log.txt").read_text() and not first.err
@@ -111,21 +119,15 @@ def test_signal_and_deaths(fork, pretraining, tmp_path):
     second = fork(*pretraining(tmp_path, "long", *long))
     workers = under_way(second, run)
     os.kill(workers[1], signal.SIGKILL)
-    began = time.monotonic()
-    assert second.wait(timeout=30) == 1
-    assert time.monotonic() - began < 8
+    gone(workers)
+    assert second.wait(timeout=SLOW) == 1
     assert second.err == "error: process 1 of 2 was killed by SIGKILL; the same command continues the run\n"
-    assert not any(map(alive, workers))
     assert rows_of(run)[steps]["step"] == steps + 1  # it had gone on from the save
-    assert json.loads((run / "MANIFEST.json").read_text())["status"] == "failed"
 
     third = fork(*pretraining(tmp_path, "long", *long))
     workers = under_way(third, run)
     third.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 8
-    while any(map(alive, workers)):
-        assert time.monotonic() < deadline, "workers outlive their launcher"
-        time.sleep(0.02)
+    gone(workers)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,11 @@ class ObjectiveModule(L.LightningModule):
         self.watch.start(self.device)
 
     @property
+    def world_size(self) -> int:
+        """How many processes share a step; one while there is no loop yet."""
+        return self._trainer.world_size if self._trainer else 1
+
+    @property
     def between_items(self) -> bool:
         """Whether a checkpoint taken now misses nothing: here after every step."""
         return True
@@ -229,7 +234,7 @@ class ObjectiveModule(L.LightningModule):
         """Forward and backward of all micro-batches: the mean loss over all ranks, and metrics as (total, count)."""
         sums: dict[str, list[Tensor]] = {}
         # the only division: DDP averages gradients over ranks, so its factor is given back
-        factor = self.trainer.world_size / count * (self.loss_scale.scale if self.loss_scale else 1.0)
+        factor = self.world_size / count * (self.loss_scale.scale if self.loss_scale else 1.0)
         with self.autocast():  # around them all: a weight is cast once a step
             for number, batch in enumerate(micro_batches):
                 loss_sum, metrics = self.loss(batch)
@@ -271,7 +276,7 @@ class ObjectiveModule(L.LightningModule):
             norms = dict(zip(named, found, strict=True))
         else:
             raise TrainingError(f"step {self.step}: no parameter has a gradient; is everything frozen?")
-        if len(norms) < len(trained) and self.trainer.world_size > 1:  # DDP would leave its whole bucket unaveraged
+        if len(norms) < len(trained) and self.world_size > 1:  # DDP would leave its whole bucket unaveraged
             lost = next(name for name, p in trained if p.grad is None)
             raise TrainingError(f"step {self.step}: {lost} has no gradient to average over the processes; freeze it")
         groups: dict[str, list[Tensor]] = {}
@@ -318,7 +323,7 @@ class ObjectiveModule(L.LightningModule):
 
     def global_sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks; the same bits on each."""
-        if self._trainer is not None and self.trainer.world_size > 1:
+        if self.world_size > 1:
             value = value.clone()
             torch.distributed.all_reduce(value)  # not Lightning's `reduce`: it has the host wait first
         return value
@@ -377,8 +382,8 @@ class ObjectiveModule(L.LightningModule):
         """
         was_training = self.model.training
         self.model.eval()
-        if len(batches) % self.trainer.world_size == 0:
-            batches = batches[self.global_rank :: self.trainer.world_size]
+        if len(batches) % self.world_size == 0:
+            batches = batches[self.global_rank :: self.world_size]
         batches = [batch.to(self.device) for batch in batches]
         total = count = torch.zeros((), device=self.device)
         with self.shown_weights():

@@ -85,7 +85,7 @@ class RolloutModule(ObjectiveModule):
         r = self.rollouts
         self.backend.update_weights(self.step)
         parts = [range(u, len(prompts), r.updates) for u in range(r.updates)]
-        parts = [part[self.global_rank :: self.trainer.world_size] for part in parts]  # this rank's prompts
+        parts = [part[self.global_rank :: self.world_size] for part in parts]  # this rank's prompts
         answers = self._sample(prompts, sorted(i for part in parts for i in part))
         rewards = torch.zeros(len(prompts), r.samples)
         for i, group in answers.items():
