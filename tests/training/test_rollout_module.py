@@ -7,8 +7,8 @@ import math
 import lightning as L
 import pytest
 import torch
+from helpers import curve, curve_of, run_through, tiny_job
 from torch import nn
-from torch.utils.data import DataLoader
 
 from trivium.data.config import BPEConfig, SourceConfig
 from trivium.data.datamodule import PromptDataset
@@ -21,6 +21,8 @@ from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
 from trivium.objectives.config import GRPOConfig
 from trivium.objectives.policy_gradient import GRPO
+from trivium.schema import GuardConfig
+from trivium.training import trainer
 from trivium.training.objective_module import StepSettings
 from trivium.training.rollout_module import MISMATCH, RolloutModule, RolloutSettings
 from trivium.types import IGNORE, Score
@@ -28,14 +30,6 @@ from trivium.types import IGNORE, Score
 SAMPLES, MAX_TOKENS, LENGTH, TEMPERATURE = 4, 6, 64, 0.9
 QUESTIONS = ["the river?", "and the stone?", "the river?", "so"]
 """The first and the third are one text, asked by two examples."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +88,7 @@ def policy(tokenizer, seed=0, dropout=0.0):
 
 
 def module_of(tokenizer, *, updates=1, samples=SAMPLES, seed=0, sampling_seed=0, sampler=None, config=None, lr=0.0,
-              micro_size=2, dropout=0.0, objective=None):  # fmt: skip
+              micro_size=2, dropout=0.0, objective=None, guard="stop"):  # fmt: skip
     model = policy(tokenizer, dropout=dropout)
     objective = objective or GRPO(config or GRPOConfig(kl_weight=0.0))
     settings = RolloutSettings(samples, updates, MAX_TOKENS, TEMPERATURE, sampling_seed, micro_size, LENGTH)
@@ -103,7 +97,7 @@ def module_of(tokenizer, *, updates=1, samples=SAMPLES, seed=0, sampling_seed=0,
         objective,
         lambda m: torch.optim.SGD(m.parameters(), lr=lr),
         lambda step: 1.0,
-        StepSettings(grad_clip=0.0, seed=seed),
+        StepSettings(grad_clip=0.0, seed=seed, guard=GuardConfig(policy=guard)),
         {name: policy(tokenizer, seed=1) for name in objective.companions},
         backend=Recording(NativeConfig(max_batch=5), sampler(model) if sampler else model, tokenizer.pad_id),
         source=Questions(),
@@ -118,11 +112,7 @@ def prompts_of(tokenizer, numbers=(0, 1, 2, 3)):
 
 
 def fit(module, items):
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(items, batch_size=None))
+    run_through(module, items)
     list(module.rows())
     return module
 
@@ -305,12 +295,8 @@ def test_between_items_only_where_a_rollout_is_used_up(tokenizer):
         def on_train_batch_end(self, trainer, pl_module, *_):
             seen.append((pl_module.step, pl_module.between_items, len(pl_module.source.judged)))
 
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[Note()],
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
     assert module.between_items
-    trainer.fit(module, DataLoader([prompts_of(tokenizer)] * 4, batch_size=None))
+    run_through(module, [prompts_of(tokenizer)] * 4, [Note()])
     list(module.rows())
     assert seen == [(1, False, 16), (2, True, 16), (3, False, 32), (4, True, 32)]
 
@@ -340,6 +326,40 @@ def test_every_rollout_draws_anew(tokenizer):
     module.roll_out(prompts_of(tokenizer))
     assert drawn_answers(module) != first
     assert (version, module.backend.stats().weight_version) == (0, 1)
+
+
+@pytest.mark.parametrize("bad", [5, 6])
+def test_a_rollback_goes_on_behind_the_whole_rollout(tokenizer, tmp_path, bad):
+    """Two updates a rollout, checkpoints at 4 and 8. Step 5 or 6, the first or second on the third rollout, is bad.
+
+    Back at 4, the fourth rollout follows, drawn anew by the weights of step 4, and the curve is that of a run that was
+    never asked the third's prompts. The story: the data went on by `bad` steps, in the midst of the third rollout, or
+    what was left of the fourth, drawn by weights that were given up, was trained on.
+    """
+
+    done = []
+
+    class Planted(GRPO):
+        def __call__(self, forward, batch):
+            output = super().__call__(forward, batch)
+            if module.step + 1 == bad and not done:
+                done.append(batch)
+                output.loss_sum = output.loss_sum * math.nan
+            return output
+
+    def fresh(objective):
+        how = {"updates": 2, "dropout": 0.2, "micro_size": 9, "guard": "rollback"}
+        module = module_of(tokenizer, objective=objective, **how)
+        module.optimizer = torch.optim.AdamW(module.model.parameters(), lr=0.02)
+        return module
+
+    steps = PromptDataset(Questions(), tokenizer, size=2, updates=2, seed=0)
+    module = fresh(Planted(GRPOConfig(kl_weight=0.0)))
+    guard = GuardConfig(policy="rollback")
+    job = tiny_job(tmp_path / "run", tokenizer, module, steps, max_steps=8, every_steps=4, guard=guard)
+    assert trainer.fit(job).steps == 8 and len(done) == 1
+    other = fresh(GRPO(GRPOConfig(kl_weight=0.0)))
+    assert curve(tmp_path / "run") == curve_of(other, [steps[i] for i in (0, 1, 2, 3, 6, 7, 8, 9)])
 
 
 # ---- the sampler and the trainer

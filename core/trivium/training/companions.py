@@ -61,6 +61,7 @@ def _ask(
 ) -> np.ndarray:
     def said(batch: TokenBatch) -> Tensor:
         dtype = precision.autocast
+        batch.reference = None  # type: ignore[attr-defined]  # of other rows something may be known already
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             objective.consult(batch, {COLUMN: model})
         return batch.reference  # type: ignore[attr-defined]

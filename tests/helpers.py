@@ -1,0 +1,91 @@
+"""What tests of numbers share: a small model, Lightning's real loop without its noise, numbers worked out densely."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from trivium.data.config import SourceConfig
+from trivium.data.source import Source
+from trivium.models.config import LlamaConfig
+from trivium.models.llama import Llama
+from trivium.schema import CheckpointConfig, GuardConfig, RunConfig, TrainerConfig, ValidationConfig
+from trivium.training.callbacks import Record, Show
+from trivium.training.trainer import Job
+
+TINY = {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_dim": 24, "context": 16, "init_std": 0.3}
+
+
+def tiny_llama(vocab_size, seed=1, dtype=torch.float32, **changes):
+    """A Llama of one layer and width 16, but for `changes`."""
+    model = Llama(LlamaConfig(**(TINY | changes)), vocab_size)
+    model.init_weights(seed=seed)
+    return model.to(dtype)
+
+
+def run_through(module, items, callbacks=()):
+    """Run loader items through Lightning; returns the module. Figures are left unread."""
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(items, batch_size=None))
+    return module
+
+
+def tiny_job(folder, tokenizer, module, steps, *, max_steps, every_steps, guard=None, validation=(), **trainer):
+    """What `fit` needs to run `module` on `steps`, with checkpoints in `folder`."""
+    config = RunConfig(
+        data=object(),
+        trainer=TrainerConfig(max_steps=max_steps, accelerator="cpu", **trainer),
+        checkpoint=CheckpointConfig(every_steps=every_steps),
+        validation=ValidationConfig(every_steps=every_steps if validation else 0),
+        guard=guard or GuardConfig(),
+    )
+    said = Console(record=True, file=io.StringIO(), width=200)
+    return Job(config, folder, module, steps, list(validation), tokenizer, {}, {}, "text", list,
+               lambda: folder.mkdir(exist_ok=True), said)  # fmt: skip
+
+
+def _hex(rows):
+    return [(row["step"], row["train/loss"].hex(), row["grad_norm"].hex()) for row in rows]
+
+
+def curve(folder):
+    """Step, loss and gradient norm of each row of a run's metrics.jsonl, to the last bit."""
+    return _hex(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+
+
+def curve_of(module, items):
+    """The same of a run through these very items, without `fit` and its checkpoints."""
+    rows = []
+    logger = SimpleNamespace(log_metrics=lambda row, step: rows.append(row))
+    run_through(module, items, [Record([logger], Show(Console(quiet=True), 99))])
+    return _hex(rows)
+
+
+def dense_logprobs(model, ids, trained, temperature=1.0):
+    """Log-probability of each trained token of a document that is alone in a row: no packing, no chunks."""
+    tokens = torch.tensor([ids])
+    logits = model.head(model(tokens, torch.arange(len(ids))[None]))[0, :-1]
+    logps = (logits.double() / temperature).log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    return logps[torch.tensor(trained[1:])]
+
+
+class Listed(Source):
+    """A source of the examples it is given."""
+
+    def __init__(self, examples):
+        super().__init__(SourceConfig())
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        return self.examples[index]

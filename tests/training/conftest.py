@@ -1,0 +1,12 @@
+"""One thread: sums in the same order on every machine, and no fight for the processor."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
