@@ -16,6 +16,8 @@ LONG = (f"trainer.max_steps={STEPS}", f"checkpoint.every_steps={EVERY}")
 DROPOUT = "model.dropout=0.1"
 RECIPES = {
     "pretrain": ("pretraining", (*LONG, DROPOUT, "validation.every_steps=20")),
+    "muon": ("pretraining", (*LONG, DROPOUT, "optim=muon")),
+    "schedule_free": ("pretraining", (*LONG, DROPOUT, "optim=schedule_free", "schedule=constant")),
     "sft": ("tuning", (*LONG, DROPOUT)),
     "preference": ("preferring", (*LONG, "validation.every_steps=20")),
     "kto": ("judging", (*LONG, "validation.every_steps=20")),
@@ -42,9 +44,9 @@ def curve(run):
 
 
 def digest(run):
-    """One SHA-256 over the final weights and optimizer state."""
-    final = run / "checkpoints" / f"step-{STEPS}"
-    files = [final / "model.safetensors", final / "optimizer.safetensors"]
+    """One SHA-256 over the final weights (the average too, where one is kept) and optimizer state."""
+    files = sorted((run / "checkpoints" / f"step-{STEPS}").glob("*.safetensors"))
+    assert {"model.safetensors", "optimizer.safetensors"} <= {f.name for f in files}
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
