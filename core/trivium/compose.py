@@ -209,6 +209,9 @@ def explain_failure(error: BaseException, overrides: Sequence[str]) -> TriviumEr
             if bare.data is None and bare.phase in DATA_PHASES:
                 return _no_option("data", f"{bare.domain}/{bare.phase}", overrides)
         known = _known_keys(compose([o for o, k in zip(overrides, given, strict=True) if k != key]))
+        inner = re.search(r"Key '(\w+)' (?:is )?not in '\w+'", text)
+        if inner and key in known:  # a list of settings, whose entries have no such key
+            return ConfigError(f"unknown option {inner.group(1)!r} in an entry of {key}")
         return ConfigError(
             f"unknown option {key!r}.{near_misses(key, {*known, *file_groups()})} `--help` lists the groups"
         )

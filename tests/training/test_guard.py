@@ -149,12 +149,12 @@ def test_a_planted_number_never_reaches_weights_or_optimizer(kind, place, policy
     order = [p for group in module.optimizer.param_groups for p in group["params"]]
     by_id = {id(p): n for n, p in module.model.named_parameters()}
     assert len(names) == len(order)
-    for number, parameter in enumerate(order):  # AdamW by hand, in fp64: t counts steps that were taken
+    for parameter in order:  # AdamW by hand, in fp64: t counts steps that were taken
         name = by_id[id(parameter)]
         taken = 3 if sound else 2
-        m = 0.9 * before[1][f"{number}.exp_avg"].double() + 0.1 * gradients[name]
-        v = 0.95 * before[1][f"{number}.exp_avg_sq"].double() + 0.05 * gradients[name] ** 2
-        assert after[1][f"{number}.step"].item() == taken
+        m = 0.9 * before[1][f"{name}.exp_avg"].double() + 0.1 * gradients[name]
+        v = 0.95 * before[1][f"{name}.exp_avg_sq"].double() + 0.05 * gradients[name] ** 2
+        assert after[1][f"{name}.step"].item() == taken
         step = m / (1 - 0.9**taken) / ((v / (1 - 0.95**taken)).sqrt() + 1e-8)
         decay = 0.1 if parameter.dim() > 1 else 0.0
         expected = before[0][name].double() * (1 - 1e-2 * decay) - 1e-2 * step

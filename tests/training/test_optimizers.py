@@ -339,3 +339,18 @@ def test_reading_the_average_changes_nothing(weights):
         shown = optimizer.weights()[dict(model.named_parameters())[weights]]
         assert not torch.equal(shown, dict(model.named_parameters())[weights])
     assert ends[0] == ends[1]
+
+
+SIZES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "lion": 4, "muon": 4, "schedule_free": 12, "sgd": 4}
+
+
+@EVERY
+def test_state_is_as_large_as_the_docs_say(name):
+    """docs/training.md: bytes for each weight of a matrix, here one of 64 x 96; what is small besides stays below 0.6:
+    32 bits a block of 256 in 8 bits, twice; a row and a column."""
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(64, 96, bias=False)])
+    optimizer = optimizer_of(name, model)
+    step(optimizer, model, 0)
+    held = sum(t.numel() * t.element_size() for t in optimizer_tensors(optimizer).values()) / (64 * 96)
+    assert SIZES[name.removeprefix("paged_")] <= held < SIZES[name.removeprefix("paged_")] + 0.6

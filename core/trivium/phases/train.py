@@ -81,7 +81,7 @@ def run_tokenizer(this: Run) -> int:
 def run_training(this: Run) -> int:
     """Every phase that trains: the same path with another objective, from data or from the policy's own samples."""
     config = this.config
-    _check_average(this)
+    _check_optimizer(this)
     objective = build_objective(config.objective, config.phase)
     if config.trainer.compile:
         check_compiler(device_of(config.trainer.accelerator))
@@ -143,9 +143,14 @@ def run_training(this: Run) -> int:
     return 0
 
 
-def _check_average(this: Run) -> None:
-    """An optimizer that averages weights wants no second average, and no falling rate either."""
+def _check_optimizer(this: Run) -> None:
+    """Say what was made for another optimizer: a recipe's rate, a second average, a falling rate."""
     optim, schedule = this.config.optim, this.config.schedule.name
+    own = type(optim.config)()
+    if not optim.name.endswith(("adamw", "adamw8bit")) and optim.config.lr != own.lr:
+        this.say(
+            f"optim={optim.name}: lr={optim.config.lr:g}, {own.lr:g} is its default (a recipe's is meant for adamw)"
+        )
     if not getattr(optim.config, "averages", False):
         return
     if this.config.trainer.average:
