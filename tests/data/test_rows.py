@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import Listed
 
 from trivium.data.collate import collate
-from trivium.data.config import BPEConfig, SourceConfig
+from trivium.data.config import BPEConfig
 from trivium.data.datamodule import StepDataModule, StepDataset, validation_batches
 from trivium.data.packing import WINDOW, TokenTable, pack, plan, tokenise
-from trivium.data.source import Source
 from trivium.data.tokenizer import train_bpe
 from trivium.errors import DataError
 
@@ -222,7 +222,7 @@ def test_steps_utilisation_by_hand():
 def test_loader_feeds_the_steps_that_are_left(start):
     """Its length is known, so nothing is lost at a resume: steps start..7, each as the data set has it."""
     steps = steps_of(micro_size=2)
-    loader = StepDataModule(steps, start, 8).train_dataloader()
+    loader = StepDataModule(steps, range(start, 8)).train_dataloader()
     assert len(loader) == 8 - start
     assert [stacked(b) for b in loader] == [stacked(steps[k]) for k in range(start, 8)]
 
@@ -236,18 +236,6 @@ def test_validation_batches_are_the_same_rows_every_time():
 
 
 # ---- tokenise: long documents
-
-
-class Listed(Source):
-    def __init__(self, examples):
-        super().__init__(SourceConfig())
-        self.examples = examples
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, index):
-        return self.examples[index]
 
 
 @pytest.fixture(scope="module")
