@@ -69,12 +69,12 @@ def curve_of(module, items):
     return _hex(rows)
 
 
-def dense_logprobs(model, ids, trained, temperature=1.0):
-    """Log-probability of each trained token of a document that is alone in a row: no packing, no chunks."""
-    tokens = torch.tensor([ids])
-    logits = model.head(model(tokens, torch.arange(len(ids))[None]))[0, :-1]
-    logps = (logits.double() / temperature).log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-    return logps[torch.tensor(trained[1:])]
+def dense_logprobs(model, document, temperature=1.0):
+    """Log-probability of each trained token of a document that is alone in a row: no packing, no chunks; fp64."""
+    tokens = torch.tensor([document.ids])
+    logits = model.head(model(tokens, torch.arange(len(document.ids))[None]))[0, :-1].double()
+    logps = (logits / temperature).log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    return logps[torch.tensor(document.trained[1:])]
 
 
 class Listed(Source):

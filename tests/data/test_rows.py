@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import Listed
 
 from trivium.data.collate import collate
-from trivium.data.config import BPEConfig, SourceConfig
+from trivium.data.config import BPEConfig
 from trivium.data.datamodule import StepDataset, validation_batches
 from trivium.data.loader import StepLoader
 from trivium.data.packing import WINDOW, TokenTable, pack, plan, tokenise
-from trivium.data.source import Source
 from trivium.data.tokenizer import train_bpe
 from trivium.errors import DataError
 
@@ -237,18 +237,6 @@ def test_validation_batches_are_the_same_rows_every_time():
 
 
 # ---- tokenise: long documents
-
-
-class Listed(Source):
-    def __init__(self, examples):
-        super().__init__(SourceConfig())
-        self.examples = examples
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, index):
-        return self.examples[index]
 
 
 @pytest.fixture(scope="module")

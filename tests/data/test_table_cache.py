@@ -2,26 +2,14 @@
 
 import numpy as np
 import pytest
+from helpers import Listed
 
 from trivium.data import cache
 from trivium.data.cache import cached_table
-from trivium.data.config import BPEConfig, SourceConfig
+from trivium.data.config import BPEConfig
 from trivium.data.packing import tokenise
-from trivium.data.source import Source
 from trivium.data.tokenizer import train_bpe
 from trivium.disk import keep, kept
-
-
-class Listed(Source):
-    def __init__(self, examples):
-        super().__init__(SourceConfig())
-        self.examples = examples
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, index):
-        return self.examples[index]
 
 
 def labelled(answer="yes"):

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny_llama
 
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
 from trivium.data.packing import table_of
-from trivium.models.config import LlamaConfig
-from trivium.models.llama import Llama
 from trivium.objectives.config import DistillConfig
 from trivium.objectives.distill import Distill, divergence
 from trivium.types import DistillBatch
@@ -19,14 +18,6 @@ VOCAB, PAD = 29, 0
 EXACT = {"rtol": 0, "atol": 1e-12}
 TEACHER = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
 STUDENT = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +91,7 @@ def test_jensen_shannon_is_bounded(beta):
 
 
 def small_llama(seed, dim=16, tied=True):
-    config = LlamaConfig(dim=dim, layers=1, heads=2, kv_heads=1, ffn_dim=24, context=16, init_std=0.4, tied=tied)
-    model = Llama(config, VOCAB)
-    model.init_weights(seed=seed)
-    return model.double()
+    return tiny_llama(VOCAB, seed, torch.float64, dim=dim, init_std=0.4, tied=tied)
 
 
 def documents():

@@ -7,15 +7,12 @@ optimisation and many trainers make of ragged micro-batches.
 import copy
 import math
 
-import lightning as L
 import pytest
 import torch
+from helpers import run_through, tiny_llama
 from torch import nn
-from torch.utils.data import DataLoader
 
 from trivium.errors import TrainingError
-from trivium.models.config import LlamaConfig
-from trivium.models.llama import Llama
 from trivium.objectives.config import NextTokenConfig, SFTConfig
 from trivium.objectives.next_token import SFT, NextToken
 from trivium.training.config import AdamWConfig
@@ -25,14 +22,6 @@ from trivium.types import TokenBatch
 
 ROWS, LENGTH, VOCAB = 8, 12, 61
 SPLITS = [8, 4, 2, 1]  # rows a micro-batch: 1x8, 2x4, 4x2, 8x1
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ragged_steps(num_steps):
@@ -60,26 +49,14 @@ def cut(step, size):
 
 
 def small_llama(dtype):
-    model = Llama(LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, context=LENGTH, init_std=0.3), VOCAB)
-    model.init_weights(seed=3)
-    return model.to(dtype)
+    return tiny_llama(VOCAB, 3, dtype, layers=2, heads=4, kv_heads=2, context=LENGTH)
 
 
 def fit(model, objective, steps, make_optimizer, clip=0.0):
     """Run `steps` through Lightning; returns the module."""
     settings = StepSettings(grad_clip=clip, seed=0)
     module = ObjectiveModule(model, objective, make_optimizer, lambda step: 1.0, settings)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, DataLoader(steps, batch_size=None))
+    run_through(module, steps)
     assert len(list(module.rows())) == len(steps)
     return module
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny_llama
 
 from trivium.data.collate import collate
 from trivium.data.packing import TokenTable
@@ -17,14 +18,6 @@ VOCAB, PAD = 53, 0
 LENGTHS = [7, 2, 11, 5]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def table_of(seed=0, lengths=LENGTHS):
     generator = np.random.default_rng(seed)
     tokens = generator.integers(1, VOCAB, sum(lengths)).astype(np.int32)
@@ -33,9 +26,7 @@ def table_of(seed=0, lengths=LENGTHS):
 
 
 def small_llama():
-    model = Llama(LlamaConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, context=64, init_std=0.2), VOCAB)
-    model.init_weights(seed=1)
-    return model
+    return tiny_llama(VOCAB, dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, context=64, init_std=0.2)
 
 
 def token_losses(model, batch):

@@ -5,13 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers import dense_logprobs, tiny_llama
 from torch import nn
 
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
 from trivium.data.packing import table_of
-from trivium.models.config import LlamaConfig
-from trivium.models.llama import Llama
 from trivium.objectives.config import GRPOConfig
 from trivium.objectives.logprobs import spread, target_logprobs
 from trivium.objectives.policy_gradient import GRPO, clipped_loss
@@ -22,14 +21,6 @@ AGGREGATES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "consta
 ADVANTAGES = [0.75, -1.125, 0.0, 1.5, -0.375]  # exact in fp32
 COMPLETIONS = [3, 1, 5, 2, 4]
 TEMPERATURE, MAX_TOKENS = 0.8, 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- clipping
@@ -136,10 +127,7 @@ def test_kl_penalty_by_hand():
 
 
 def small_llama(seed):
-    config = LlamaConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=24, context=16, init_std=0.4)
-    model = Llama(config, VOCAB)
-    model.init_weights(seed=seed)
-    return model.double()
+    return tiny_llama(VOCAB, seed, torch.float64, init_std=0.4)
 
 
 def samples():
@@ -164,11 +152,7 @@ def batch_of(rows=ROWS, length=18):
 
 
 def dense_logps(model, document):
-    """(tokens of the answer,), the document alone in a row; at the temperature of the samples."""
-    tokens = torch.tensor([document.ids])
-    logits = model.head(model(tokens, torch.arange(len(document.ids))[None]))[0]
-    logps = (logits / TEMPERATURE).log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
-    return logps[torch.tensor(document.trained[1:])]
+    return dense_logprobs(model, document, TEMPERATURE)
 
 
 def dense_loss(policy, older, reference, c):

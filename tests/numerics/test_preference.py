@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import dense_logprobs, tiny_llama
 
 from trivium.data.chat import Chat, Encoded
 from trivium.data.collate import collate
@@ -18,14 +19,6 @@ from trivium.objectives.preference import LOSSES, Preference, num_pairs, split_p
 from trivium.types import PreferenceBatch, TokenBatch
 
 VOCAB, PAD = 43, 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- formulas
@@ -85,10 +78,7 @@ def test_losses_are_finite_far_from_the_reference():
 
 
 def small_llama(seed, dtype=torch.float64):
-    config = LlamaConfig(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24, context=16, init_std=0.3)
-    model = Llama(config, VOCAB)
-    model.init_weights(seed=seed)
-    return model.to(dtype)
+    return tiny_llama(VOCAB, seed, dtype, layers=2)
 
 
 def documents():
@@ -109,18 +99,10 @@ def batch_of(pairs_by_row, length=32, chosen_first=True):
     return collate(table_of(documents(), [""] * 6, group=2), rows, length, PAD, PreferenceBatch)
 
 
-def dense_logps(model, document):
-    """Log-probability of each token of the answer, the document alone in a row."""
-    tokens = torch.tensor([document.ids])
-    logits = model.head(model(tokens, torch.arange(len(document.ids))[None]))[0, :-1]
-    logps = logits.double().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-    return logps[torch.tensor(document.trained[1:])]
-
-
 def dense_margins(policy, reference, mean):
     """D of each pair, on sums or on means over the answer."""
     reduce = torch.mean if mean else torch.sum
-    ratios = [reduce(dense_logps(policy, d)) - reduce(dense_logps(reference, d)).detach() for d in documents()]
+    ratios = [reduce(dense_logprobs(policy, d)) - reduce(dense_logprobs(reference, d)).detach() for d in documents()]
     return torch.stack([ratios[2 * p] - ratios[2 * p + 1] for p in range(3)])
 
 
@@ -155,7 +137,7 @@ def test_packed_loss_and_gradients_equal_answers_alone(config):
         "hinge": torch.where(b * d < 1, 1 - b * d, torch.zeros_like(d)),
         "ipo": d**2 - d / b + 1 / (4 * b**2),
     }[config.loss]
-    written = torch.stack([-dense_logps(policy, documents()[2 * p]).mean() for p in range(3)])
+    written = torch.stack([-dense_logprobs(policy, documents()[2 * p]).mean() for p in range(3)])
     expected = (each + config.sft_weight * written).sum()
     expected.backward()
     wanted = [p.grad for p in policy.parameters()]
@@ -176,7 +158,7 @@ def test_figures_are_those_of_the_pairs():
     """reward/chosen = beta * (log pi_c - log ref_c), and so on; accuracy counts D > 0. Sums over 3 pairs, count 3."""
     policy, reference = small_llama(1), small_llama(2)
     d = dense_margins(policy, reference, mean=False)
-    chosen = sum((dense_logps(policy, x) - dense_logps(reference, x)).sum().item() for x in documents()[0::2])
+    chosen = sum((dense_logprobs(policy, x) - dense_logprobs(reference, x)).sum().item() for x in documents()[0::2])
     figures = loss_of(policy, reference, batch_of([[2, 0], [1]]), PreferenceConfig(beta=0.3)).metrics
     assert {m.count.item() for m in figures.values()} == {3}
     assert figures["reward/margin"].total.item() == pytest.approx(0.3 * d.sum().item(), abs=1e-9)
@@ -191,7 +173,7 @@ def test_figures_are_those_of_the_pairs():
 def test_place_neighbours_and_padding_never_change_an_answer(dtype, tolerance, left):
     """The same six answers alone, and in rows that begin with `left` tokens of padding and hold others beside them."""
     model = small_llama(1, dtype)
-    alone = torch.stack([dense_logps(model, d).sum() for d in documents()]).detach()
+    alone = torch.stack([dense_logprobs(model, d).sum() for d in documents()]).detach()
     for layout in ([[0, 1, 2]], [[2, 1, 0]], [[1], [0, 2]]):
         batch = batch_of(layout)
         for name in ("tokens", "labels", "positions", "segments"):

@@ -2,27 +2,18 @@
 
 import pytest
 import torch
+from helpers import tiny_llama
 from torch import nn
 
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
 from trivium.data.packing import table_of
-from trivium.models.config import LlamaConfig
-from trivium.models.llama import Llama
 from trivium.objectives.config import RewardConfig
 from trivium.objectives.preference import split_pairs
 from trivium.objectives.reward import Reward, bradley_terry, segment_scores
 from trivium.types import PreferenceBatch, TokenBatch
 
 VOCAB, PAD = 43, 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +89,7 @@ def test_score_of_rows_without_segments_is_at_their_end():
 
 
 def small_llama(seed=1, dtype=torch.float64):
-    config = LlamaConfig(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24, context=16, init_std=0.3)
-    model = Llama(config, VOCAB)
-    model.init_weights(seed=seed)
+    model = tiny_llama(VOCAB, seed, layers=2)
     model.add_score_head()
     with torch.no_grad():
         model.score.weight.copy_(torch.randn(1, 16, generator=torch.Generator().manual_seed(seed)))

@@ -7,18 +7,15 @@ is cut into micro-batches, or packed into rows, never changes what is learned.
 import copy
 import math
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from helpers import run_through, tiny_llama
 
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
 from trivium.data.packing import table_of
 from trivium.errors import TrainingError
-from trivium.models.config import LlamaConfig
-from trivium.models.llama import Llama
 from trivium.objectives.config import DistillConfig, GRPOConfig, PreferenceConfig, RewardConfig, UnpairedConfig
 from trivium.objectives.distill import Distill
 from trivium.objectives.policy_gradient import GRPO
@@ -38,20 +35,8 @@ SPLITS = [8, 4, 2, 1]  # rows a micro-batch: 1x8, 2x4, 4x2, 8x1
 COLUMN = "reference"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small_llama(seed=3, dtype=torch.float64, dropout=0.0, scores=False):
-    config = LlamaConfig(
-        dim=8, layers=1, heads=2, kv_heads=1, ffn_dim=12, context=32, init_std=0.4, dropout=dropout, tied=False
-    )
-    model = Llama(config, VOCAB)
-    model.init_weights(seed=seed)
+    model = tiny_llama(VOCAB, seed, dim=8, ffn_dim=12, context=32, init_std=0.4, dropout=dropout, tied=False)
     if scores:
         model.add_score_head()
     return model.to(dtype)
@@ -101,17 +86,7 @@ def fit(model, objective, steps, make_optimizer=None, companion=None, precision=
     settings = StepSettings(grad_clip=clip, seed=0, precision=PRECISIONS[precision], starts_equal=equal)
     make = make_optimizer or (lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
     module = ObjectiveModule(model, objective, make, lambda step: 1.0, settings, companions)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, DataLoader(steps, batch_size=None))
+    run_through(module, steps)
     assert len(list(module.rows())) == len(steps)
     return module
 
@@ -272,18 +247,23 @@ OBJECTIVES = {
     "grpo": GRPO(GRPOConfig()),
     "gspo": GRPO(GRPOConfig(ratio="sequence", aggregate="seq_mean_token_mean", kl="k3")),
     "dr grpo": GRPO(GRPOConfig(aggregate="constant", kl_weight=0.0)),
-    "token sums": GRPO(GRPOConfig(aggregate="seq_mean_token_sum", kl="k3+", kl_weight=0.05)),
+    "token sums": GRPO(GRPOConfig(aggregate="seq_mean_token_sum", kl="k3+")),
     "distill": Distill(DistillConfig(beta=0.3, temperature=2.0, ce_weight=0.25)),
 }
 
 
 def known(objective, step, dtype=torch.float64):
-    """Old log-probabilities of samples are of an older policy, so that ratios are not 1."""
+    """Old log-probabilities of samples are of an older policy, so that ratios are not 1 (here 0.75 to 2, 9 % clipped).
+
+    Not much older: log-probabilities of -4 to -8 are rounded to 2.4e-7 in fp32, so a ratio, the exponential of their
+    difference, is known to about 1e-6 of itself and no better. Where one token of a ratio above 5 made up nearly the
+    whole gradient, another layout of the rows moved it by 1.2e-6 of itself, with nothing wrong.
+    """
     if objective.batch is RolloutBatch:
         older, reference = small_llama(seed=5, dtype=dtype), small_llama(seed=4, dtype=dtype)
         with torch.no_grad():
             for p, q in zip(older.parameters(), small_llama(dtype=dtype).parameters(), strict=True):
-                p.lerp_(q, 0.9)
+                p.lerp_(q, 0.97)
             for batch in step:
                 objective.consult(batch, {"policy": older, "reference": reference})
     return step
@@ -315,22 +295,24 @@ def largest_difference(one, other):
     return max((one[n] - other[n]).abs().max().item() for n in one)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradients_agree_over_micro_batch_splits_and_layouts(name):
-    """fp32, gradients of order 0.1: 1e-6 is the rounding of sums in another order. The figures agree as well.
+def test_gradients_agree_over_micro_batch_splits_and_layouts(name, dtype, tolerance):
+    """fp32, gradients of order 0.1: 1e-6 is the rounding of sums in another order. The figures agree as well. In fp64
+    1e-13: what is left in fp32 is rounding and nothing else.
 
     Layouts: packed rows of one or two units; one unit a row; for samples and distillation one document a row.
     """
     objective = OBJECTIVES[name]
-    whole, shown = gradients_of_one_step(objective, rows_of(PACKED), 8)
+    whole, shown = gradients_of_one_step(objective, rows_of(PACKED), 8, dtype)
     scale = max(g.abs().max().item() for g in whole.values())
     assert scale > 0.01
     others = [(rows_of(PACKED), size) for size in SPLITS[1:]] + [(rows_of([[u] for u in range(UNITS)]), 5)]
     if objective.batch is RolloutBatch or isinstance(objective, Distill):
         others.append(([[d] for d in range(2 * UNITS)], 7))
     for rows, size in others:
-        split, split_shown = gradients_of_one_step(objective, rows, size)
-        assert largest_difference(whole, split) < 1e-6 * max(1.0, scale)
+        split, split_shown = gradients_of_one_step(objective, rows, size, dtype)
+        assert largest_difference(whole, split) < tolerance * max(1.0, scale)
         assert split_shown == {k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in shown.items()}
 
 

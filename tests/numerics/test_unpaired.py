@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import dense_logprobs, tiny_llama
 
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
@@ -10,21 +11,11 @@ from trivium.data.config import BPEConfig
 from trivium.data.packing import table_of, tokenise
 from trivium.data.tokenizer import train_bpe
 from trivium.errors import DataError
-from trivium.models.config import LlamaConfig
-from trivium.models.llama import Llama
 from trivium.objectives.config import UnpairedConfig
 from trivium.objectives.unpaired import KTO, kto
 from trivium.types import UnpairedBatch
 
 VOCAB, PAD = 43, 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +43,7 @@ def test_beta_is_inside_the_sigmoid():
 
 
 def small_llama(seed):
-    config = LlamaConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=24, context=16, init_std=0.3)
-    model = Llama(config, VOCAB)
-    model.init_weights(seed=seed)
-    return model.double()
+    return tiny_llama(VOCAB, seed, torch.float64)
 
 
 def documents():
@@ -82,14 +70,7 @@ def batch_of(verdicts_by_row, verdicts=MIXED, length=48):
 
 def dense_ratios(policy, reference):
     """log pi - log ref of each document's answer, alone in a row: judged ones, mismatched ones."""
-    found = []
-    for document in documents():
-        tokens, trained = torch.tensor([document.ids]), torch.tensor(document.trained[1:])
-        sums = []
-        for model in (policy, reference):
-            logits = model.head(model(tokens, torch.arange(len(document.ids))[None]))[0, :-1]
-            sums.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0][trained].sum())
-        found.append(sums[0] - sums[1].detach())
+    found = [dense_logprobs(policy, d).sum() - dense_logprobs(reference, d).sum().detach() for d in documents()]
     return torch.stack(found[0::2]), torch.stack(found[1::2])
 
 

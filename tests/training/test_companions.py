@@ -3,17 +3,14 @@
 import copy
 import hashlib
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from helpers import dense_logprobs, run_through, tiny_llama
 
 from trivium.data.chat import Encoded
 from trivium.data.datamodule import StepDataset
 from trivium.data.packing import table_of
-from trivium.models.config import LlamaConfig
-from trivium.models.llama import Llama
 from trivium.models.weights import weights_of
 from trivium.objectives.config import DistillConfig, PreferenceConfig, UnpairedConfig
 from trivium.objectives.distill import Distill
@@ -32,19 +29,13 @@ OBJECTIVE = Preference(PreferenceConfig())
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache; one thread."""
+    """An empty cache."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path / COLUMN
-    torch.set_num_threads(before)
+    return tmp_path / COLUMN
 
 
 def small_llama(seed=1, dropout=0.0):
-    config = LlamaConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=24, context=16, init_std=0.3, dropout=dropout)
-    model = Llama(config, VOCAB)
-    model.init_weights(seed=seed)
-    return model
+    return tiny_llama(VOCAB, seed, dropout=dropout)
 
 
 def documents():
@@ -81,17 +72,8 @@ def note(steps, model=None, sha256="a", rows=None, precision="fp32", objective=O
     return found, steps.table.columns[COLUMN]
 
 
-def alone(model, document):
-    """The log-probability of an answer, the document alone in a row."""
-    tokens = torch.tensor([document.ids])
-    with torch.no_grad():
-        logits = model.head(model(tokens, torch.arange(len(document.ids))[None]))[0, :-1]
-    logps = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-    return logps[torch.tensor(document.trained[1:])].sum().item()
-
-
 def expected(model, docs=None):
-    return [alone(model, d) for d in docs or documents()]
+    return [dense_logprobs(model, d).sum().item() for d in docs or documents()]
 
 
 def test_noted_values_are_those_of_each_document_alone():
@@ -261,11 +243,7 @@ def train(objective, companions, steps, model=None, watch=None):
     module = ObjectiveModule(
         model, objective, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), lambda step: 1.0, settings, companions
     )
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(steps, batch_size=None))
+    run_through(module, steps)
     return module
 
 
