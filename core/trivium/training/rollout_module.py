@@ -71,7 +71,7 @@ class RolloutModule(ObjectiveModule):
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        pass  # drawn by weights that are given up
+        self._pending.clear()  # drawn by weights that are given up
 
     def training_step(self, prompts: Sequence[Prompt], _index: int) -> None:
         if not self._pending:
