@@ -204,7 +204,7 @@ def _train(
     try:
         trainer.fit(module, train_dataloaders=loader)
     except RollBack as back:
-        back.signal = saver.signal or None
+        back.signal = saver.signal or job.world.most(watch.received or 0) or None
         raise
     finally:
         loader.close()
