@@ -11,13 +11,13 @@ from pathlib import Path
 from trivium.selftest.crashes import SETTINGS
 from trivium.selftest.harness import Bench, Broken, Row, checkpoints, ensure, ensure_equal, one_sentence, sound, tally
 
-TEMPORARY = "checkpoints/step-8.tmp"
+TEMPORARY = "checkpoints/step-9.tmp"
 FAULTS = (
     *(("ENOSPC", "write", f"{TEMPORARY}/{file}", 1, "half") for file in (
         "model.safetensors", "optimizer.safetensors", "state.json", "model.json", "tokenizer/tokenizer.json.tmp",
         "tokenizer/tokenizer_config.json.tmp", "CHECKPOINT.json",
     )),
-    ("ENOSPC", "write", "checkpoints/LATEST.tmp", 2, "before"),
+    ("ENOSPC", "write", "checkpoints/LATEST.tmp", 3, "before"),
     ("ENOSPC", "write", "metrics.jsonl", 7, "half"),
     ("ENOSPC", "write", "metrics.csv", 7, "half"),
     ("ENOSPC", "write", "MANIFEST.json.tmp", 2, "before"),
@@ -28,9 +28,9 @@ FAULTS = (
     ("EIO", "fsync", f"{TEMPORARY}/model.safetensors", 1, "before"),
     ("EIO", "fsync", f"{TEMPORARY}/CHECKPOINT.json", 1, "before"),
     ("EIO", "fsync", TEMPORARY, 1, "before"),
-    ("EIO", "fsync", "checkpoints", 2, "before"),
+    ("EIO", "fsync", "checkpoints", 3, "before"),
     ("EIO", "rename", TEMPORARY, 1, "before"),
-    ("EIO", "replace", "checkpoints/LATEST.tmp", 2, "before"),
+    ("EIO", "replace", "checkpoints/LATEST.tmp", 3, "before"),
     ("EIO", "write", "metrics.jsonl", 7, "before"),
     ("EROFS", "mkdir", TEMPORARY, 1, "before"),
     ("EROFS", "open", f"{TEMPORARY}/model.safetensors", 1, "before"),
@@ -39,7 +39,7 @@ FAULTS = (
     ("EACCES", "mkdir", f"{TEMPORARY}/tokenizer", 1, "before"),
     ("EACCES", "open", "report.html.tmp", 1, "before"),
     ("EMFILE", "open", f"{TEMPORARY}/state.json", 1, "before"),
-    ("EMFILE", "open", "checkpoints/LATEST.tmp", 2, "before"),
+    ("EMFILE", "open", "checkpoints/LATEST.tmp", 3, "before"),
 )  # fmt: skip
 """Error, function, file, its how-manieth call, and whether half of a write still lands."""
 
@@ -57,7 +57,7 @@ def survive(bench: Bench, chosen: Callable[[list], list] = list) -> Row:
         name = f"{error} at {function} of {path}"
         try:
             said = one_sentence(process)
-            target = re.sub(r"\.tmp$", "", path.replace("step-8.tmp", "step-8"))
+            target = re.sub(r"\.tmp$", "", path.replace("step-9.tmp", "step-9"))
             ensure(names(said, run, target), f"names neither file nor folder: {said}")
             ensure(os.strerror(_number(error)) in said, f"does not say what the disk said: {said}")
             ensure(function != "write" or re.search(r"\([\d,]+ bytes\)", said), f"says no bytes: {said}")
@@ -79,7 +79,7 @@ def survive(bench: Bench, chosen: Callable[[list], list] = list) -> Row:
 def names(said: str, run: Path, path: str) -> bool:
     """Whether a sentence names the file, whatever temporary name it had, or the checkpoint it belongs to."""
     plain = re.sub(r"\.tmp-[^/\s]*", "", said)
-    return f"{run}/{path}" in plain or (f"{run}/checkpoints/step-8" in plain and "step-8" in path)
+    return f"{run}/{path}" in plain or (f"{run}/checkpoints/step-9" in plain and "step-9" in path)
 
 
 def _number(error: str) -> int:

@@ -84,7 +84,8 @@ class WatchedFile:
 
     def write(self, data: Any) -> Any:
         def half() -> None:
-            self._file.write(data[: len(data) // 2])
+            whole = data if isinstance(data, str) else memoryview(data).cast("B")
+            self._file.write(whole[: len(whole) // 2])
             self._file.flush()
 
         def whole() -> Any:

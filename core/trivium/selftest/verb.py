@@ -68,6 +68,9 @@ def parts(quick: bool, seed: int) -> dict[str, Callable[[Bench], Row]]:
         **{f"kills-{name}": killing(name) for name in chains},
         "kills-elsewhere": lambda bench: elsewhere(bench, 2 if quick else 12, seed),
         "crashes": lambda bench: crashes.survive(bench, some(4)),
+        "crashes-async": lambda bench: crashes.survive(
+            bench, lambda items: draw.sample(items, 2 if quick else 40), "checkpoint.async_save=true"
+        ),
         "disk": lambda bench: disk.survive(bench, some(3)),
         "flips": lambda bench: flips.notice(bench, 40 if quick else 200, 3 if quick else 20, seed),
         "flips-cache": lambda bench: flips.make_anew(bench, 1 if quick else 10, seed),
