@@ -133,7 +133,7 @@ def test_second_signal_ends_at_once_in_the_midst_of_a_save(spawn, pretraining, s
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=10)
-    assert process.returncode == 143 and time.monotonic() - began < 1
+    assert process.returncode == 1 and time.monotonic() - began < 1  # 143 is for a clean save
     assert list(run.glob("checkpoints/*.tmp-*")), "it was in the midst"
 
 
