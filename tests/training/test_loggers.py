@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import socket
 import struct
 import threading
@@ -255,7 +256,7 @@ def test_file_logger_that_fails_stops_the_run(main, pretraining, tmp_path, monke
     monkeypatch.setattr(module, "FileLogger", OnFullDisk)
     run = main(*pretraining(tmp_path, "run"))
     assert run.code == CheckpointError.exit_code
-    assert "metrics.jsonl cannot be written: No space left on device" in run.err
+    assert re.search(r"metrics.jsonl \(\d+ bytes\) cannot be written: No space left on device", run.err)
 
 
 # ---- secrets
