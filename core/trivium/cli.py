@@ -89,7 +89,10 @@ def spoken(action: Callable[[], int], *, debug: bool) -> int:
 def dispatch(args: list[str]) -> int:
     """Verb, help, Hydra's own flags, or a run."""
     if args and args[0] in VERBS:
-        return load(VERBS[args[0]])(args[1:])
+        verb = load(VERBS[args[0]])
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # what it shows or starts is cleaned up after Ctrl-C
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return verb(args[1:])
     if any(a in ("-h", "--help", "help") for a in args):
         print(help_text())
         return 0

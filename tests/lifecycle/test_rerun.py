@@ -148,11 +148,11 @@ def test_held_out_loss_is_of_the_weights_of_its_own_step(main, pretraining, tmp_
     """
     settings = ("optim.lr=0.5", "schedule=constant", "schedule.warmup=0.9", "trainer.max_steps=20")
     settings += ("validation.every_steps=1", "checkpoint.keep_best=val/loss", "checkpoint.every_steps=20")
-    assert main(*pretraining(tmp_path, "a", *settings, "checkpoint.keep=1")).code == 0
+    assert main(*pretraining(tmp_path, "a", *settings, "checkpoint.keep=2")).code == 0
     rows = {r["step"]: r["val/loss"] for r in rows_of(tmp_path / "a")}
     best = min(rows, key=rows.__getitem__)
-    assert steps_kept(tmp_path / "a") == sorted({best, 20})
-    for step in (best, 20):
+    assert {best, 20} <= set(steps_kept(tmp_path / "a"))
+    for step in sorted({best, 20}):
         name, start = f"again-{step}", f"init_from={tmp_path / 'a'}/checkpoints/step-{step}"
         still = ("trainer.max_steps=1", "optim.lr=1e-30", "validation.every_steps=1", start)
         assert main(*pretraining(tmp_path, name, *still)).code == 0

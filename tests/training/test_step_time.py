@@ -13,9 +13,10 @@ from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
 from trivium.objectives.config import NextTokenConfig
 from trivium.objectives.next_token import NextToken
+from trivium.training.background import Background
 from trivium.training.callbacks import Record, Sample, Save, Show, Validate
 from trivium.training.objective_module import ObjectiveModule, StepSettings
-from trivium.training.stop import StopController
+from trivium.training.stop import SignalWatch, StopController
 from trivium.types import TokenBatch
 
 STEPS, ROWS, LENGTH, REAL = 10, 8, 64, 40
@@ -99,7 +100,7 @@ def timed(tmp_path_factory):
         Validate([], 2, STEPS, StopController()),
         Sample(folder / "samples.jsonl", 2, linger, 0, console),
         record,
-        Save(linger, record, 2, STEPS, None),
+        Save(linger, record, 2, STEPS, None, SignalWatch(0.0), Background()),
     ]
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
