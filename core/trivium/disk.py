@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,6 +30,34 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], size: int) ->
             os.fsync(f.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} ({size:,} bytes) cannot be written: {error.strerror}") from error
+
+
+def reserve_file(path: Path, size: int) -> None:
+    """A new file of `size` bytes for several processes to fill. Raises CheckpointError where they do not fit."""
+    try:
+        with open(path, "wb") as f:
+            try:
+                os.posix_fallocate(f.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not every file system can
+                    raise
+                f.truncate(size)
+    except OSError as error:
+        raise CheckpointError(f"{path} ({size:,} bytes) cannot be written: {error.strerror}") from error
+
+
+def write_at(path: Path, pieces: Iterable[tuple[int, bytes | memoryview]]) -> None:
+    """Write (place, bytes) into a file that is there, and sync it. Raises CheckpointError naming it."""
+    try:
+        with open(path, "r+b", buffering=0) as f:
+            for place, piece in pieces:
+                f.seek(place)
+                left = memoryview(piece)
+                while left:
+                    left = left[f.write(left) :]
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def digest_file(path: Path) -> tuple[int, str]:

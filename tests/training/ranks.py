@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from trivium.errors import TriviumError
 from trivium.models.config import LlamaConfig
@@ -106,10 +107,14 @@ def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, 
     held_out = None if objective.endswith("nan") else module.validation_loss(batches)
     with module.shown_weights():
         weights = {name: weight.clone() for name, weight in weights_of(module.model).items()}
+    state = {
+        f"optimizer {k}": v.full_tensor() if isinstance(v, DTensor) else v
+        for k, v in optimizer_tensors(module.optimizer).items()
+    }
     return {
         "rows": [{k: row[k] for k in keys if k in row} for row in rows],
         "val/loss": held_out,
-        "tensors": {**weights, **{f"optimizer {k}": v for k, v in optimizer_tensors(module.optimizer).items()}},
+        "tensors": {**weights, **state},
     }
 
 

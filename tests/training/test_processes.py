@@ -79,17 +79,22 @@ def under_way(process, run, more=5):
 
 
 def test_two_processes_continue_what_one_began_and_one_what_two_began(fork, pretraining, tmp_path):
-    """12 steps: all by one process; 6 by two with DDP, 6 by one; 6 by one, 6 by two with FSDP2. One curve."""
+    """12 steps: all by one process; 6 by two with FSDP2, saved beside, 6 by one; 6 by one, 6 by two. One curve."""
     half = (*FLAT, "trainer.max_steps=6", "checkpoint.every_steps=6")
     whole = (*FLAT, "trainer.max_steps=12", "checkpoint.every_steps=6")
+    shared = ("trainer.devices=2", "trainer.strategy=fsdp")
 
     def run(name, *settings):
         return fork(*pretraining(tmp_path, name, *ON_CPU, *settings))
 
-    started = [run("one", *whole), run("from_two", *half, "trainer.devices=2"), run("from_one", *half)]
+    started = [
+        run("one", *whole),
+        run("from_two", *half, *shared, "checkpoint.async_save=true"),
+        run("from_one", *half),
+    ]
     assert [p.done(SLOW).returncode for p in started] == [0, 0, 0], started[1].err
     assert not started[1].err
-    started = [run("from_two", *whole), run("from_one", *whole, "trainer.devices=2", "trainer.strategy=fsdp")]
+    started = [run("from_two", *whole), run("from_one", *whole, *shared)]
     assert [p.done(SLOW).returncode for p in started] == [0, 0], started[1].err
     assert len(rows_of(tmp_path / "one")) == 12 and rows_of(tmp_path / "one")[-1]["val/loss"] > 0
     assert flat(tmp_path / "from_two") == curve(tmp_path / "one")

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trivium.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process holds of a tensor that is shared out: a block of it. offset: where in the whole it begins."""
+
+    block: Tensor
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor, in place: all of one that is not shared out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shares_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Share]:
+    """Tensors as they are, and of those that are shared out this process's part."""
+    return {name: _share(tensor) if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+def _share(tensor: DTensor) -> Share:
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Share(tensor.to_local(), tuple(tensor.shape), tuple(offset))
 
 
 def weights_of(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -19,34 +46,37 @@ def weights_of(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
 
     Of a model that is shared out among processes all must call this; those with keep=False get nothing for it.
     """
-    whole = whole_tensors({name: p.detach() for name, p in model.named_parameters()}, keep=keep)
-    return {name: tensor.cpu().contiguous() for name, tensor in whole.items()}
-
-
-def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """Tensors as they are; those that are shared out are gathered from all processes, to the CPU, one at a time."""
     found = {}
-    for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # gathered one at a time
         if keep:
-            found[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+            found[name] = whole.cpu().contiguous()
     return found
 
 
-def shared_like(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a tensor that every process has whole, where `like` is shared out; else the tensor."""
-    if not isinstance(like, DTensor):
-        return whole
-    whole = whole.to(like.device, like.dtype)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+def read_tensors(path: Path, like: Callable[[str], Tensor | None] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError naming it when it cannot be read.
 
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises CheckpointError naming it when it cannot be read."""
+    like: name -> a tensor; where that one is shared out among processes, only this process's part is read.
+    """
     try:
-        return load_file(path)
+        if like is None:
+            return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: _read(file, name, like(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+def _read(file: Any, name: str, like: Tensor | None) -> Tensor:
+    if not isinstance(like, DTensor) or (whole := file.get_slice(name)).get_shape() != list(like.shape):
+        return file.get_tensor(name)
+    share = _share(like)
+    here = tuple(slice(o, o + n) for o, n in zip(share.offset, share.block.shape, strict=True))
+    block = whole[here] if share.block.numel() else file.get_tensor(name)[here]
+    place = {"device_mesh": like.device_mesh, "placements": like.placements, "run_check": False}
+    return DTensor.from_local(block.to(share.block.device), shape=like.shape, stride=like.stride(), **place)
 
 
 def spread_layers(layers: int, kept: int) -> list[int]:
@@ -86,10 +116,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -
                 f"{origin} is of another size: {name} is {tuple(tensors[name].shape)} there, "
                 f"{tuple(parameter.shape)} in the model"
             )
-        if not torch.isfinite(tensors[name]).all():
+        if not torch.isfinite(local(tensors[name])).all():
             raise CheckpointError(f"{origin}: {name} holds values that are not finite")
     for name, parameter in parameters.items():
-        parameter.copy_(shared_like(tensors[name], parameter))
+        parameter.copy_(tensors[name])
 
 
 def _few(names: list[str]) -> str:

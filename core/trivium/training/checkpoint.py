@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from trivium.disk import digest_file, make_folder, replace_file, sweep, sync_file, sync_folder, write_file
 from trivium.errors import CheckpointError, TrainingError
-from trivium.models.weights import read_tensors
+from trivium.models.weights import Share, read_tensors
+from trivium.training.parallel import ALONE, World
 from trivium.training.tensorfile import write_tensors
 
 RECORD = "CHECKPOINT.json"
@@ -34,19 +35,24 @@ BEST = "BEST"
 class Contents:
     """What a checkpoint holds: tensors by file name, JSON by file name, and folders that `writers` fill.
 
+    Of tensors that are shared out among processes each has its own part.
+
     Writers write what training never changes (the tokenizer), so they may run at any time.
     """
 
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, Tensor | Share]]
     json: dict[str, Any]
     writers: dict[str, Callable[[Path], None]]
 
     def held(self) -> Contents:
         """A copy in host memory, as large as the checkpoint: training may go on while it is written."""
-        copies = {
-            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for file, tensors in self.tensors.items()
-        }
+
+        def copied(tensor: Tensor | Share) -> Tensor | Share:
+            if isinstance(tensor, Share):
+                return replace(tensor, block=tensor.block.detach().to("cpu", copy=True))
+            return tensor.detach().to("cpu", copy=True)
+
+        copies = {file: {name: copied(t) for name, t in tensors.items()} for file, tensors in self.tensors.items()}
         return Contents(copies, copy.deepcopy(self.json), self.writers)
 
 
@@ -54,18 +60,22 @@ class CheckpointStore:
     """The `checkpoints/` folder of one run.
 
     beside: files of the run (its figures) that must be on disk up to a step before the checkpoint of that step counts.
+    world: the processes that save together, each its own parts; alone unless tensors are shared out.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, beside: Sequence[Path] = ()) -> None:
-        self.folder, self.keep, self.beside = folder, keep, beside
+    def __init__(self, folder: Path, keep: int = 2, beside: Sequence[Path] = (), world: World = ALONE) -> None:
+        self.folder, self.keep, self.beside, self.world = folder, keep, beside, world
 
     def save(self, step: int, contents: Contents, *, best: bool = False) -> Path:
         """Write checkpoint `step`, make it the latest (and best), then let go of those no longer kept."""
-        target = self.folder / f"step-{step}"
-        if not (target / RECORD).is_file():
-            if target.exists():  # damaged: the rename would fail
-                self._set_aside(target)
+        target, first = self.folder / f"step-{step}", self.world.is_first
+        if not self.world.any(first and (target / RECORD).is_file()):
+            with self.world.together("make room for a checkpoint"):
+                if first and target.exists():  # damaged: the rename would fail
+                    self._set_aside(target)
             self._write(step, target, contents)
+        if not first:
+            return target
         replace_file(self.folder / LATEST, target.name.encode())
         if best:
             replace_file(self.folder / BEST, target.name.encode())
@@ -74,11 +84,16 @@ class CheckpointStore:
         return target
 
     def _write(self, step: int, target: Path, contents: Contents) -> None:
-        temporary = self.folder / f"{target.name}.tmp-{os.getpid()}"
+        world, first = self.world, self.world.is_first
+        temporary = self.folder / f"{target.name}.tmp-{world.most(os.getpid() if first else 0)}"
         try:
-            make_folder(self.folder)
-            temporary.mkdir()
-            files = {name: write_tensors(temporary / name, tensors) for name, tensors in contents.tensors.items()}
+            with world.together(f"make {temporary}"):
+                if first:
+                    make_folder(self.folder)
+                    temporary.mkdir()
+            files = {name: write_tensors(temporary / name, each, world) for name, each in contents.tensors.items()}
+            if not first:
+                return
             for name, value in contents.json.items():
                 data = json.dumps(value, indent=1).encode()
                 write_file(temporary / name, data)
@@ -99,14 +114,18 @@ class CheckpointStore:
                 sync_folder(path)
             os.rename(temporary, target)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._drop(temporary)
             raise CheckpointError(f"checkpoint {target} cannot be written: {error.strerror}") from error
         except TrainingError as error:  # a checkpoint that can never be loaded must not push out a sound one
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._drop(temporary)
             raise TrainingError(f"step {step}: {error}; it is not saved, the last checkpoint is sound") from error
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._drop(temporary)
             raise
+
+    def _drop(self, temporary: Path) -> None:
+        if self.world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _forget(self) -> None:
         kept = {p.name for p in self.complete()[-self.keep :]} | {self._pointer(LATEST), self._pointer(BEST)}
@@ -229,8 +248,3 @@ def read_checkpoint_json(checkpoint: Path, name: str) -> dict[str, Any]:
 def model_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """The weights of a verified checkpoint."""
     return read_tensors(checkpoint / "model.safetensors")
-
-
-def trained_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """The optimizer state of a verified checkpoint."""
-    return read_tensors(checkpoint / "optimizer.safetensors")

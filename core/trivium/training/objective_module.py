@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from trivium.data.position import key_of
 from trivium.errors import TrainingError
 from trivium.models.protocol import CausalLM
+from trivium.models.weights import local
 from trivium.objectives.protocol import Objective
 from trivium.schema import GuardConfig
 from trivium.training.average import WeightAverage
@@ -34,7 +35,7 @@ from trivium.training.memory import peak_bytes
 from trivium.training.optim import guarded_step, set_rates
 from trivium.training.precision import FP32, LossScale, Precision
 from trivium.training.schedule import Schedule
-from trivium.training.shard import Shards, local
+from trivium.training.shard import Shards
 from trivium.types import IGNORE, LossOutput, Metric, TokenBatch
 
 

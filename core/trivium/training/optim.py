@@ -9,11 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trivium.errors import CheckpointError
-from trivium.models.weights import shared_like, whole_tensors
 from trivium.training.config import AdafactorConfig, AdamWConfig
 from trivium.training.groups import parameter_groups
 
@@ -73,18 +71,15 @@ def named(optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, dict]]:
     return found
 
 
-def optimizer_tensors(optimizer: Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors named "parameter.entry": all of it, so however it is grouped later.
-
-    keep: as for `whole_tensors`.
-    """
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors named "parameter.entry": all of it, so however it is grouped later."""
     constants = getattr(optimizer, "constants", ())
     tensors: dict[str, Tensor] = {}
     for name, (parameter, _) in named(optimizer).items():
         entries = {k: v for k, v in optimizer.state.get(parameter, {}).items() if k not in constants}
         for key, value in (entries or {UNTOUCHED: torch.empty(0)}).items():
             tensors[f"{name}.{key}"] = torch.as_tensor(value).detach()
-    return whole_tensors(tensors, keep=keep)
+    return tensors
 
 
 def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], origin: str) -> None:
@@ -119,7 +114,5 @@ def _placed(before: object, tensor: Tensor, parameter: Tensor, group: dict, key:
         return int(tensor)
     if isinstance(before, Tensor):
         return before.copy_(tensor)
-    if tensor.shape == parameter.shape and isinstance(parameter, DTensor):
-        return shared_like(tensor, parameter)
     on_host = key == "step" and not (group.get("fused") or group.get("capturable"))  # where torch keeps it
     return tensor.clone() if on_host else tensor.to(parameter.device, copy=True)

@@ -64,6 +64,24 @@ class World:
         if self.is_first:
             self.barrier()
 
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Every process runs the body; where it fails on one, the others raise PeerLost instead of waiting for it."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        failed = self.any(failure is not None)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise PeerLost(f"another process could not {what}")
+
+    def apart(self) -> World:
+        """The same world with connections of its own, for another thread. All processes make it at the same time."""
+        return replace(self, control=dist.new_group(backend="gloo", timeout=PATIENCE)) if self.size > 1 else self
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any process; the same answer on all."""
         return self.most(int(flag)) > 0

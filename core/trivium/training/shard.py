@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from trivium.errors import ConfigError
 from trivium.models.protocol import CausalLM
@@ -54,11 +53,6 @@ class Shards:
     def sync(self, on: bool) -> None:
         """Whether the next backward pass sums gradients over processes. Until then each holds all of them, whole."""
         self._whole.set_requires_gradient_sync(on)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor, in place: all of one that is not shared out."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharding(config: RunConfig, world: World, device: torch.device) -> Callable[[CausalLM], Shards] | None:

@@ -13,28 +13,21 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from torch import Tensor
 
 from trivium.data.datamodule import Steps
 from trivium.data.loader import StepLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.disk import sweep
 from trivium.errors import CheckpointError, ConfigError, TrainingError, TriviumError
-from trivium.models.weights import load_weights, read_tensors, whole_tensors
+from trivium.models.weights import load_weights, read_tensors, shares_of
 from trivium.schema import RunConfig, TrainerConfig
 from trivium.training.background import Background
 from trivium.training.callbacks import Record, Sample, Save, Show, Validate
-from trivium.training.checkpoint import (
-    CheckpointStore,
-    Contents,
-    model_tensors,
-    read_checkpoint_json,
-    trained_tensors,
-)
+from trivium.training.checkpoint import CheckpointStore, Contents, read_checkpoint_json
 from trivium.training.guard import RollBack
 from trivium.training.loggers import build_loggers
 from trivium.training.objective_module import ObjectiveModule
-from trivium.training.optim import load_optimizer, optimizer_tensors
+from trivium.training.optim import load_optimizer, named, optimizer_tensors
 from trivium.training.parallel import ALONE, Placed, World, strategy_of
 from trivium.training.profiler import Profile
 from trivium.training.stop import SignalWatch, StopController
@@ -87,7 +80,8 @@ def fit(job: Job) -> Fitted:
     """Train to max_steps, early stop or a signal; continue from the newest checkpoint of the same folder."""
     config, module = job.config, job.module
     figures = [job.folder / name for name in ("metrics.jsonl", "samples.jsonl")]
-    store = CheckpointStore(job.folder / "checkpoints", config.checkpoint.keep, figures)
+    together = job.world.apart() if module.shards else ALONE
+    store = CheckpointStore(job.folder / "checkpoints", config.checkpoint.keep, figures, together)
     stop = StopController(config.stop.patience, config.stop.min_delta)
     if job.world.is_first:
         store.sweep()
@@ -131,7 +125,13 @@ def fit(job: Job) -> Fitted:
 
 
 def _newest(job: Job, store: CheckpointStore) -> Path | None:
-    return store.sound(fallback=job.config.checkpoint.fallback, say=_warner(job.console))
+    """What the first process finds, which reads every byte; the others take its word."""
+    found = None
+    with job.world.together("find a sound checkpoint"):
+        if job.world.is_first:
+            found = store.sound(fallback=job.config.checkpoint.fallback, say=_warner(job.console))
+    name = job.world.gather(found.name if found else "")[0]
+    return store.folder / name if name else None
 
 
 def _roll_back(
@@ -172,10 +172,10 @@ def _train(
     def save(module: ObjectiveModule, best: bool) -> None:
         background.wait()  # never two copies at once
         step, found = module.step, contents(job, module, stop, offset) if first or module.shards else None
-        if first and found and config.checkpoint.async_save:
+        if found and config.checkpoint.async_save:
             held = found.held()
             background.start(lambda: store.save(step, held, best=best))
-        elif first and found:
+        elif found:
             store.save(step, found, best=best)
         job.world.barrier()  # no process goes on, or ends, before the first has its copy
 
@@ -240,9 +240,7 @@ def lightning_trainer(config: TrainerConfig, loggers: list, callbacks: list[L.Ca
 
 
 def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: int) -> Contents:
-    """What a checkpoint of this run holds. Weights and optimizer state that are shared out are gathered by the first
-    process: 12 bytes of its memory a parameter with AdamW in fp32, and as many while they are written."""
-    keep = job.world.is_first
+    """What a checkpoint of this run holds; of weights and optimizer state that are shared out, this process's part."""
     state = {
         "phase": job.config.phase,
         "form": job.form,
@@ -256,21 +254,15 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: in
         "processes": job.world.size,
         "guard": job.guard,
     }
-    weights = _weights(module, keep)
-    tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer, keep=keep)}
+    weights = {name: parameter.detach() for name, parameter in module.model.named_parameters()}  # a tied one once
+    tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer)}
     if module.averages:  # others get the average, training goes on from its own weights
-        shown = whole_tensors(module.shown_tensors(), keep=keep)
-        tensors |= {"model.safetensors": shown, OWN_WEIGHTS: weights}
+        tensors |= {"model.safetensors": module.shown_tensors(), OWN_WEIGHTS: weights}
     return Contents(
-        tensors=tensors,
+        tensors={file: shares_of(each) for file, each in tensors.items()},
         json={"state.json": state, "model.json": job.model_record},
         writers={"tokenizer": job.tokenizer.save},
     )
-
-
-def _weights(module: ObjectiveModule, keep: bool) -> dict[str, Tensor]:
-    """Every parameter by name, where it is; a tied one once."""
-    return whole_tensors({name: parameter.detach() for name, parameter in module.model.named_parameters()}, keep=keep)
 
 
 def restore(job: Job, checkpoint: Path, stop: StopController) -> int:
@@ -299,13 +291,17 @@ def restore(job: Job, checkpoint: Path, stop: StopController) -> int:
     step, offset, module = state["step"], state["offset"], job.module
     if state["next_sample"] != (found := job.steps.sample_id(step + offset)):
         raise CheckpointError(f"{checkpoint}: step {step} would read {found}, not {state['next_sample']}")
-    shown = model_tensors(checkpoint)
+    weights, trained = dict(module.model.named_parameters()), named(module.optimizer)
+    shown = read_tensors(checkpoint / "model.safetensors", weights.get)
     if module.averages:
         load_weights(module.model, shown, str(checkpoint))
         module.take_average(shown)
-        shown = read_tensors(checkpoint / OWN_WEIGHTS)
+        shown = read_tensors(checkpoint / OWN_WEIGHTS, weights.get)
     load_weights(module.model, shown, str(checkpoint))
-    load_optimizer(module.optimizer, trained_tensors(checkpoint), str(checkpoint))
+    state_of = read_tensors(
+        checkpoint / "optimizer.safetensors", lambda k: trained.get(k.rpartition(".")[0], (None,))[0]
+    )
+    load_optimizer(module.optimizer, state_of, str(checkpoint))
     module.step, module.tokens_seen, module.last = step, state["tokens_seen"], state["last"]
     module.restore(state["training"])
     stop.restore(state["stop"])
