@@ -27,13 +27,16 @@ class TokenBatch:
     tokens: (B, T) int64. labels: (B, T) int64, aligned with `tokens` (the shift happens once, in the objective);
     -100 where not trained, always so on the first token of each document and on padding.
     positions: (B, T) int64, restarting at 0 in each document. segments: (B, T) int64, the document's number in its row
-    from 1, 0 on padding; None when every row is one document without padding.
+    from 1, 0 on padding; None when every row is one document without padding. origin: (B, S) int64, each segment's
+    number in `origins`, the names under which losses are counted apart; None where they are not.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     segments: Tensor | None = None
+    origin: Tensor | None = None
+    origins: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""

@@ -13,7 +13,7 @@ from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
 from trivium.disk import cache_folder, keep, kept
 
-VERSION = 2
+VERSION = 3
 """Of how text becomes documents; raise it when `tokenise` makes others of the same source."""
 
 
@@ -30,15 +30,18 @@ def cached_table(source: Source, tokenizer: Tokenizer, length: int, *, form: str
 
 
 def _write(table: TokenTable) -> bytes:
-    facts = [table.ids, table.num_bytes, table.truncated, table.lost_ends, table.group]
+    facts = [table.ids, table.num_bytes, table.truncated, table.lost_ends, table.group, table.origins]
     arrays = {"tokens": table.tokens, "trained": table.trained, "offsets": table.offsets}
+    if table.origin is not None:
+        arrays["origin"] = table.origin
     arrays |= {f"column {name}": values for name, values in table.columns.items()}
     return save({**arrays, "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)})
 
 
 def _read(content: bytes) -> TokenTable:
     arrays = load(content)
-    ids, num_bytes, truncated, lost_ends, group = json.loads(arrays.pop("facts").tobytes())
+    ids, num_bytes, truncated, lost_ends, group, origins = json.loads(arrays.pop("facts").tobytes())
     columns = {name.removeprefix("column "): arrays.pop(name) for name in list(arrays) if name.startswith("column ")}
     tokens, trained, offsets = arrays["tokens"], arrays["trained"], arrays["offsets"]
-    return TokenTable(tokens, trained, offsets, ids, num_bytes, truncated, lost_ends, group, columns)
+    shown = tuple(origins), arrays.get("origin")
+    return TokenTable(tokens, trained, offsets, ids, num_bytes, truncated, lost_ends, group, columns, *shown)

@@ -41,6 +41,8 @@ def collate(
             start += len(ids)
     plain = bool((segments == 1).all())
     columns = {name: torch.from_numpy(by_segment(values, rows)) for name, values in table.columns.items()}
+    if table.origin is not None:
+        facts |= {"origins": table.origins, "origin": torch.from_numpy(by_segment(table.origin, rows))}
     return batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
@@ -53,7 +55,7 @@ def collate(
 
 def by_segment(values: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """One figure a document -> (B, S): column s-1 of a row is its segment s, 0 where it has fewer."""
-    out = np.zeros((len(rows), max(map(len, rows))), np.float32)
+    out = np.zeros((len(rows), max(map(len, rows))), values.dtype)
     for b, row in enumerate(rows):
         out[b, : len(row)] = values[row]
     return out

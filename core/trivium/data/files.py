@@ -85,6 +85,10 @@ class Files(Source):
     def __getitem__(self, index: int) -> Example:
         return self._example(*self._index[index])
 
+    def origin(self, example: Example) -> str:
+        """Its file."""
+        return Path(example["id"].rpartition(":")[0]).name
+
     def _is_mine(self, example: Example, held_out: bool) -> bool:
         judged = form_of(example) in ("pairs", "labels")  # all answers to one prompt stay on one side
         content = {"prompt": prompt_of(example)} if judged else {k: v for k, v in example.items() if k != "id"}

@@ -24,13 +24,17 @@ from trivium.errors import DataError
 WINDOW = 8192
 """Documents packed together: enough for full rows, few enough that a plan never needs the whole corpus."""
 
+MOST_ORIGINS = 32
+"""Names under which losses are counted apart; where examples have more, none is."""
+
 
 @dataclass
 class TokenTable:
     """Documents as one flat array. Document d is tokens[offsets[d]:offsets[d+1]]; `trained` is aligned with tokens.
 
     group: so many documents in a row belong together and share a row: 2 for the chosen and rejected of a pair.
-    columns: by name, one fp32 figure for each document.
+    columns: by name, one fp32 figure for each document. origin: for each document the number of its name in `origins`,
+    under which its loss is counted; none where there is one name only. They change nothing that is learned.
     """
 
     tokens: np.ndarray  # int32 (N,)
@@ -42,6 +46,8 @@ class TokenTable:
     lost_ends: int = 0  # of those, conversations whose last end-of-turn token went with it
     group: int = 1
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
+    origin: np.ndarray | None = None  # int64 (documents,)
     fingerprint: str = field(default="")
 
     def __post_init__(self) -> None:
@@ -123,9 +129,15 @@ def tokenise(
     if form == "labels":
         columns["desirable"] = np.array([float(examples[n]["label"]) for n in numbers], np.float32)
     num_bytes = sum(len(e["text"].encode()) for e in examples if "text" in e)
-    return table_of(
-        documents, ids, num_bytes=num_bytes, truncated=truncated, lost_ends=lost_ends, group=group, columns=columns
-    )
+    facts = {"num_bytes": num_bytes, "truncated": truncated, "lost_ends": lost_ends, "group": group}
+    if isinstance(source, Source):
+        names = [source.origin(example) for example in examples]
+        origins = tuple(sorted(set(names)))
+        if 1 < len(origins) <= MOST_ORIGINS:
+            found = {name: i for i, name in enumerate(origins)}
+            numbered = np.array([found[names[n]] for n in numbers], np.int64)
+            facts |= {"origins": origins, "origin": numbered}
+    return table_of(documents, ids, columns=columns, **facts)
 
 
 def _split(document: Encoded, length: int) -> list[Encoded]:

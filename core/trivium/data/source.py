@@ -105,6 +105,10 @@ class Source(ABC):
             words = ", or ".join(FORM_WORDS[form] for form in READS[phase])
             raise DataError(f"example {example['id']} has {found}; phase={phase} needs {words}")
 
+    def origin(self, example: Example) -> str:
+        """Under which name `train/loss/NAME` counts an example, such as a task's or a book's; "" is under none."""
+        return str(example.get("source") or example.get("task") or "")
+
     def score(self, example: Example, completion: str) -> Score:
         """Judge a completion of a verifiable example."""
         raise DataError(f"{type(self).__name__} has no score(): its examples have no verifiable answer")

@@ -51,16 +51,25 @@ def logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def token_sums(head: nn.Linear, states: Tensor, targets: Tensor, token_loss: TokenLoss, chunk: int = CHUNK) -> Tensor:
+def token_sums(
+    head: nn.Linear,
+    states: Tensor,
+    targets: Tensor,
+    token_loss: TokenLoss,
+    chunk: int = CHUNK,
+    parts: tuple[Tensor, int] | None = None,
+) -> Tensor:
     """Sums over N tokens of what `token_loss` returns, as one vector, without ever holding (N, V) logits.
 
-    The first sum carries the gradient. It is made in the forward pass, chunk by chunk, which is right because a sum's
-    gradient does not depend on anything that follows but a factor (Hsu et al. 2024, https://arxiv.org/abs/2410.10989).
+    parts: (N,) int64 below a number: to which of so many parts each token belongs; the losses' sums over each part
+    follow the others. The first sum carries the gradient. It is made in the forward pass, chunk by chunk, which is
+    right because a sum's gradient does not depend on anything that follows but a factor (Hsu et al. 2024,
+    https://arxiv.org/abs/2410.10989).
     """
     tensors = (states, head.weight, head.bias)
     if not torch.is_grad_enabled():  # the function below would make gradients that nobody asked for
         tensors = tuple(None if t is None else t.detach() for t in tensors)
-    return _TokenSums.apply(*tensors, targets, token_loss, chunk)
+    return _TokenSums.apply(*tensors, targets, token_loss, chunk, parts)
 
 
 def chunk_logits(states: Tensor, weight: Tensor, bias: Tensor | None, chunk: int = CHUNK) -> Tensor:
@@ -91,6 +100,14 @@ def target_logprobs(forward: Any, batch: TokenBatch, temperature: float = 1.0) -
     """(N,) log-probability of each trained token of `batch`, in the order of the rows, with gradient."""
     states, targets = shift(forward(batch.tokens, batch.positions, batch.segments), batch.labels)
     return token_values(forward.head, states, targets, lambda logits, y: logprobs(logits / temperature, y))
+
+
+def token_origins(batch: TokenBatch) -> Tensor | None:
+    """(N,) the number, in `batch.origins`, of each trained token; None where losses are not counted apart."""
+    if batch.origin is None:
+        return None
+    segments = torch.ones_like(batch.labels) if batch.segments is None else batch.segments
+    return batch.origin.gather(1, (segments - 1).clamp(min=0))[:, 1:][batch.labels[:, 1:] != IGNORE]
 
 
 def num_segments(batch: TokenBatch) -> int:
@@ -145,6 +162,7 @@ class _TokenSums(torch.autograd.Function):
         targets: Tensor,
         token_loss: TokenLoss,
         chunk: int,
+        parts: tuple[Tensor, int] | None,
     ) -> Tensor:
         needed = ctx.needs_input_grad
         w, b = _cast(weight, needed[1]), None if bias is None else _cast(bias, needed[2])
@@ -158,7 +176,8 @@ class _TokenSums(torch.autograd.Function):
             here = slice(start, start + chunk)
             with torch.set_grad_enabled(any(needed)):
                 h = states[here].detach().requires_grad_(needed[0])
-                sums = [s.sum() for s in token_loss(chunk_logits(h, w, b, chunk), targets[here])]
+                values = token_loss(chunk_logits(h, w, b, chunk), targets[here])
+                sums = [v.sum() for v in values]
             if any(needed):
                 sums[0].backward()
             if states_grad is not None and h.grad is not None:
@@ -168,10 +187,13 @@ class _TokenSums(torch.autograd.Function):
                     grad += part.grad
                     part.grad = None
             totals.append(torch.stack([s.detach() for s in sums]))
+            if parts:
+                apart = values[0].new_zeros(parts[1]).index_add(0, parts[0][here], values[0].detach())
+                totals[-1] = torch.cat([totals[-1], apart])
         ctx.save_for_backward(states_grad, *grads)
         return torch.stack(totals).sum(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factor = grads[0][0]  # of the first sum; the others are figures
-        return (*(None if g is None else g * factor for g in ctx.saved_tensors), None, None, None)
+        return (*(None if g is None else g * factor for g in ctx.saved_tensors), None, None, None, None)

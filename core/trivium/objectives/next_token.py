@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trivium.objectives.config import NextTokenConfig, SFTConfig
-from trivium.objectives.logprobs import count_targets, logprobs, shift, token_sums
+from trivium.objectives.logprobs import count_targets, logprobs, shift, token_origins, token_sums
 from trivium.objectives.protocol import Forward, Objective
 from trivium.types import LossOutput, Metric, TokenBatch
 
@@ -27,8 +27,15 @@ class NextToken(Objective):
 
     def __call__(self, forward: Forward, batch: TokenBatch) -> LossOutput:
         states, targets = shift(self.hidden(forward, batch), batch.labels)
-        loss_sum, nll = token_sums(forward.head, states, targets, self.token_loss)
-        return LossOutput(loss_sum, {"nll": Metric(nll.detach(), torch.as_tensor(targets.numel(), device=nll.device))})
+        origin, names = token_origins(batch), batch.origins
+        parts = None if origin is None else (origin, len(names))
+        loss_sum, nll, *apart = token_sums(forward.head, states, targets, self.token_loss, parts=parts)
+        metrics = {"nll": Metric(nll.detach(), torch.as_tensor(targets.numel(), device=nll.device))}
+        if origin is not None:
+            counts = origin.new_zeros(len(names)).index_add(0, origin, torch.ones_like(origin))
+            for name, total, count in zip(names, apart, counts, strict=True):
+                metrics[f"loss/{name}"] = Metric(total.detach(), count)
+        return LossOutput(loss_sum, metrics)
 
     def hidden(self, forward: Forward, batch: TokenBatch) -> Tensor:
         """(B, T, C) states of the batch."""

@@ -78,6 +78,10 @@ class Primer(Source):
             self._fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return self._fingerprint
 
+    def origin(self, example: Example) -> str:
+        """Its task, else its part."""
+        return example.get("task") or example["id"].partition("/")[0]
+
     def score(self, example: Example, completion: str) -> Score:
         """1.0 for the example's answer and nothing else, 0.0 for anything else; see `tasks.is_right`."""
         answer = example.get("answer")
