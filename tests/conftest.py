@@ -18,6 +18,7 @@ TINY_MODEL = ("model.dim=32", "model.layers=2", "model.heads=2", "model.kv_heads
 TINY_RUN = (
     *("tokenizer.vocab_size=320", "batch.size=4", "batch.micro_size=4", "batch.length=64"),
     *("validation.every_steps=0", "validation.max_rows=8", "samples.every_steps=0", "trainer.max_steps=6"),
+    "precision=fp32",  # as everywhere, and so on a machine that would choose bf16
 )
 TINY = (*TINY_MODEL, *TINY_RUN)
 

@@ -76,14 +76,25 @@ class TrainerConfig:
     devices: int = 1  # processes on each machine, a GPU each; batch.size is of all together
     nodes: int = 1  # machines; more than one needs torchrun, srun or launcher.kind=slurm
     strategy: str = "auto"  # auto | ddp, every process holds the whole model | fsdp, each holds its share
+    tensor_parallel: int = 1  # with fsdp: so many processes compute each block together, on the same rows
 
     @property
     def processes(self) -> int:
         """How many train together."""
         return self.devices * self.nodes
 
+    @property
+    def shares(self) -> int:
+        """How many processes, or groups of them, share a step's rows."""
+        return self.processes // self.tensor_parallel
+
     def __post_init__(self) -> None:
-        _positive("trainer", self, "max_steps", "prefetch", "loader_timeout", "devices", "nodes")
+        _positive("trainer", self, "max_steps", "prefetch", "loader_timeout", "devices", "nodes", "tensor_parallel")
+        if self.tensor_parallel > 1 and (self.strategy != "fsdp" or self.devices % self.tensor_parallel):
+            raise ConfigError(
+                f"trainer.tensor_parallel={self.tensor_parallel} needs trainer.strategy=fsdp (it is {self.strategy}) "
+                f"and trainer.devices a multiple of it (it is {self.devices}): a group stays on one machine"
+            )
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"trainer.strategy={self.strategy!r} is not one of {', '.join(STRATEGIES)}")
         _not_negative("trainer", self, "grad_clip", "threads", "recompute", "workers")
@@ -355,11 +366,12 @@ class RunConfig:
             raise ConfigError(f"phase={self.phase} needs data, and domain={self.domain} has none for it")
 
     def _check_processes(self) -> None:
-        count, batch, rollout = self.trainer.processes, self.batch, self.rollout
+        count, batch, rollout = self.trainer.shares, self.batch, self.rollout
+        what = "processes" if self.trainer.tensor_parallel == 1 else "groups of processes"
         if self.phase != "rlhf" and batch.size % (batch.micro_size * count):
             even = batch.size // count if batch.size % count == 0 else 0
             raise ConfigError(
-                f"batch.size={batch.size} must be a multiple of batch.micro_size={batch.micro_size} x {count} processes"
+                f"batch.size={batch.size} must be a multiple of batch.micro_size={batch.micro_size} x {count} {what}"
                 f"; set batch.{f'micro_size={even}' if even else f'size={batch.micro_size * count}'}"
             )
         if self.phase == "rlhf" and rollout.prompts % (rollout.updates * count):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from trivium.schema import TRAINING_PHASES
+from trivium.selftest.harness import Forker
 
 ROOT = Path(__file__).parents[2]
 SHORT = {
@@ -75,17 +76,32 @@ def reader(tmp_path):
     return place
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("docs-cache")
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_page_run(page, reader, tmp_path_factory):
-    env = dict(os.environ, TRIVIUM_CACHE=str(tmp_path_factory.getbasetemp() / "docs-cache"))
-    for command in commands(page):
-        words = shortened(command)
-        run = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=reader, env=env, input="What is a heron?\n", capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert run.returncode == 0, f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
-        assert "Traceback" not in run.stderr
+def test_commands_of_page_run(page, reader, cache, tmp_path):
+    """README's as a reader starts them, and sweeps, which start others; the rest in processes that need no imports."""
+    (tmp_path / "said").write_text("What is a heron?\n")
+    forker = Forker(tmp_path / "processes", cache, home=reader)
+    try:
+        for command in commands(page):
+            words = shortened(command)[1:]
+            if page == "README.md" or "-m" in words:
+                run = subprocess.run(
+                    [sys.executable, *words], cwd=reader, env={**os.environ, "TRIVIUM_CACHE": str(cache)},
+                    input="What is a heron?\n", capture_output=True, text=True, timeout=300,
+                )  # fmt: skip
+                code, out, err = run.returncode, run.stdout, run.stderr
+            else:
+                run = forker.fork(*words[1:], input=str(tmp_path / "said")).done()
+                code, out, err = run.returncode, run.out, run.err
+            assert code == 0, f"{command}\n{out[-2000:]}\n{err[-2000:]}"
+            assert "Traceback" not in err
+    finally:
+        forker.close()
 
 
 def test_pages_have_commands():

@@ -1,4 +1,4 @@
-"""What tests/training/test_parallel.py runs, as one of several processes or alone: `python ranks.py FOLDER`."""
+"""What tests/training/test_parallel.py runs, as one of two or four processes or alone: `python ranks.py FOLDER`."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from trivium.errors import TriviumError
 from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
-from trivium.models.weights import weights_of
+from trivium.models.weights import local, read_tensors, shares_of, weights_of
 from trivium.objectives.config import NextTokenConfig, SFTConfig
 from trivium.objectives.next_token import SFT, NextToken
 from trivium.schema import GuardConfig, TrainerConfig
@@ -22,7 +22,8 @@ from trivium.training.config import AdamWConfig
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.optim import adamw, optimizer_tensors
 from trivium.training.parallel import ALONE, join, leave, placed
-from trivium.training.shard import Shards, mesh_of
+from trivium.training.shard import Shards
+from trivium.training.tensorfile import write_tensors
 from trivium.training.trainer import lightning_trainer
 from trivium.types import LossOutput, TokenBatch
 
@@ -51,7 +52,7 @@ def cut(step, size, world):
     """This process's micro-batches of `size` rows."""
     tokens, labels = step
     positions = torch.arange(LENGTH).expand(ROWS, -1)
-    parts = [slice(i, i + size) for i in range(0, ROWS, size)][world.rank :: world.size]
+    parts = [slice(i, i + size) for i in range(0, ROWS, size)][world.share :: world.shares]
     return [TokenBatch(tokens[p], labels[p], positions[p]) for p in parts]
 
 
@@ -81,15 +82,18 @@ OBJECTIVES = {
 
 
 def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, average=0.0, recompute=0,
-          policy="stop", frozen=(), dtype=torch.float64):  # fmt: skip
-    """Train a small model; returns its figures, its weights and its optimizer's state, whole."""
+          policy="stop", frozen=(), dtype=torch.float64, file=None):  # fmt: skip
+    """Train a small model; returns its figures, its weights and its optimizer's state, whole. file: where weights that
+    are shared out are written to, each process its own."""
+    if strategy == "tensor":
+        world, strategy = replace(world, tensor=2), "fsdp"
     config = LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, context=LENGTH, init_std=0.3, tied=tied)
     model = Llama(config, VOCAB)
     model.init_weights(seed=3)
     model.to(dtype).recompute = recompute
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    shard = (lambda m: Shards(m, mesh_of(world, CPU))) if strategy == "fsdp" else None
+    shard = (lambda m: Shards(m, world, CPU)) if strategy == "fsdp" else None
     module = ObjectiveModule(
         model,
         OBJECTIVES[objective](),
@@ -111,7 +115,13 @@ def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, 
         f"optimizer {k}": v.full_tensor() if isinstance(v, DTensor) else v
         for k, v in optimizer_tensors(module.optimizer).items()
     }
+    read = True
+    if module.shards and file:
+        shared = dict(model.named_parameters())
+        write_tensors(file, shares_of({n: p.detach() for n, p in shared.items()}), world)
+        read = all(torch.equal(local(t), local(shared[n])) for n, t in read_tensors(file, shared.get).items())
     return {
+        "read": read,
         "rows": [{k: row[k] for k in keys if k in row} for row in rows],
         "val/loss": held_out,
         "tensors": {**weights, **state},
@@ -126,12 +136,23 @@ RUNS = {
     "fsdp neftune": ("fsdp", {"size": 2, "objective": "neftune"}),
     "ddp average": ("ddp", {"size": 2, "average": 0.9}),
     "ddp frozen": ("ddp", {"size": 2, "frozen": ("blocks.0.attn.q.weight",)}),
+    "tensor size": ("tensor", {"size": 4}),
+    "tensor recompute": ("tensor", {"size": 4, "recompute": 1}),
+    "tensor average": ("tensor", {"size": 8, "average": 0.9, "tied": False}),
     **{
         f"{s} {bad}": (s, {"size": 2, "steps": 1, "objective": bad, "policy": "skip"})
         for s in ("ddp", "fsdp")
         for bad in ("loss_nan", "gradient_nan")
     },
 }
+
+
+RUNS_OF_FOUR = {
+    "four tensor": ("tensor", {"size": 4}),
+    "four recompute": ("tensor", {"size": 2, "recompute": 1}),
+    "four fsdp": ("fsdp", {"size": 2}),
+}
+"""Two pairs: each computes its blocks together, and shares its weights out to the other."""
 
 
 def told(action):
@@ -144,9 +165,9 @@ def told(action):
 
 
 def main(folder):
-    world = join(replace(placed(), local_size=2), CPU)
-    for name, (strategy, settings) in RUNS.items():
-        found = train(world, strategy, **settings)
+    world = join(replace(placed(), local_size=placed().size), CPU)
+    for name, (strategy, settings) in (RUNS if world.size == 2 else RUNS_OF_FOUR).items():
+        found = train(world, strategy, **settings, file=folder / f"{name}.file")
         save_file(found.pop("tensors"), folder / f"{name}.{world.rank}.safetensors")
         (folder / f"{name}.{world.rank}.json").write_text(json.dumps(found))
     mine = world.rank + 1

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trivium.training.parallel import ALONE
+from trivium.compose import Component
+from trivium.errors import ConfigError
+from trivium.schema import BatchConfig, RunConfig, TrainerConfig
+from trivium.training.config import AdamWConfig
+from trivium.training.parallel import ALONE, World
+from trivium.training.shard import sharding
+from trivium.training.tensorfile import write_tensors
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
@@ -19,29 +26,40 @@ ranks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ranks)
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """What two processes made of everything in ranks.RUNS: together(name, rank) -> figures and tensors."""
-    folder = tmp_path_factory.mktemp("ranks")
-    place = {"WORLD_SIZE": "2", "TRIVIUM_RENDEZVOUS": str(folder / "meet"), "GLOO_SOCKET_IFNAME": "lo"}
+def made_by(count, folder):
+    """What `count` processes made of all of their runs: found(name, rank) -> figures and tensors."""
+    place = {"WORLD_SIZE": str(count), "TRIVIUM_RENDEZVOUS": str(folder / "meet"), "GLOO_SOCKET_IFNAME": "lo"}
     started = [
         subprocess.Popen(
             [sys.executable, SCRIPT, folder],
             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), **place},
             stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]  # fmt: skip
     said = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
+    assert not any(process.returncode for process in started), "\n".join(text[-3000:] for text in said)
     assert not any("Warning" in text for text in said), said
 
     def found(name, rank=0):
         facts = json.loads((folder / f"{name}.{rank}.json").read_text())
         tensors = folder / f"{name}.{rank}.safetensors"
-        return facts | ({"tensors": load_file(tensors)} if tensors.is_file() else {})
+        made = {"tensors": load_file(tensors), "file": folder / f"{name}.file"} if tensors.is_file() else {}
+        return facts | made
 
     return found
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """ranks.RUNS, by two processes."""
+    return made_by(2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """ranks.RUNS_OF_FOUR, by four."""
+    return made_by(4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +109,27 @@ def test_two_processes_learn_what_one_does(name, together, alone):
     equal_runs(together(name, rank=1), together(name), 1e-300)  # the processes have the very same bits
 
 
+@pytest.mark.parametrize("name", ranks.RUNS_OF_FOUR)
+def test_four_processes_learn_what_one_does(name, four, alone):
+    """Pairs that compute each block together, and share their weights out between them."""
+    _, settings = ranks.RUNS_OF_FOUR[name]
+    equal_runs(four(name), alone(**{k: v for k, v in settings.items() if k not in ("size", "recompute")}), 1e-12)
+    for rank in (1, 2, 3):
+        equal_runs(four(name, rank), four(name), 1e-300)
+
+
+@pytest.mark.parametrize("name", [n for n in (*SAME, *ranks.RUNS_OF_FOUR) if not n.startswith("ddp")])
+def test_file_that_all_write_is_what_they_hold_together(name, together, four, tmp_path):
+    """Weights cut once, or twice (in a pair, then between pairs); each reads its own part back."""
+    made = four if name in ranks.RUNS_OF_FOUR else together
+    found = made(name)
+    assert found["read"] and made(name, rank=1)["read"]
+    whole = {n: t for n, t in found["tensors"].items() if not n.startswith("optimizer ")}
+    if "average" not in name:  # there it holds what training goes on from
+        write_tensors(tmp_path / "whole", whole)
+        assert (tmp_path / "whole").read_bytes() == found["file"].read_bytes()
+
+
 def test_runs_would_show_what_is_wrong(alone):
     """What the test above compares moves by far more than its tolerance: an unaveraged gradient would be seen."""
     still = alone(steps=1)
@@ -112,6 +151,29 @@ def test_nan_on_one_process_changes_no_weight_of_any(strategy, bad, together):
             assert torch.equal(found["tensors"][name], parameter.detach().double()), name
         state = [v for k, v in found["tensors"].items() if k.startswith("optimizer") and not k.endswith("step")]
         assert state and not any(v.any() for v in state)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "changes", "said"),
+    [
+        (2, {"heads": 2, "kv_heads": 1}, "trainer.tensor_parallel=2 does not divide the 1 heads of attn.k"),
+        (4, {"heads": 4, "kv_heads": 4, "ffn_dim": 42}, "parallel=4 does not divide the 42 columns of ffn.gate"),
+    ],
+)
+def test_blocks_that_cannot_be_cut_evenly_are_refused(tensor, changes, said):
+    model = ranks.Llama(ranks.LlamaConfig(**{"dim": 16, "layers": 1, "ffn_dim": 24, **changes}), ranks.VOCAB)
+    trainer = TrainerConfig(devices=4, strategy="fsdp", tensor_parallel=tensor)
+    optim = Component("adamw", AdamWConfig())
+    config = RunConfig(data=object(), trainer=trainer, batch=BatchConfig(size=4, micro_size=1), optim=optim)
+    shard = sharding(config, World(size=4, tensor=tensor), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        shard(model)
+    type(model).tensor_plan, plan = {}, type(model).tensor_plan
+    try:
+        with pytest.raises(ConfigError, match="Llama has no tensor_plan"):
+            shard(model)
+    finally:
+        type(model).tensor_plan = plan
 
 
 def test_processes_agree(together):

@@ -79,13 +79,14 @@ def under_way(process, run, more=5):
 
 
 def test_two_processes_continue_what_one_began_and_one_what_two_began(fork, pretraining, tmp_path):
-    """12 steps: all by one process; 6 by two with FSDP2, saved beside, 6 by one; 6 by one, 6 by two. One curve."""
+    """12 steps: all by one process; 6 by two with FSDP2, saved beside, 6 by one; 6 by one, 6 by two
+    that compute each block together. One curve."""
     half = (*FLAT, "trainer.max_steps=6", "checkpoint.every_steps=6")
     whole = (*FLAT, "trainer.max_steps=12", "checkpoint.every_steps=6")
     shared = ("trainer.devices=2", "trainer.strategy=fsdp")
 
     def run(name, *settings):
-        return fork(*pretraining(tmp_path, name, *ON_CPU, *settings))
+        return fork(*pretraining(tmp_path, name, *ON_CPU, "model.kv_heads=2", *settings))
 
     started = [
         run("one", *whole),
@@ -94,7 +95,7 @@ def test_two_processes_continue_what_one_began_and_one_what_two_began(fork, pret
     ]
     assert [p.done(SLOW).returncode for p in started] == [0, 0, 0], started[1].err
     assert not started[1].err
-    started = [run("from_two", *whole), run("from_one", *whole, *shared)]
+    started = [run("from_two", *whole), run("from_one", *whole, *shared, "trainer.tensor_parallel=2")]
     assert [p.done(SLOW).returncode for p in started] == [0, 0], started[1].err
     assert len(rows_of(tmp_path / "one")) == 12 and rows_of(tmp_path / "one")[-1]["val/loss"] > 0
     assert flat(tmp_path / "from_two") == curve(tmp_path / "one")
@@ -191,6 +192,8 @@ def test_torchrun_runs_the_same_command(corpus, pretraining, cache, tmp_path):
         (("trainer.nodes=2", "batch.micro_size=1"), "is more than this machine"),
         (("trainer.strategy=zero",), "is not one of auto, ddp, fsdp"),
         (("trainer.strategy=fsdp", "trainer.devices=1"), "shares weights among processes, and there is one"),
+        (("trainer.tensor_parallel=2",), "trainer.tensor_parallel=2 needs trainer.strategy=fsdp (it is auto)"),
+        (("trainer.strategy=fsdp", "trainer.tensor_parallel=3"), "and trainer.devices a multiple of it (it is 2)"),
         (("trainer.accelerator=mps",), "there is none here"),
     ],
 )  # fmt: skip

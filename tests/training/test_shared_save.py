@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from trivium.errors import TriviumError
@@ -26,7 +27,7 @@ from trivium.training.checkpoint import CheckpointStore, Contents, verify
 from trivium.training.config import AdamWConfig
 from trivium.training.optim import adamw, load_optimizer, named, optimizer_tensors
 from trivium.training.parallel import ALONE, World, join, leave, placed
-from trivium.training.shard import Shards, mesh_of
+from trivium.training.shard import Shards
 from trivium.training.tensorfile import write_tensors
 
 PROCESSES, CPU = 3, torch.device("cpu")
@@ -74,7 +75,7 @@ def said(action):
 
 def main(folder: Path) -> None:
     world = join(replace(placed(), local_size=PROCESSES), CPU)
-    facts, mesh = {}, mesh_of(world, CPU)
+    facts, mesh = {}, init_device_mesh("cpu", (PROCESSES,))
 
     odd = {k: distribute_tensor(counted(shape), mesh, [Shard(cut)]) for k, (shape, cut) in ODD.items()}
     write_tensors(folder / "odd.safetensors", {**shares_of(odd), "whole": torch.ones(3)}, world)
@@ -82,7 +83,7 @@ def main(folder: Path) -> None:
     facts["read"] = {k: torch.equal(local(back[k]), local(odd[k])) for k in odd}
 
     model, _ = trained(seed=3)
-    Shards(model, mesh)
+    Shards(model, world, CPU)
     model, optimizer = stepped(model, adamw(AdamWConfig(lr=1e-2), model))
     store = CheckpointStore(folder / "checkpoints", world=world.apart())
     found, background = contents(model, optimizer), Background()
@@ -92,7 +93,7 @@ def main(folder: Path) -> None:
     background.wait()
     facts["counts"] = counts
     other, empty = trained(seed=4)  # another start, which takes up the checkpoint
-    Shards(other, mesh)
+    Shards(other, world, CPU)
     empty = adamw(AdamWConfig(lr=1e-2), other)
     weights, state = dict(other.named_parameters()), named(empty)
     saved = folder / "checkpoints/step-1"

@@ -63,9 +63,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         rows, length, _ = x.shape
-        q = rotate(self.q(x).view(rows, length, self.heads, self.width).transpose(1, 2), *angles)
-        k = rotate(self.k(x).view(rows, length, self.kv_heads, self.width).transpose(1, 2), *angles)
-        v = self.v(x).view(rows, length, self.kv_heads, self.width).transpose(1, 2)
+        heads = (rows, length, -1, self.width)  # as many as are here: several processes may share them out
+        q = rotate(self.q(x).view(heads).transpose(1, 2), *angles)
+        k = rotate(self.k(x).view(heads).transpose(1, 2), *angles)
+        v = self.v(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v, positions)
             k, v = k.to(q.dtype), v.to(q.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -45,6 +46,11 @@ class Llama(CausalLM):
     """The Llama family; weights and logits equal Hugging Face's to rounding (tests/equivalence)."""
 
     supports_packing: ClassVar[bool] = True
+    tensor_plan: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("attn.q", "attn.k", "attn.v", "ffn.gate", "ffn.up"), "columns"),
+        **dict.fromkeys(("attn.out", "ffn.down"), "rows"),
+    }
+    """Whole heads to each process (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3)."""
 
     def __init__(self, config: LlamaConfig, vocab_size: int) -> None:
         super().__init__(config, vocab_size)

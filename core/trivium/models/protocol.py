@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,10 @@ class CausalLM(nn.Module, ABC):
 
     supports_packing: ClassVar[bool] = False
     """Whether `segments` is honoured; packing is refused where it is not."""
+
+    tensor_plan: ClassVar[Mapping[str, str]] = {}
+    """How several processes compute one block together: the linear layers of a block by name, each "columns" (its
+    outputs are shared out) or "rows" (its inputs are, and the outputs summed). Without it they cannot."""
 
     embed: nn.Embedding
     head: nn.Linear

@@ -80,7 +80,8 @@ def _join(config: RunConfig, world: World) -> World:
             f"the launcher started {world.size} processes, the settings say trainer.devices={trainer.devices} x "
             f"trainer.nodes={trainer.nodes}; set trainer.devices to the processes on each machine"
         )
-    world = join(dataclasses.replace(world, local_size=trainer.devices), device_of(trainer.accelerator))
+    world = dataclasses.replace(world, local_size=trainer.devices, tensor=trainer.tensor_parallel)
+    world = join(world, device_of(trainer.accelerator))
     world.agree(as_dict(config))
     return world
 

@@ -56,6 +56,7 @@ UNGUARDED = (
     *("checkpoint", "validation", "samples", "logger", "profiler", "stop", "inference", "evaluation", "prompt"),
     *("batch.auto", "prompts", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile"),
     *("trainer.recompute", "trainer.devices", "trainer.nodes", "trainer.strategy"),
+    "trainer.tensor_parallel",
     *("trainer.workers", "trainer.prefetch", "trainer.loader_timeout"),
     *ASIDE,
 )
@@ -216,7 +217,7 @@ def _from_data(
             f"batch.length={length} is longer than the model's context of {model.context}{most * (table.group > 1)}"
         )
     sizes: dict[str, Any] = {"micro_size": config.batch.micro_size, "length": length, "pad_id": tokenizer.pad_id}
-    place = {"rank": this.world.rank, "world": this.world.size}
+    place = {"rank": this.world.share, "world": this.world.shares}
     steps = StepDataset(table, size=config.batch.size, seed=config.seed, batch=objective.batch, **sizes, **place)
     tables = {"train": table}
     if config.validation.every_steps:
@@ -281,7 +282,7 @@ def _micro_size(this: Run, module: ObjectiveModule, steps: StepDataset) -> int:
     module.on_fit_start()
     weights = sum(p.numel() * p.element_size() for p in module.model.parameters())
     found = largest_micro_size(
-        steps.size // this.world.size, lambda rows: module.rehearse(steps.collated(steps.first_rows(rows))), weights
+        steps.size // this.world.shares, lambda rows: module.rehearse(steps.collated(steps.first_rows(rows))), weights
     )
     found = -this.world.most(-found)  # what fits everywhere
     module.model.zero_grad(set_to_none=True)

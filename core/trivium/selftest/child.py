@@ -44,7 +44,7 @@ def serve() -> None:
         order = json.loads(line)
         pid = os.fork()
         if not pid:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(os.open(order.get("input", os.devnull), os.O_RDONLY), 0)
             for number, kind in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{order['place']}.{kind}", os.O_WRONLY | os.O_CREAT), number)
             sys.exit(obey(order))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from trivium.models.weights import local
+
 
 class WeightAverage:
     """Exponential moving average, in fp32 (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046).
@@ -20,8 +22,8 @@ class WeightAverage:
     def update(self, step: int, bad: Tensor) -> None:
         """Take in the weights after optimizer step `step` (from 1), unless it was not taken (`bad` is 1.0)."""
         weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - bad)
-        now = [p.detach().float() for p in self._of]
-        torch._foreach_lerp_(list(self._of.values()), now, [weight] * len(now))  # type: ignore[reportPrivateImportUsage]
+        now = [local(p).detach().float() for p in self._of]
+        torch._foreach_lerp_([local(a) for a in self._of.values()], now, [weight] * len(now))  # type: ignore[reportPrivateImportUsage]
 
     def weights(self) -> dict[nn.Parameter, Tensor]:
         """The average of each parameter."""

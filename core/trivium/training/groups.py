@@ -32,7 +32,8 @@ def parameter_groups(
         if pattern is not None and pattern.weight_decay is not None:
             decay = pattern.weight_decay
         rate = config.lr * (pattern.lr if pattern is not None else 1.0)
-        key = (kind(name, parameter), rate, decay)
+        mesh = getattr(parameter, "device_mesh", None)  # one operation takes no tensors shared out in different ways
+        key = (kind(name, parameter), rate, decay, mesh)
         group = groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay, "kind": key[0]})
         group["params"].append((name, parameter))
     if not groups:

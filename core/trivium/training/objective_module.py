@@ -127,8 +127,15 @@ class ObjectiveModule(L.LightningModule):
 
     @property
     def world_size(self) -> int:
-        """How many processes share a step; one while there is no loop yet."""
-        return self._trainer.world_size if self._trainer else 1
+        """Among how many processes, or groups of them, a step's rows are shared out; one while there is no loop yet."""
+        if self._trainer is None:
+            return 1
+        return self.shards.shares if self.shards else self._trainer.world_size
+
+    @property
+    def share(self) -> int:
+        """Whose share of the rows this process has."""
+        return self.shards.share if self.shards else self.global_rank
 
     @property
     def between_items(self) -> bool:
@@ -227,7 +234,7 @@ class ObjectiveModule(L.LightningModule):
 
     def seed_step(self) -> None:
         """Every step draws its dropout from its own number, so a resumed run needs no generator state."""
-        torch.manual_seed(key_of(self.settings.seed, "step", self.step, self.global_rank))
+        torch.manual_seed(key_of(self.settings.seed, "step", self.step, self.share))
 
     def run_backward(
         self, micro_batches: Sequence[TokenBatch], count: Tensor
@@ -281,11 +288,15 @@ class ObjectiveModule(L.LightningModule):
             lost = next(name for name, p in trained if p.grad is None)
             raise TrainingError(f"step {self.step}: {lost} has no gradient to average over the processes; freeze it")
         groups: dict[str, list[Tensor]] = {}
+        parameters = dict(trained)
         for name, norm in norms.items():
-            groups.setdefault(_group(name), []).append(norm)
+            copies = self.shards.copies(parameters[name]) if self.shards else 1
+            groups.setdefault(_group(name), []).append(norm / copies**0.5 if copies > 1 else norm)
         found = torch.stack([torch.linalg.vector_norm(torch.stack(values)) for values in groups.values()])
         if self.shards:  # each process has the squares of its own share
-            found = self.global_sum(found.square()).sqrt()
+            squares = found.square()
+            torch.distributed.all_reduce(squares)
+            found = squares.sqrt()
         return dict(zip(groups, (found / scale).unbind(), strict=True))
 
     def scale_gradients(self, norm: Tensor) -> None:
@@ -326,7 +337,8 @@ class ObjectiveModule(L.LightningModule):
         """The sum over all ranks; the same bits on each."""
         if self.world_size > 1:
             value = value.clone()
-            torch.distributed.all_reduce(value)  # not Lightning's `reduce`: it has the host wait first
+            group = self.shards.group if self.shards else None
+            torch.distributed.all_reduce(value, group=group)  # not Lightning's `reduce`: it has the host wait first
         return value
 
     @property
@@ -384,7 +396,7 @@ class ObjectiveModule(L.LightningModule):
         was_training = self.model.training
         self.model.eval()
         if len(batches) % self.world_size == 0:
-            batches = batches[self.global_rank :: self.world_size]
+            batches = batches[self.share :: self.world_size]
         batches = [batch.to(self.device) for batch in batches]
         total = count = torch.zeros((), device=self.device)
         with self.shown_weights():

@@ -44,11 +44,22 @@ class World:
     local_rank: int = 0
     local_size: int = 1  # processes on each machine
     control: Any = None
+    tensor: int = 1  # neighbours that compute each block together, on the same rows
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes the run folder."""
         return self.rank == 0
+
+    @property
+    def share(self) -> int:
+        """Whose share of a step's rows this process has, of `shares`."""
+        return self.rank // self.tensor
+
+    @property
+    def shares(self) -> int:
+        """Among how many processes, or groups of them, a step's rows are shared out."""
+        return self.size // self.tensor
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -135,7 +146,7 @@ def placed(environment: Mapping[str, str] = os.environ) -> World:
     """The place that a launcher (ours, torchrun, srun) gave this process; a world of one where none did.
 
     >>> placed({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
-    World(rank=3, size=4, local_rank=1, local_size=1, control=None)
+    World(rank=3, size=4, local_rank=1, local_size=1, control=None, tensor=1)
     >>> placed({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}).rank
     5
     >>> placed({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == World()
@@ -221,5 +232,5 @@ def strategy_of(world: World, name: str) -> Strategy | str:
     if world.size == 1:
         return "auto"
     if name == "fsdp":
-        return ModelParallelStrategy(data_parallel_size=world.size, tensor_parallel_size=1)
+        return ModelParallelStrategy(data_parallel_size=world.shares, tensor_parallel_size=world.tensor)
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)

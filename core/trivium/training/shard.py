@@ -3,6 +3,9 @@
 Each block is a unit: its weights are gathered before it runs and let go after. What stands outside the blocks
 (embedding, last norm, heads) is one unit more, gathered around the whole loss, not around the model's forward. So a
 loss may use the head's weight as it likes, chunk by chunk, and a tied head needs no rule of its own.
+
+With tensor parallelism (Shoeybi et al. 2019, 1909.08053) neighbours also share out the linear layers within a block and
+compute them together, on the same rows; each share is then shared out again among the groups.
 """
 
 from __future__ import annotations
@@ -11,14 +14,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from trivium.errors import ConfigError
 from trivium.models.protocol import CausalLM
 from trivium.schema import RunConfig
 from trivium.training.parallel import World
 
+STYLES: dict[str, Callable[[], Any]] = {"columns": ColwiseParallel, "rows": RowwiseParallel}
 ELEMENTWISE = ("adamw", "sgd", "lion")
 """Optimizers that treat each weight by itself, so that a share of the weights is as good as all of them."""
 
@@ -36,12 +43,28 @@ class Gathered(nn.Module):
 
 
 class Shards:
-    """A model whose weights are shared out among the processes of `mesh`."""
+    """A model whose weights are shared out among the processes of `world`.
 
-    def __init__(self, model: CausalLM, mesh: Any) -> None:
+    shares, share: of how many groups of processes, each with rows of its own, this process's is which.
+    """
+
+    def __init__(self, model: CausalLM, world: World, device: torch.device) -> None:
+        self.share, self.shares, self._size = world.share, world.shares, world.size
+        sizes, names = (world.shares, world.tensor), ("data", "tensor")
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        self.group = mesh["data"].get_group()
+        """Those with other rows."""
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        self._whole: Any = fully_shard(Gathered(model), mesh=mesh)
+            if world.tensor > 1:
+                styles = {name: STYLES[how]() for name, how in model.tensor_plan.items()}
+                parallelize_module(block, mesh["tensor"], styles)
+            fully_shard(block, mesh=mesh["data"])
+        self._whole: Any = fully_shard(Gathered(model), mesh=mesh["data"])
+
+    def copies(self, parameter: Tensor) -> int:
+        """How many processes hold this process's share of it."""
+        assert isinstance(parameter, DTensor)
+        return self._size // parameter.device_mesh.size()
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)` with the outer weights whole; with gradient they stay so until the backward pass."""
@@ -71,9 +94,18 @@ def sharding(config: RunConfig, world: World, device: torch.device) -> Callable[
             f"optim={config.optim.name} is not proven on a share of the weights ({said}); "
             f"choose one of {', '.join(ELEMENTWISE)}, or trainer.strategy=ddp"
         )
-    return lambda model: Shards(model, mesh_of(world, device))
+    return lambda model: _shared_out(model, world, device)
 
 
-def mesh_of(world: World, device: torch.device) -> Any:
-    """All processes in a row."""
-    return torch.distributed.init_device_mesh(device.type, (world.size,))  # type: ignore[reportPrivateImportUsage]
+def _shared_out(model: CausalLM, world: World, device: torch.device) -> Shards:
+    said = f"trainer.tensor_parallel={world.tensor}"
+    if world.tensor > 1 and not model.tensor_plan:
+        raise ConfigError(f"{said}: {type(model).__name__} has no tensor_plan, so its blocks cannot be shared out")
+    for name, how in model.tensor_plan.items():
+        parent, _, layer = name.rpartition(".")
+        module: Any = model.blocks.get_submodule(f"0.{parent}")
+        unit = getattr(module, "width", 1)  # a head is not cut
+        cut = getattr(module, layer).weight.shape[how == "rows"] // unit
+        if cut % world.tensor:
+            raise ConfigError(f"{said} does not divide the {cut} {'heads' if unit > 1 else 'columns'} of {name}")
+    return Shards(model, world, device)
