@@ -202,6 +202,13 @@ def test_refusals(settings, said, main, pretraining, tmp_path):
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1
 
 
+def test_one_process_ignores_the_tasks_of_its_batch_script(fork, pretraining, tmp_path):
+    """`python launch.py` without srun in a script that asks for two tasks; Lightning would refuse to start."""
+    inside = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x", "SLURM_JOB_ID": "3", "SLURM_NODELIST": "a"}
+    run = fork(*pretraining(tmp_path, "a"), environment=inside).done()
+    assert run.returncode == 0, run.err
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [

@@ -169,9 +169,10 @@ def join(world: World, device: torch.device) -> World:
     store = None
     if RENDEZVOUS in os.environ:
         store = dist.FileStore(os.environ[RENDEZVOUS], world.size)  # type: ignore[reportPrivateImportUsage]
-    elif "MASTER_ADDR" not in os.environ:  # srun sets none
-        slurm = SLURMEnvironment(auto_requeue=False)
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
+    elif "MASTER_ADDR" not in os.environ:  # srun sets none: the first machine, and a port that follows from the job
+        nodes, job = os.environ["SLURM_JOB_NODELIST"], os.environ["SLURM_JOB_ID"]
+        os.environ["MASTER_ADDR"] = SLURMEnvironment.resolve_root_node_address(nodes)
+        os.environ["MASTER_PORT"] = str(15000 + int(job[-4:]))
     if device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise ConfigError(f"trainer.devices={world.local_size}: this machine has {torch.cuda.device_count()} GPUs")

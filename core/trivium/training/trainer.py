@@ -226,7 +226,7 @@ def lightning_trainer(config: TrainerConfig, loggers: list, callbacks: list[L.Ca
             devices=config.devices if world.size > 1 else 1,
             num_nodes=config.nodes if world.size > 1 else 1,
             strategy=strategy_of(world, config.strategy),
-            plugins=[Placed(world)] if world.size > 1 else None,
+            plugins=[Placed(world)],  # or Lightning would look for a cluster of its own
             max_epochs=1,  # the loader holds exactly the steps that are left
             logger=loggers,
             callbacks=callbacks,
