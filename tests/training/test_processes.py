@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from trivium.selftest.harness import Bench
+from trivium.selftest.poison import salt_of
+
 ROOT = Path(__file__).parents[2]
 SLOW = 300
 """Seconds until a run counts as stuck: on busy cores the imports of two processes alone take a minute."""
@@ -222,3 +225,32 @@ def test_launchers_that_disagree_with_the_settings_are_refused(settings, said, m
         monkeypatch.setenv(name, value)
     done = main(*settings, f"runs={tmp_path}")
     assert done.code == 2 and said in done.err
+
+
+@pytest.mark.slow
+def test_bad_step_of_one_process_takes_both_back(tmp_path):
+    """NaN in the loss of some data, which one process meets: all 30 steps are taken, and the same ones a second time."""
+    bench = Bench(tmp_path)
+    salt = f"objective.salt={salt_of(bench)[0]}"
+    poisoned = ("objective=poisoned", "objective.value=nan", "objective.place=loss", salt, "guard.policy=rollback")
+    two = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=30", "checkpoint.every_steps=3")
+    try:
+        runs = [bench.place("r") for _ in range(2)]
+        for run in runs:
+            done = bench.fork(*bench.command("pretrain", run, *poisoned, *two)).done(SLOW)
+            assert done.returncode == 0 and "; back to step-" in done.out, done.err
+            assert [r["step"] for r in rows_of(run)] == list(range(1, 31))
+        assert [r["train/loss"] for r in rows_of(runs[0])] == [r["train/loss"] for r in rows_of(runs[1])]
+        assert all(3 < r["train/loss"] < 6 and "skipped" not in r for r in rows_of(runs[0]))
+    finally:
+        bench.close()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same_on_two_processes(fork, pretraining, tmp_path):
+    started = [
+        fork(*pretraining(tmp_path, "one", *ON_CPU)),
+        fork(*pretraining(tmp_path, "two", *TWO, "trainer.compile=true")),
+    ]
+    assert [p.done(SLOW).returncode for p in started] == [0, 0], started[1].err
+    assert flat(tmp_path / "two") == curve(tmp_path / "one") and len(rows_of(tmp_path / "two")) == 6
