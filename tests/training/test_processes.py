@@ -229,7 +229,7 @@ def test_launchers_that_disagree_with_the_settings_are_refused(settings, said, m
 
 @pytest.mark.slow
 def test_bad_step_of_one_process_takes_both_back(tmp_path):
-    """NaN in the loss of some data, which one process meets: all 30 steps are taken, and the same ones a second time."""
+    """NaN in the loss of some data, which one process meets: 30 steps are taken, and the same ones a second time."""
     bench = Bench(tmp_path)
     salt = f"objective.salt={salt_of(bench)[0]}"
     poisoned = ("objective=poisoned", "objective.value=nan", "objective.place=loss", salt, "guard.policy=rollback")
