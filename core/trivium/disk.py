@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -33,15 +32,10 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], size: int) ->
 
 
 def reserve_file(path: Path, size: int) -> None:
-    """A new file of `size` bytes for several processes to fill. Raises CheckpointError where they do not fit."""
+    """A new file of `size` bytes for several processes to fill. Raises CheckpointError naming path and size."""
     try:
         with open(path, "wb") as f:
-            try:
-                os.posix_fallocate(f.fileno(), 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not every file system can
-                    raise
-                f.truncate(size)
+            f.truncate(size)
     except OSError as error:
         raise CheckpointError(f"{path} ({size:,} bytes) cannot be written: {error.strerror}") from error
 
@@ -58,6 +52,18 @@ def write_at(path: Path, pieces: Iterable[tuple[int, bytes | memoryview]]) -> No
             os.fsync(f.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def check_at(path: Path, pieces: Iterable[tuple[int, bytes | memoryview]]) -> None:
+    """Raise CheckpointError unless a file holds what `write_at` wrote."""
+    try:
+        with open(path, "rb") as f:
+            for place, piece in pieces:
+                f.seek(place)
+                if f.read(len(piece)) != piece:
+                    raise CheckpointError(f"{path} does not hold what was written to it at byte {place:,}")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def digest_file(path: Path) -> tuple[int, str]:

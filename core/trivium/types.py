@@ -28,7 +28,7 @@ class TokenBatch:
     -100 where not trained, always so on the first token of each document and on padding.
     positions: (B, T) int64, restarting at 0 in each document. segments: (B, T) int64, the document's number in its row
     from 1, 0 on padding; None when every row is one document without padding. origin: (B, S) int64, each segment's
-    number in `origins`, the names under which losses are counted apart; None where they are not.
+    number in `origins`, the names under which losses are counted apart, or one more; None where they are not.
     """
 
     tokens: Tensor

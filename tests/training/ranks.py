@@ -22,6 +22,7 @@ from trivium.training.config import AdamWConfig
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.optim import adamw, optimizer_tensors
 from trivium.training.parallel import ALONE, join, leave, placed
+from trivium.training.precision import precision_of
 from trivium.training.shard import Shards
 from trivium.training.tensorfile import write_tensors
 from trivium.training.trainer import lightning_trainer
@@ -82,7 +83,7 @@ OBJECTIVES = {
 
 
 def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, average=0.0, recompute=0,
-          policy="stop", frozen=(), dtype=torch.float64, file=None):  # fmt: skip
+          policy="stop", frozen=(), precision="fp32", file=None):  # fmt: skip
     """Train a small model; returns its figures, its weights and its optimizer's state, whole. file: where weights that
     are shared out are written to, each process its own."""
     if strategy == "tensor":
@@ -90,7 +91,7 @@ def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, 
     config = LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, context=LENGTH, init_std=0.3, tied=tied)
     model = Llama(config, VOCAB)
     model.init_weights(seed=3)
-    model.to(dtype).recompute = recompute
+    model.to(torch.float64 if precision == "fp32" else torch.float32).recompute = recompute
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     shard = (lambda m: Shards(m, world, CPU)) if strategy == "fsdp" else None
@@ -99,7 +100,7 @@ def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, 
         OBJECTIVES[objective](),
         lambda m: adamw(AdamWConfig(lr=1e-2), m),
         lambda step: 1.0,
-        StepSettings(grad_clip=0.5, seed=0, guard=GuardConfig(policy=policy), average=average),
+        StepSettings(0.5, 0, precision_of(precision, "cpu"), guard=GuardConfig(policy=policy), average=average),
         shard=shard,
     )
     trainer = lightning_trainer(TrainerConfig(accelerator="cpu", devices=world.size, strategy=strategy), [], [], world)
@@ -133,6 +134,7 @@ RUNS = {
     "fsdp untied": ("fsdp", {"size": 2, "tied": False}),
     "fsdp recompute": ("fsdp", {"size": 2, "recompute": 1}),
     "fsdp average": ("fsdp", {"size": 2, "average": 0.9}),
+    **{f"{s} bf16 {n}": (s, {"size": n, "precision": "bf16"}) for s in ("ddp", "fsdp", "tensor") for n in (1, 2)},
     "fsdp neftune": ("fsdp", {"size": 2, "objective": "neftune"}),
     "ddp average": ("ddp", {"size": 2, "average": 0.9}),
     "ddp frozen": ("ddp", {"size": 2, "frozen": ("blocks.0.attn.q.weight",)}),
@@ -141,7 +143,7 @@ RUNS = {
     "tensor average": ("tensor", {"size": 8, "average": 0.9, "tied": False}),
     **{
         f"{s} {bad}": (s, {"size": 2, "steps": 1, "objective": bad, "policy": "skip"})
-        for s in ("ddp", "fsdp")
+        for s in ("ddp", "fsdp", "tensor")
         for bad in ("loss_nan", "gradient_nan")
     },
 }

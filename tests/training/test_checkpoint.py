@@ -477,16 +477,17 @@ def test_background_runs_one_job_at_a_time_and_loses_no_error():
 
     background.wait()  # nothing to wait for
     background.start(first)
-    background.check()
-    assert order == [], "the caller goes on"
+    assert order == [] and not background.failed, "the caller goes on"
     gate.set()
     background.start(failing)  # waits for the first
     assert order[0] == "first"
     while background._thread.is_alive():
         time.sleep(0.001)
+    assert background.failed
     with pytest.raises(CheckpointError, match="no room"):
-        background.check()
-    background.check()  # told once
+        background.wait()
+    background.wait()  # told once
+    assert not background.failed
     background.start(failing)
     with pytest.raises(CheckpointError, match="no room"):
         background.start(first)

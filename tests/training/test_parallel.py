@@ -94,7 +94,7 @@ def equal_runs(one, other, tolerance):
     assert apart(one, other) < tolerance
 
 
-SAME = [name for name in ranks.RUNS if "nan" not in name]
+SAME = [name for name in ranks.RUNS if "nan" not in name and "bf16" not in name]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -130,6 +130,20 @@ def test_file_that_all_write_is_what_they_hold_together(name, together, four, tm
         assert (tmp_path / "whole").read_bytes() == found["file"].read_bytes()
 
 
+@pytest.mark.parametrize("name", [name for name in ranks.RUNS if "bf16" in name])
+def test_bf16_gradients_of_several_micro_batches_are_whole(name, together, alone):
+    """Rounding in bf16 is 0.4 %. Weights that autocast kept from an earlier micro-batch lost a sixth of a gradient to
+    the step after, and with it what the guard knew of."""
+    expected = alone(precision="bf16")["rows"]
+    for rank in (0, 1):
+        found = together(name, rank)["rows"]
+        assert len(found) == len(expected) == 6
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=5e-3)
+            assert ours["grad_norm/attn"] == pytest.approx(theirs["grad_norm/attn"], rel=3e-2)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
+
+
 def test_runs_would_show_what_is_wrong(alone):
     """What the test above compares moves by far more than its tolerance: an unaveraged gradient would be seen."""
     still = alone(steps=1)
@@ -137,7 +151,7 @@ def test_runs_would_show_what_is_wrong(alone):
     assert apart(alone(), alone(average=0.9)) > 1e-3
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor"])
 @pytest.mark.parametrize("bad", ["loss_nan", "gradient_nan"])
 def test_nan_on_one_process_changes_no_weight_of_any(strategy, bad, together):
     start = ranks.Llama(ranks.LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, init_std=0.3), ranks.VOCAB)

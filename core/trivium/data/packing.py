@@ -34,7 +34,8 @@ class TokenTable:
 
     group: so many documents in a row belong together and share a row: 2 for the chosen and rejected of a pair.
     columns: by name, one fp32 figure for each document. origin: for each document the number of its name in `origins`,
-    under which its loss is counted; none where there is one name only. They change nothing that is learned.
+    under which its loss is counted, or one more if it has none; None where all have the same. They change nothing that
+    is learned.
     """
 
     tokens: np.ndarray  # int32 (N,)
@@ -132,10 +133,10 @@ def tokenise(
     facts = {"num_bytes": num_bytes, "truncated": truncated, "lost_ends": lost_ends, "group": group}
     if isinstance(source, Source):
         names = [source.origin(example) for example in examples]
-        origins = tuple(sorted(set(names)))
-        if 1 < len(origins) <= MOST_ORIGINS:
+        origins = tuple(sorted(set(names) - {""}))
+        if len(set(names)) > 1 and len(origins) <= MOST_ORIGINS:
             found = {name: i for i, name in enumerate(origins)}
-            numbered = np.array([found[names[n]] for n in numbers], np.int64)
+            numbered = np.array([found.get(names[n], len(origins)) for n in numbers], np.int64)
             facts |= {"origins": origins, "origin": numbered}
     return table_of(documents, ids, columns=columns, **facts)
 

@@ -101,7 +101,7 @@ class Progress:
     def group(self, *prefixes: str) -> dict[str, float]:
         """The newest finite value of each figure whose name begins so, by the rest of its name."""
         names = dict.fromkeys(key for row in self.recent for key in row if key.startswith(prefixes))
-        found = {key.rpartition("/")[2]: self.last(key) for key in names}
+        found = {key[max(len(p) for p in prefixes if key.startswith(p)) :]: self.last(key) for key in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def split(self) -> dict[str, float]:

@@ -28,7 +28,8 @@ class CausalLM(nn.Module, ABC):
 
     tensor_plan: ClassVar[Mapping[str, str]] = {}
     """How several processes compute one block together: the linear layers of a block by name, each "columns" (its
-    outputs are shared out) or "rows" (its inputs are, and the outputs summed). Without it they cannot."""
+    outputs are shared out) or "rows" (its inputs are, and the outputs summed). Where the module that holds a layer has
+    a `width`, cuts fall on multiples of it: heads stay whole. Without a plan they cannot."""
 
     embed: nn.Embedding
     head: nn.Linear

@@ -28,12 +28,12 @@ class NextToken(Objective):
     def __call__(self, forward: Forward, batch: TokenBatch) -> LossOutput:
         states, targets = shift(self.hidden(forward, batch), batch.labels)
         origin, names = token_origins(batch), batch.origins
-        parts = None if origin is None else (origin, len(names))
+        parts = None if origin is None else (origin, len(names) + 1)
         loss_sum, nll, *apart = token_sums(forward.head, states, targets, self.token_loss, parts=parts)
         metrics = {"nll": Metric(nll.detach(), torch.as_tensor(targets.numel(), device=nll.device))}
         if origin is not None:
-            counts = origin.new_zeros(len(names)).index_add(0, origin, torch.ones_like(origin))
-            for name, total, count in zip(names, apart, counts, strict=True):
+            counts = origin.new_zeros(len(names) + 1).index_add(0, origin, torch.ones_like(origin))
+            for name, total, count in zip(names, apart, counts, strict=False):  # the last is of those without a name
                 metrics[f"loss/{name}"] = Metric(total.detach(), count)
         return LossOutput(loss_sum, metrics)
 

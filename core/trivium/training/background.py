@@ -19,10 +19,10 @@ class Background:
         self._thread = Thread(target=self._run, args=(job,), name="trivium-background")
         self._thread.start()
 
-    def check(self) -> None:
-        """Raise what the job has raised, if it is over. Costs nothing otherwise."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
+    @property
+    def failed(self) -> bool:
+        """Whether the job is over and has raised something, which `wait` will raise."""
+        return self._error is not None and (self._thread is None or not self._thread.is_alive())
 
     def join(self) -> None:
         """Wait for the job; what it raised is kept for `wait`. Signals are still handled meanwhile."""

@@ -22,14 +22,15 @@ from trivium.errors import TrainingError, TriviumError
 from trivium.training.background import Background
 from trivium.training.guard import RollBack
 from trivium.training.objective_module import ObjectiveModule
-from trivium.training.parallel import ALONE, World
+from trivium.training.parallel import ALONE, PeerLost, World
 from trivium.training.stop import SignalWatch, StopController
 from trivium.types import TokenBatch
 
 PLAIN_SECONDS = 10.0
 """Seconds between lines where there is no terminal to draw a bar on."""
 
-
+FAILED = 1000
+"""Above every signal's number: a process could not save."""
 SHOWN = {"train/accuracy": "accuracy", "rollout/reward": "reward", "train/divergence": "divergence"}
 """Figures beside the loss, where a phase has them."""
 
@@ -217,8 +218,11 @@ class Save(AfterStep):
         self._working.acquire()
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
-        self.background.check()
-        self.signal = self.signal or self.world.most(self.watch.received or 0)
+        told = self.world.most(FAILED if self.background.failed else self.watch.received or 0)
+        if told == FAILED:  # all end here, with the reason of the one that has it
+            self.background.wait()
+            raise PeerLost("another process could not save")
+        self.signal = self.signal or told
         best = self.best_of is not None and self.best_of.improved
         ends = module.step == self.max_steps or trainer.should_stop
         self._due |= module.step % self.every_steps == 0 or ends or best or self.signal > 0

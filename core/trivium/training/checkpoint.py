@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-N`. It is written as `step-N.tmp-*` beside its place, every file is synced to disk,
 `CHECKPOINT.json` (hashes, sizes) is written last, and a rename makes it complete. Old ones go only after. Hashes are of
-what was meant to be written, made while it is: what a disk makes of it is noticed by `verify`, before any use.
+what was meant to be written, made while it is (of files that several processes write, read back and compared first):
+what a disk makes of it is noticed by `verify`, before any use.
 """
 
 from __future__ import annotations

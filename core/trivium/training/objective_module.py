@@ -110,9 +110,13 @@ class ObjectiveModule(L.LightningModule):
         return self.run_with_weights(whole)
 
     def autocast(self) -> torch.autocast:
-        """The precision of matrix products; gradients and weights keep their own."""
-        dtype = self.settings.precision.autocast
-        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+        """The precision of matrix products; gradients and weights keep their own.
+
+        Casts are kept while it lasts, but not of weights that are shared out: FSDP takes a weight's gradient for
+        complete when the last micro-batch's own use of it is, and a cast that an earlier one made comes after that.
+        """
+        dtype, kept = self.settings.precision.autocast, self.shards is None
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=kept)
 
     def on_fit_start(self) -> None:
         for companion in self.companions.values():
@@ -133,8 +137,15 @@ class ObjectiveModule(L.LightningModule):
         return self.shards.shares if self.shards else self._trainer.world_size
 
     @property
+    def processes(self) -> int:
+        """How many processes there are; one while there is no loop yet."""
+        return self._trainer.world_size if self._trainer else 1
+
+    @property
     def share(self) -> int:
         """Whose share of the rows this process has."""
+        if self._trainer is None:
+            return 0
         return self.shards.share if self.shards else self.global_rank
 
     @property
@@ -254,6 +265,8 @@ class ObjectiveModule(L.LightningModule):
                 for name, metric in metrics.items():
                     sums.setdefault(f"{name} total", []).append(metric.total)
                     sums.setdefault(f"{name} count", []).append(metric.count)
+        if self.shards:
+            self.shards.settle()
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         stacked = torch.stack([torch.stack([x.to(exact) for x in values]).sum() for values in sums.values()])
         found = dict(zip(sums, self.global_sum(stacked).unbind(), strict=True))
@@ -335,10 +348,11 @@ class ObjectiveModule(L.LightningModule):
 
     def global_sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks; the same bits on each."""
-        if self.world_size > 1:
+        if self.processes > 1:
             value = value.clone()
-            group = self.shards.group if self.shards else None
-            torch.distributed.all_reduce(value, group=group)  # not Lightning's `reduce`: it has the host wait first
+            torch.distributed.all_reduce(value)  # not Lightning's `reduce`: it has the host wait first
+            if self.shards and self.shards.tensor > 1:  # neighbours had the same, or one of them what all must hear of
+                value = value / self.shards.tensor if value.is_floating_point() else value // self.shards.tensor
         return value
 
     @property

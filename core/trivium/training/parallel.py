@@ -83,9 +83,11 @@ class World:
             yield
         except Exception as error:
             failure = error
-        failed = self.any(failure is not None)
-        if failure is not None:
-            raise failure
+        try:
+            failed = self.any(failure is not None)
+        finally:
+            if failure is not None:
+                raise failure
         if failed:
             raise PeerLost(f"another process could not {what}")
 
@@ -169,10 +171,8 @@ def join(world: World, device: torch.device) -> World:
     store = None
     if RENDEZVOUS in os.environ:
         store = dist.FileStore(os.environ[RENDEZVOUS], world.size)  # type: ignore[reportPrivateImportUsage]
-    elif "MASTER_ADDR" not in os.environ:  # srun sets none: the first machine, and a port that follows from the job
-        nodes, job = os.environ["SLURM_JOB_NODELIST"], os.environ["SLURM_JOB_ID"]
-        os.environ["MASTER_ADDR"] = SLURMEnvironment.resolve_root_node_address(nodes)
-        os.environ["MASTER_PORT"] = str(15000 + int(job[-4:]))
+    elif "MASTER_ADDR" not in os.environ:  # srun sets none
+        os.environ |= meeting_place(os.environ)
     if device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
             raise ConfigError(f"trainer.devices={world.local_size}: this machine has {torch.cuda.device_count()} GPUs")
@@ -180,6 +180,23 @@ def join(world: World, device: torch.device) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
     return replace(world, control=dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def meeting_place(slurm: Mapping[str, str]) -> dict[str, str]:
+    """Where the tasks of a Slurm step meet: on its first machine, at a port that follows from job and step.
+
+    >>> meeting_place({"SLURM_STEP_NODELIST": "gpu[07-09],gpu12", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "1"})
+    {'MASTER_ADDR': 'gpu07', 'MASTER_PORT': '19561'}
+    """
+    nodes = slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST")
+    if not nodes or not slurm.get("SLURM_JOB_ID"):
+        raise ConfigError(
+            "several processes, but neither MASTER_ADDR nor Slurm says where they meet; use torchrun or srun"
+        )
+    step = slurm.get("SLURM_STEP_ID", "0")
+    port = 15000 + (10 * int(slurm["SLURM_JOB_ID"]) + (int(step) if step.isdigit() else 0)) % 10000
+    address = SLURMEnvironment.resolve_root_node_address(nodes)
+    return {"MASTER_ADDR": address, "MASTER_PORT": slurm.get("MASTER_PORT", str(port))}
 
 
 def leave(world: World) -> None:

@@ -10,6 +10,7 @@ compute them together, on the same rows; each share is then shared out again amo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from trivium.errors import ConfigError
 from trivium.models.protocol import CausalLM
+from trivium.models.weights import local
 from trivium.schema import RunConfig
 from trivium.training.parallel import World
 
@@ -45,15 +47,15 @@ class Gathered(nn.Module):
 class Shards:
     """A model whose weights are shared out among the processes of `world`.
 
-    shares, share: of how many groups of processes, each with rows of its own, this process's is which.
+    shares, share: of how many groups of processes, each with rows of its own, this process's is which. tensor: how many
+    neighbours compute each block together.
     """
 
     def __init__(self, model: CausalLM, world: World, device: torch.device) -> None:
-        self.share, self.shares, self._size = world.share, world.shares, world.size
+        self.share, self.shares, self.tensor = world.share, world.shares, world.tensor
         sizes, names = (world.shares, world.tensor), ("data", "tensor")
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-        self.group = mesh["data"].get_group()
-        """Those with other rows."""
+        self._model, self._size, self._neighbours = model, world.size, mesh["tensor"].get_group()
         for block in model.blocks:
             if world.tensor > 1:
                 styles = {name: STYLES[how]() for name, how in model.tensor_plan.items()}
@@ -64,7 +66,22 @@ class Shards:
     def copies(self, parameter: Tensor) -> int:
         """How many processes hold this process's share of it."""
         assert isinstance(parameter, DTensor)
-        return self._size // parameter.device_mesh.size()
+        mesh, placements = parameter.device_mesh, parameter.placements
+        cut = [mesh.size(d) for d, placement in enumerate(placements) if not placement.is_replicate()]
+        return self._size // math.prod(cut)
+
+    def settle(self) -> None:
+        """Give neighbours the same gradients of what each of them holds whole (embedding, norms, head).
+
+        They computed the same, but not every kernel of a GPU sums in the same order twice.
+        """
+        if self.tensor == 1:
+            return
+        for parameter in self._model.parameters():
+            if parameter.grad is not None and self.copies(parameter) > 1:
+                gradient = local(parameter.grad)
+                torch.distributed.all_reduce(gradient, group=self._neighbours)
+                gradient /= self.tensor
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)` with the outer weights whole; with gradient they stay so until the backward pass."""
@@ -101,11 +118,10 @@ def _shared_out(model: CausalLM, world: World, device: torch.device) -> Shards:
     said = f"trainer.tensor_parallel={world.tensor}"
     if world.tensor > 1 and not model.tensor_plan:
         raise ConfigError(f"{said}: {type(model).__name__} has no tensor_plan, so its blocks cannot be shared out")
-    for name, how in model.tensor_plan.items():
-        parent, _, layer = name.rpartition(".")
-        module: Any = model.blocks.get_submodule(f"0.{parent}")
-        unit = getattr(module, "width", 1)  # a head is not cut
-        cut = getattr(module, layer).weight.shape[how == "rows"] // unit
+    for name, how in model.tensor_plan.items() if world.tensor > 1 else ():
+        layer: Any = model.blocks.get_submodule(f"0.{name}")
+        unit = getattr(model.blocks.get_submodule(f"0.{name}".rpartition(".")[0]), "width", 1)  # a head is not cut
+        cut = layer.weight.shape[how == "rows"] // unit
         if cut % world.tensor:
             raise ConfigError(f"{said} does not divide the {cut} {'heads' if unit > 1 else 'columns'} of {name}")
     return Shards(model, world, device)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trivium.disk import digest_file, reserve_file, write_at, write_pieces
+from trivium.disk import check_at, digest_file, reserve_file, write_at, write_pieces
 from trivium.errors import CheckpointError, TrainingError
 from trivium.models.weights import Share
 from trivium.training.parallel import ALONE, World
@@ -60,7 +60,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Share], world: Worl
     finite, CheckpointError when the disk refuses.
 
     world: the processes that all call this, each with its own blocks; the first alone writes what is not shared out.
-    It alone returns figures, of the file as it reads it after all have synced.
+    Once all have, each reads its own blocks back and compares them; then the first alone returns figures, of the file.
     """
     order = sorted(tensors, key=lambda name: (-_data(tensors[name]).element_size(), name))  # every tensor stays aligned
     header, starts, end = {}, {}, 0
@@ -102,6 +102,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Share], world: Worl
             reserve_file(path, size)
     with world.together(what):
         write_at(path, pieces())
+    with world.together(what):  # each looks after its own once all have written
+        check_at(path, pieces())
     with world.together(what):
         return digest_file(path) if world.is_first else (0, "")
 
@@ -125,7 +127,7 @@ def _runs(share: Share) -> Iterator[tuple[int, Tensor]]:
     >>> [(place, run.tolist()) for place, run in _runs(Share(block, (5, 2), (2, 0)))]
     [(4, [[1, 2], [3, 4]])]
     """
-    block, shape = share.block, share.shape
+    block, shape = share.block.detach().cpu(), share.shape
     if not block.numel():
         return
     whole = len(shape)  # the dimensions from here on are not cut
