@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,3 +255,40 @@ def test_compiled_blocks_learn_the_same_on_two_processes(fork, pretraining, tmp_
     ]
     assert [p.done(SLOW).returncode for p in started] == [0, 0], started[1].err
     assert flat(tmp_path / "two") == curve(tmp_path / "one") and len(rows_of(tmp_path / "two")) == 6
+
+
+FULL = """
+import errno, os, threading, time
+real = os.fsync
+def full(descriptor):
+    if threading.current_thread().name == "trivium-background":
+        time.sleep(0.2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    real(descriptor)
+if os.environ["RANK"] == "1":
+    os.fsync = full
+from trivium.worker import main
+code = main()
+os._exit(code)
+"""
+
+
+def test_save_that_fails_beside_training_is_told_by_the_process_that_knows_why(pretraining, cache, tmp_path):
+    """The first process only hears that another could not save; the sentence has path and reason all the same."""
+    (tmp_path / "full.py").write_text(FULL)
+    start = (
+        "import sys, trivium.training.processes as p; p.WORKER = 'full'; from trivium.cli import main; sys.exit(main())"
+    )
+    long = ("trainer.max_steps=3000", "checkpoint.every_steps=2", "checkpoint.async_save=true", "trainer.strategy=fsdp")
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT / "core", ROOT / "plugins")))
+    run = subprocess.run(
+        [sys.executable, "-c", start, *pretraining(tmp_path, "a", *TWO, *long)], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "TRIVIUM_CACHE": str(cache), "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
+        timeout=SLOW,
+    )  # fmt: skip
+    assert run.returncode == 1
+    said = (
+        rf"error: {tmp_path}/a/checkpoints/step-2.tmp-\d+/\w+.safetensors cannot be written: No space left on device\n"
+    )
+    assert re.fullmatch(said, run.stderr), run.stderr
+    assert not list((tmp_path / "a/checkpoints").glob("step-*"))

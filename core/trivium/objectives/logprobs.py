@@ -75,7 +75,7 @@ def token_sums(
 def chunk_logits(states: Tensor, weight: Tensor, bias: Tensor | None, chunk: int = CHUNK) -> Tensor:
     """(n, C) states, n <= chunk -> (n, V) logits, at least fp32. Always computed for `chunk` rows: for a last chunk of
     another size each step the matrix library would make, and keep, a kernel of its own (LOG.md)."""
-    full = F.pad(states, (0, 0, 0, chunk - len(states)))
+    full = states if len(states) == chunk else F.pad(states, (0, 0, 0, chunk - len(states)))  # it copies in any case
     return at_least_fp32(F.linear(full, weight, bias))[: len(states)]
 
 
