@@ -70,6 +70,9 @@ def spoken(action: Callable[[], int], *, debug: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 143
+    except BrokenPipeError:  # who read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain when it flushes the rest
+        return 141
     except OSError as error:  # a full disk, a folder that may not be written
         if debug:
             traceback.print_exc()

@@ -9,9 +9,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[2]
 
 
 def told(done, code, *parts):
@@ -86,6 +90,14 @@ def test_wrong_command_line_in_a_process_of_its_own(launch, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: unknown option 'optim\.lrr'\. Did you mean optim\.lr .*\n", done.stderr)
     assert not (tmp_path / "runs").exists()
+
+
+def test_reader_that_has_enough_is_no_error():
+    """As `launch.py explain ... | head -1`; nothing is said, and the code is a shell's for SIGPIPE."""
+    program = [sys.executable, "launch.py", "plugins", "list"]
+    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=60)) == ("", 141)
 
 
 def test_debug_shows_the_trace_and_the_sentence(main):
