@@ -6,10 +6,9 @@ know no flag, so the host reads the guard's before a step.
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
-import bitsandbytes
-import bitsandbytes.optim.adamw
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +16,11 @@ from torch.optim import Optimizer
 from trivium.errors import ConfigError
 from trivium.training.config import AdamW8bitConfig
 from trivium.training.groups import parameter_groups
+
+# on CPUs that compute in bf16 it looks for a kernel of another package, for a format that is not used here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+import bitsandbytes  # noqa: E402
+import bitsandbytes.optim.adamw  # noqa: E402
 
 
 class AdamW8bit(bitsandbytes.optim.adamw.AdamW8bit):
