@@ -118,7 +118,9 @@ def trained_with_wandb(spawn, pretraining, home, **environment):
     return home / "run", out + err, started, time.monotonic() - (began or 0)
 
 
-@pytest.mark.parametrize("case", ["offline", "no key", "dead", "silent"])
+@pytest.mark.parametrize(
+    "case", ["offline", "silent", *(pytest.param(c, marks=pytest.mark.slow) for c in ("no key", "dead"))]
+)
 def test_wandb_that_does_not_answer_delays_by_less_than_ten_seconds(
     case, spawn, pretraining, tmp_path, plain, silent, closed
 ):
