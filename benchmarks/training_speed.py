@@ -1,11 +1,12 @@
 """Tokens a second of one training step: this project, the Hugging Face Trainer and bare PyTorch loops, in one run.
 
     pip install -e ".[bench]"
-    python benchmarks/training_speed.py                  # fp32; --precision bf16; --compile; --steps 40; --rounds 3
+    python benchmarks/training_speed.py                  # fp32; --precision bf16; --compile; --steps 24; --rounds 6
 
 One Llama (6 layers, width 256, vocabulary 4,096, 5.8 M parameters), batches of 16 x 256 tokens, AdamW, clipping at 1.0.
-Every way is timed in turn, `--rounds` times, so that a slow spell of the machine meets all of them; a way's figure is
-its median step. What is printed are ratios: absolute speeds are of one machine on one day.
+Every way is timed in turn, `--rounds` times, so that a slow spell of the machine meets all of them, each in a process
+of its own. A round's figure is its median step, a ratio is of two figures of one round, and what is printed is the
+median over the rounds. Absolute speeds are of one machine on one day.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROWS, LENGTH, VOCAB = 16, 256, 4096
 SIZES = {"dim": 256, "layers": 6, "heads": 8, "kv_heads": 8, "ffn_dim": 688, "context": 256}
 
 
-def ours(steps: int, precision: str, compiled: bool) -> list[float]:
+def ours(steps: int, precision: str, compiled: bool, _device: str) -> list[float]:
     """Seconds of each step, as metrics.jsonl has them: a real run of `launch.py`, saving and logging apart."""
     root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as runs:
@@ -137,31 +138,47 @@ def _since(began: float, device: str) -> float:
     return time.perf_counter() - began
 
 
+WAYS = {
+    "trivium": ours,
+    "bare loop, our model": bare,
+    "bare loop, transformers' model": dense,
+    "transformers.Trainer": hf_trainer,
+}
+
+
+def in_process(way: str, a: argparse.Namespace) -> list[float]:
+    """Seconds of each step of one way, in a process of its own: none inherits another's memory or threads."""
+    command = [sys.executable, __file__, "--way", way, "--precision", a.precision, "--steps", str(a.steps)]
+    command += ["--compile"] * a.compile
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])[a.steps // 4 :]  # the first steps compile, allocate and warm up
+
+
 def main() -> None:
     """Time every way in turn and print medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     a = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ways = {
-        "trivium": lambda: ours(a.steps, a.precision, a.compile),
-        "bare loop, our model": lambda: bare(a.steps, a.precision, a.compile, device),
-        "bare loop, transformers' model": lambda: dense(a.steps, a.precision, a.compile, device),
-        "transformers.Trainer": lambda: hf_trainer(a.steps, a.precision, a.compile, device),
-    }
-    took: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(a.rounds):
-        for name, way in ways.items():
-            took[name] += way()[a.steps // 4 :]  # the first steps compile, allocate and warm up
+    if a.way:
+        print(json.dumps(WAYS[a.way](a.steps, a.precision, a.compile, device)))
+        return
+    took = [{way: statistics.median(in_process(way, a)) for way in WAYS} for _ in range(a.rounds)]
     where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{a.precision}{', compiled' * a.compile}, {where}")
-    step = statistics.median(took["trivium"])
-    for name, seconds in took.items():
-        median = statistics.median(seconds)
-        print(f"{name:<32} {ROWS * LENGTH / median:>9,.0f} tokens/s   trivium is {median / step:.3f} x as fast")
+    print(
+        f"{a.precision}{', compiled' * a.compile}, {where}; median of {a.rounds} rounds, lowest and highest in brackets"
+    )
+    for way in WAYS:
+        speeds = [ROWS * LENGTH / each[way] for each in took]
+        ratios = [each[way] / each["trivium"] for each in took]  # of one round: a slow spell meets both
+        print(
+            f"{way:<32} {statistics.median(speeds):>7,.0f} tokens/s   trivium is {statistics.median(ratios):.3f} x as "
+            f"fast ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":
