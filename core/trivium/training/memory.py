@@ -49,7 +49,7 @@ def free_bytes() -> int:
 def keep_freed() -> None:
     """Let the C library keep freed memory for the next allocation instead of handing it back to the system (glibc).
 
-    On a CPU every tensor of a step would otherwise come from the system again, a page fault for each 4 KB: 5 % of a step
+    On a CPU every large tensor would otherwise come from the system again, a page fault for each 4 KB: 5 % of a step
     (LOG.md). At most what the process held at its peak is kept.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
