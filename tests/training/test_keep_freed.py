@@ -13,7 +13,7 @@ if sys.argv[1] == "keep":
 def turn():
     for size in (4, 16, 40):
         torch.ones(size << 18)  # MB of fp32, every page touched
-for _ in range(4):
+for _ in range(12):
     turn()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
