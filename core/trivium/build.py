@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from trivium.disk import cache_folder, make_folder
 from trivium.errors import CheckpointError, ConfigError
 from trivium.inference.protocol import Backend
 from trivium.lineage import manifest
+from trivium.models.huggingface import Reader, Renamed, Tensors, fingerprint, read_json
 from trivium.models.protocol import CausalLM
-from trivium.models.weights import keep_layers, load_weights, spread_layers
+from trivium.models.weights import fill_weights, keep_layers, spread_layers
 from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra
 from trivium.training.checkpoint import RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
@@ -122,7 +123,10 @@ def _said(example: Any) -> str:
 
 @dataclass
 class Artifact:
-    """What `init_from` named: a checkpoint (model and tokenizer) or a tokenizer alone."""
+    """What `init_from` named: a model with its tokenizer, or a tokenizer alone.
+
+    record: what its model is (`model_record`); None of a tokenizer alone. tensors: reads its weights, by our names.
+    """
 
     path: Path
     sha256: str
@@ -131,34 +135,35 @@ class Artifact:
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
     form: str = "text"
     """What its model was last trained on: "chat" or "text" (which prompt and completion are, too)."""
+    record: dict[str, Any] | None = None
+    tensors: Callable[[], Mapping[str, torch.Tensor]] = dict
 
     @property
     def scores(self) -> bool:
         """Whether it is a reward model."""
-        return self.checkpoint is not None and bool(read_checkpoint_json(self.checkpoint, "model.json").get("scores"))
+        return self.record is not None and bool(self.record.get("scores"))
 
     def model(self, wanted: Component | None, kept_layers: int = 0) -> tuple[CausalLM, dict[str, Any]]:
         """The checkpoint's model, and its record.
 
         wanted: refuse it unless its architecture is this one. kept_layers: only so many of its layers (0 is all).
         """
-        if self.checkpoint is None:
+        record = self.record
+        if record is None:
             raise CheckpointError(f"{self.path} holds a tokenizer and no model; name a trained run in init_from=")
-        record = read_checkpoint_json(self.checkpoint, "model.json")
         here = component("model", {"name": record["name"], **record["config"]})
         assert here is not None
         if wanted is not None:
             here = self._agreeing(wanted, here)
-        tensors = model_tensors(self.checkpoint)
+        tensors = self.tensors()
         if kept_layers:
             layers = getattr(here.config, "layers", 0)
             if kept_layers > layers:
                 raise ConfigError(f"keep_layers={kept_layers}: {self.checkpoint} has {layers} layers to keep some of")
             here = Component(here.name, dataclasses.replace(here.config, layers=kept_layers))
             tensors = keep_layers(tensors, spread_layers(layers, kept_layers))
-        model = model_of({**model_record(here, record["vocab_size"]), "scores": record.get("scores")}, tensors,
-                         str(self.checkpoint))  # fmt: skip
-        return model, model_record(here, record["vocab_size"])
+        plain = model_record(here, record["vocab_size"])
+        return model_of({**plain, "scores": record.get("scores")}, tensors, str(self.checkpoint)), plain
 
     def _agreeing(self, wanted: Component, here: Component) -> Component:
         free = getattr(type(here.config), "runtime_fields", ())
@@ -182,11 +187,20 @@ def model_of(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], ori
     """The model that a record describes, with these weights."""
     chosen = component("model", {"name": record["name"], **record["config"]})
     assert chosen is not None
-    model: CausalLM = build(MODELS, chosen, record["vocab_size"])
+    model = _without_memory(chosen, record["vocab_size"], origin)
     if record.get("scores"):
-        model.add_score_head()
-    load_weights(model, tensors, origin)
-    return model
+        with torch.device("meta"):
+            model.add_score_head()
+    return fill_weights(model, tensors, origin)
+
+
+def _without_memory(chosen: Component, vocab_size: int, origin: str) -> CausalLM:
+    """The model with shapes and no values. Raises CheckpointError for sizes that no tensor can have."""
+    try:
+        with torch.device("meta"):
+            return build(MODELS, chosen, vocab_size)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{origin}: no model={chosen.name} can have these sizes ({error})") from error
 
 
 def same_tokenizer(role: str, companion: Artifact, tokenizer: Tokenizer) -> None:
@@ -239,7 +253,11 @@ def load_artifact(init_from: str) -> Artifact:
             checkpoint,
             state["guard"],
             state["form"],
+            read_checkpoint_json(checkpoint, "model.json"),
+            lambda: model_tensors(checkpoint),
         )
+    if (path / "config.json").is_file():
+        return _hugging_face(path)
     if (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(path)
         return Artifact(path, tokenizer.fingerprint, tokenizer)
@@ -248,6 +266,34 @@ def load_artifact(init_from: str) -> Artifact:
     raise CheckpointError(
         f"init_from={init_from} is neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}"
     )
+
+
+def _hugging_face(path: Path) -> Artifact:
+    """A folder in Hugging Face's form: the family is the one registered under its model_type."""
+    reader = Reader(read_json(path / "config.json"), str(path / "config.json"))
+    family, vocab_size = reader.get("model_type"), reader.count("vocab_size")
+    if reader.get("quantization_config", None):
+        raise CheckpointError(f"{path} is quantised; take the checkpoint that it was made from")
+    known = [name for name, _ in MODELS.items() if hasattr(MODELS.load(name), "settings_from_hf")]
+    if family not in known:
+        raise CheckpointError(f"{path}: model_type={family!r} is not one of {', '.join(known)}")
+    kind: type[CausalLM] = MODELS.load(family)
+    try:
+        chosen = component("model", {"name": family, **kind.settings_from_hf(reader)})
+    except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{reader.origin}: {error}") from error
+    assert chosen is not None
+    files = Tensors(path)
+
+    def tensors() -> Mapping[str, torch.Tensor]:
+        if getattr(chosen.config, "layers", 0) > len(files):  # before anything as large as it claims to be is built
+            raise CheckpointError(f"{reader.origin} claims {chosen.config.layers} layers of {len(files)} tensors")
+        return Renamed(files, _without_memory(chosen, vocab_size, reader.origin).hf_names(), str(path), kind)
+
+    chat = Tokenizer.load(path)
+    form = "chat" if chat.config.get("chat_template") else "text"
+    record = model_record(chosen, vocab_size)
+    return Artifact(path, fingerprint(path, files.files), chat, path, {}, form, record, tensors)
 
 
 def _runs_nearby(path: Path) -> str:

@@ -8,6 +8,17 @@ CATALOG = Plugin(
     help="what core ships",
     models={
         "llama": Entry("trivium.models.llama:Llama", "trivium.models.config:LlamaConfig", "RMSNorm, RoPE, GQA, SwiGLU"),
+        "mistral": Entry(
+            "trivium.models.mistral:Mistral", "trivium.models.config:MistralConfig", "Llama with a sliding window"
+        ),
+        "qwen2": Entry(
+            "trivium.models.qwen2:Qwen2", "trivium.models.config:Qwen2Config", "Llama with biases (Qwen2, Qwen2.5)"
+        ),
+        "qwen3": Entry("trivium.models.qwen3:Qwen3", "trivium.models.config:Qwen3Config", "Llama with normed heads"),
+        "gemma2": Entry(
+            "trivium.models.gemma2:Gemma2", "trivium.models.config:Gemma2Config", "capped scores, windows in turn"
+        ),
+        "gpt2": Entry("trivium.models.gpt2:GPT2", "trivium.models.config:GPT2Config", "learned positions, LayerNorm"),
     },
     sources={
         "files": Entry("trivium.data.files:Files", "trivium.data.config:FilesConfig", "your own text, chats and pairs"),

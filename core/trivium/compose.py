@@ -315,7 +315,10 @@ def component(group: str, value: Mapping[str, Any] | None) -> Component | None:
     name = settings.pop("name", None)
     if name is None:
         raise ConfigError(f"{group} has no name; choose one of {', '.join(groups()[group])}")
-    return Component(name, _typed(groups()[group].config(name), settings))
+    try:
+        return Component(name, _typed(groups()[group].config(name), settings))
+    except OmegaConfBaseException as error:
+        raise explain_failure(error, ()) from error
 
 
 def _typed(type_: type, values: Any) -> Any:

@@ -11,13 +11,14 @@ from typing import Any
 from trivium.errors import ConfigError
 
 TRAINING_PHASES = ("pretrain", "sft", "preference", "reward", "rlhf", "distill")
-PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat")
+PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat", "export")
 DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
 """Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
 LAUNCHERS = ("here", "slurm", "local")
 STRATEGIES = ("auto", "ddp", "fsdp")
 POLICIES = ("stop", "skip", "rollback", "off")
+FORMATS = ("hf",)
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -308,6 +309,7 @@ class RunConfig:
     prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
     prompt_format: str = "auto"  # auto | chat | text; auto is chat once the model was tuned on conversations
     system: str = ""  # system message (phases generate and chat)
+    format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder
     debug: bool = False  # stack traces
     model: Any = None
     data: Any = None
@@ -341,6 +343,8 @@ class RunConfig:
             raise ConfigError(f"keep_layers={self.keep_layers} takes layers of a trained model; name it in init_from=")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.format not in FORMATS:
+            raise ConfigError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
         if self.prompt_format not in ("auto", "chat", "text"):
             raise ConfigError(f"prompt_format={self.prompt_format!r} is not one of auto, chat, text")
         for name in ("checkpoint.keep_best", "stop.patience"):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from trivium.models import attention
-from trivium.models.attention import Attention, rope_angles, training_precision
+from trivium.models.attention import Attention, training_precision
+from trivium.models.rope import rope_angles
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_autocast_does_not_round_narrow_heads_again(monkeypatch, tiles):
         return kernel(q, k, v, **kwargs)
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
-    layer, positions = Attention(64, 2, 1), torch.arange(5)[None]
+    layer, positions = Attention(64, 2, 1, 32), torch.arange(5)[None]
     x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x, rope_angles(positions, 32, 1e4), None, positions)

@@ -35,7 +35,7 @@ def kl_to_teacher(
         theirs, _ = shift(teacher(*inputs), batch.labels)
 
         def value(logits: Tensor, here: Tensor) -> Tensor:
-            return divergence(logits, chunk_logits(theirs[here], teacher.head.weight, teacher.head.bias), 0.0)
+            return divergence(logits, chunk_logits(teacher.head, theirs[here]), 0.0)
 
         index = torch.arange(len(labels), device=device)
         return segment_sums(token_values(student.head, states, index, value), batch)

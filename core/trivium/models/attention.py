@@ -1,8 +1,4 @@
-"""Attention: rotary positions, who may see whom, grouped queries.
-
-RoPE: Su et al. 2021, https://arxiv.org/abs/2104.09864, in the half-split layout that Hugging Face checkpoints use.
-Grouped queries: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
-"""
+"""Attention: who may see whom, and grouped queries (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
 
 from __future__ import annotations
 
@@ -11,20 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivium.models.cache import KVCache
-
-
-def rope_angles(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of (B, T) positions, each (B, 1, T, D) in fp32; pair i turns by position * theta^(-2i/D)."""
-    pairs = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, None, :, None].float() * theta ** (-pairs / width)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (B, H, T, D) by its positions' angles, in fp32."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+from trivium.models.rope import rotate
 
 
 def training_precision(v: Tensor) -> torch.dtype:
@@ -37,30 +20,64 @@ def training_precision(v: Tensor) -> torch.dtype:
     return torch.float32 if narrow and not torch.cpu._is_amx_tile_supported() else v.dtype
 
 
-def visible(positions: Tensor, segments: Tensor | None, slots: int | None) -> Tensor | None:
+def visible(positions: Tensor, segments: Tensor | None, slots: int | None, window: int = 0) -> Tensor | None:
     """(B, 1, T, S) bool, True where a query may see a key; None means plain causal.
 
     With `slots` (a cache): slot j is position j, so j <= position. With `segments`: the same document, not later in
-    the row; padding (segment 0) sees padding, so that no row is empty and no softmax is NaN.
+    the row; padding (segment 0) sees padding, so that no row is empty and no softmax is NaN. With `window` besides:
+    only the last so many tokens, the query's own among them (Beltagy et al. 2020, https://arxiv.org/abs/2004.05150).
     """
     if slots is not None:
-        return torch.arange(slots, device=positions.device) <= positions[:, None, :, None]
+        keys, queries = torch.arange(slots, device=positions.device), positions[:, None, :, None]
+        seen = keys <= queries
+        return seen & (keys > queries - window) if window else seen
+    length = positions.shape[1]
+    cut = window and window < length
     if segments is None:
-        return None
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same.tril()
+        if not cut:
+            return None
+        return torch.ones(1, 1, length, length, dtype=torch.bool, device=positions.device).tril().triu(1 - window)
+    same = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
+    return same.triu(1 - window) if cut else same
+
+
+def mean_seen(context: int, window: int) -> float:
+    """How many tokens a token of a row sees on average, for counts of operations; window 0 is all before it.
+
+    >>> mean_seen(8, 0), mean_seen(8, 4)  # 4 - 4^2 / 16
+    (4.0, 3.0)
+    """
+    return context / 2 if not window or context <= window else window - window**2 / (2 * context)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H query heads over K shared key/value heads."""
+    """Causal self-attention with H query heads over K shared key/value heads.
 
-    def __init__(self, dim: int, heads: int, kv_heads: int) -> None:
+    bias: of queries, keys and values. norm_eps: each head's queries and keys are normed before they are turned
+    (Henry et al. 2020, https://arxiv.org/abs/2010.04245). scale: of the scores; None is 1 / sqrt(D). cap: scores become
+    cap * tanh(score / cap); 0 is off (Gemma Team 2024, https://arxiv.org/abs/2408.00118, section 2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        width: int,
+        *,
+        bias: bool = False,
+        norm_eps: float | None = None,
+        scale: float | None = None,
+        cap: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width = heads, kv_heads, dim // heads
-        self.q = nn.Linear(dim, heads * self.width, bias=False)
-        self.k = nn.Linear(dim, kv_heads * self.width, bias=False)
-        self.v = nn.Linear(dim, kv_heads * self.width, bias=False)
-        self.out = nn.Linear(heads * self.width, dim, bias=False)
+        self.heads, self.kv_heads, self.width, self.scale, self.cap = heads, kv_heads, width, scale, cap
+        self.q = nn.Linear(dim, heads * width, bias=bias)
+        self.k = nn.Linear(dim, kv_heads * width, bias=bias)
+        self.v = nn.Linear(dim, kv_heads * width, bias=bias)
+        self.out = nn.Linear(heads * width, dim, bias=False)
+        self.q_norm = nn.Identity() if norm_eps is None else nn.RMSNorm(width, eps=norm_eps)
+        self.k_norm = nn.Identity() if norm_eps is None else nn.RMSNorm(width, eps=norm_eps)
 
     def forward(
         self,
@@ -74,15 +91,30 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         rows, length, _ = x.shape
         heads = (rows, length, -1, self.width)  # as many as are here: several processes may share them out
-        q = rotate(self.q(x).view(heads).transpose(1, 2), *angles)
-        k = rotate(self.k(x).view(heads).transpose(1, 2), *angles)
+        q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), *angles)
+        k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), *angles)
         v = self.v(x).view(heads).transpose(1, 2)
         dtype, given = v.dtype if cache is not None else training_precision(v), v.dtype
         if cache is not None:
             k, v = cache.update(layer, k, v, positions)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         with torch.autocast(x.device.type, enabled=False):  # it would cast them again
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-            )
+            out = self._capped(q, k, v, mask) if self.cap else self._attend(q, k, v, mask)
         return self.out(out.to(given).transpose(1, 2).reshape(rows, length, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=self.heads != self.kv_heads
+        )
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Written out: no fused kernel caps its scores. Softmax in fp32."""
+        rows, heads, length, width = q.shape
+        groups = q.view(rows, k.shape[1], -1, length, width)  # query heads beside the key head that they share
+        scores = groups @ k[:, :, None].transpose(-1, -2) * (self.scale or width**-0.5)
+        scores = self.cap * torch.tanh(scores / self.cap)
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+        weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+        return (weights @ v[:, :, None]).view(rows, heads, length, width)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trivium.errors import CheckpointError
 from trivium.models.cache import KVCache
+from trivium.models.huggingface import Reader
 
 
 class CausalLM(nn.Module, ABC):
@@ -30,6 +32,13 @@ class CausalLM(nn.Module, ABC):
     """How several processes compute one block together: the linear layers of a block by name, each "columns" (its
     outputs are shared out) or "rows" (its inputs are, and the outputs summed). Where the module that holds a layer has
     a `width`, cuts fall on multiples of it: heads stay whole. Without a plan they cannot."""
+
+    hf_prefix: ClassVar[str] = ""
+    """Of Hugging Face's names; files that leave it out are read too."""
+    hf_buffers: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
+    """Ends of names that files hold and that are no weights."""
+    hf_transposed: ClassVar[tuple[str, ...]] = ()
+    """Ends of our names whose tensors are the transposes of Hugging Face's."""
 
     embed: nn.Embedding
     head: nn.Linear
@@ -88,9 +97,21 @@ class CausalLM(nn.Module, ABC):
     def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache for `rows` sequences of up to `length` tokens, on the model's device."""
 
+    def tie(self) -> None:  # noqa: B027
+        """Make parameters one that are one by the settings, after each was given a tensor of its own."""
+
     @abstractmethod
     def hf_names(self) -> dict[str, str]:
         """Our parameter names -> the names of the same tensors in a Hugging Face checkpoint of this family."""
+
+    @classmethod
+    def settings_from_hf(cls, config: Reader) -> dict[str, Any]:
+        """The settings of this family that a Hugging Face config.json states; CheckpointError where it cannot be."""
+        raise CheckpointError(f"{config.origin}: {cls.__name__} cannot be read from Hugging Face's form")
+
+    def hf_config(self) -> dict[str, Any]:
+        """The inverse: what config.json says of this model, without model_type."""
+        raise CheckpointError(f"{type(self).__name__} has no Hugging Face form")
 
     @property
     def context(self) -> int:

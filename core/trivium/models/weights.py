@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trivium.errors import CheckpointError
+from trivium.models.protocol import CausalLM
 
 
 @dataclass(frozen=True)
@@ -104,22 +105,52 @@ def keep_layers(tensors: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str,
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy `tensors` into `model`; missing, unknown, wrongly shaped and non-finite ones are refused before any copy."""
+    """Put `tensors` into `model`; missing, unknown, wrongly shaped and non-finite ones are refused before any copy."""
     parameters = dict(model.named_parameters())
+    check_names(parameters, tensors, origin)
+    for name, parameter in parameters.items():
+        check_tensor(name, tensors[name], parameter.shape, origin)
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def check_names(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse missing and unknown tensors."""
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unknown:
         parts = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(unknown)}"] * bool(unknown)
         raise CheckpointError(f"{origin} is of another architecture: it {' and '.join(parts)}")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], origin: str) -> None:
+    """Refuse a wrong shape and values that are not finite."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise CheckpointError(
+            f"{origin} is of another size: {name} is {tuple(tensor.shape)} there, {tuple(shape)} in the model"
+        )
+    if not torch.isfinite(local(tensor)).all():
+        raise CheckpointError(f"{origin}: {name} holds values that are not finite")
+
+
+@torch.no_grad()
+def fill_weights(model: CausalLM, tensors: Mapping[str, Tensor], origin: str) -> CausalLM:
+    """A model that was built on the meta device, with `tensors` as its weights: at most one is held beside them.
+
+    Of the same checks as `load_weights`; each tensor is asked for once, and kept in fp32 (fp64 stays).
+    """
+    parameters = dict(model.named_parameters())
+    check_names(parameters, tensors, origin)
     for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{origin} is of another size: {name} is {tuple(tensors[name].shape)} there, "
-                f"{tuple(parameter.shape)} in the model"
-            )
-        if not torch.isfinite(local(tensors[name])).all():
-            raise CheckpointError(f"{origin}: {name} holds values that are not finite")
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        tensor = tensors[name]
+        check_tensor(name, tensor, parameter.shape, origin)
+        owner, _, last = name.rpartition(".")
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+        setattr(model.get_submodule(owner), last, nn.Parameter(wide))
+    model.tie()
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"{origin}: {_few(left)} of {type(model).__name__} cannot be filled from a file")
+    return model
 
 
 def _few(names: list[str]) -> str:

@@ -75,7 +75,7 @@ class Distill(Objective):
 
         def token_loss(logits: Tensor, here: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                wanted = chunk_logits(states[here], head.weight, head.bias)
+                wanted = chunk_logits(head, states[here])
             apart = divergence(logits / c.temperature, wanted / c.temperature, c.beta)
             nll = -logprobs(logits, labels[here])
             scaled = apart * c.temperature**2 if c.temperature_squared else apart

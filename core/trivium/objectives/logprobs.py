@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from trivium.types import IGNORE, TokenBatch
@@ -69,14 +70,19 @@ def token_sums(
     tensors = (states, head.weight, head.bias)
     if not torch.is_grad_enabled():  # the function below would make gradients that nobody asked for
         tensors = tuple(None if t is None else t.detach() for t in tensors)
-    return _TokenSums.apply(*tensors, targets, token_loss, chunk, parts)
+    return _TokenSums.apply(*tensors, head, targets, token_loss, chunk, parts)
 
 
-def chunk_logits(states: Tensor, weight: Tensor, bias: Tensor | None, chunk: int = CHUNK) -> Tensor:
+def chunk_logits(head: nn.Module, states: Tensor, chunk: int = CHUNK, **replaced: Tensor | None) -> Tensor:
     """(n, C) states, n <= chunk -> (n, V) logits, at least fp32. Always computed for `chunk` rows: for a last chunk of
-    another size each step the matrix library would make, and keep, a kernel of its own (LOG.md)."""
+    another size each step the matrix library would make, and keep, a kernel of its own (LOG.md).
+
+    replaced: the head's weight and bias in another format than its own.
+    """
     full = states if len(states) == chunk else F.pad(states, (0, 0, 0, chunk - len(states)))  # it copies in any case
-    return at_least_fp32(F.linear(full, weight, bias))[: len(states)]
+    given = {name: tensor for name, tensor in replaced.items() if tensor is not None}
+    logits = functional_call(head, given, (full,)) if given else head(full)
+    return at_least_fp32(logits)[: len(states)]
 
 
 def token_values(head: nn.Linear, states: Tensor, targets: Tensor, value: Callable, chunk: int = CHUNK) -> Tensor:
@@ -87,7 +93,7 @@ def token_values(head: nn.Linear, states: Tensor, targets: Tensor, value: Callab
     """
 
     def some(h: Tensor, y: Tensor) -> Tensor:
-        return value(chunk_logits(h, head.weight, head.bias, chunk), y)
+        return value(chunk_logits(head, h, chunk), y)
 
     parts = [
         checkpoint(some, states[i : i + chunk], targets[i : i + chunk], use_reentrant=False, preserve_rng_state=False)
@@ -159,6 +165,7 @@ class _TokenSums(torch.autograd.Function):
         states: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        head: nn.Module,
         targets: Tensor,
         token_loss: TokenLoss,
         chunk: int,
@@ -176,7 +183,7 @@ class _TokenSums(torch.autograd.Function):
             here = slice(start, start + chunk)
             with torch.set_grad_enabled(any(needed)):
                 h = states[here].detach().requires_grad_(needed[0])
-                values = token_loss(chunk_logits(h, w, b, chunk), targets[here])
+                values = token_loss(chunk_logits(head, h, chunk, weight=w, bias=b), targets[here])
                 sums = [v.sum() for v in values]
             if any(needed):
                 sums[0].backward()
@@ -196,4 +203,4 @@ class _TokenSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factor = grads[0][0]  # of the first sum; the others are figures
-        return (*(None if g is None else g * factor for g in ctx.saved_tensors), None, None, None, None)
+        return (*(None if g is None else g * factor for g in ctx.saved_tensors), None, None, None, None, None)

@@ -31,6 +31,7 @@ RESULTS_OF = {
     "evaluate": ("data", "evaluation", "inference", "system", "phase", "domain"),
     "generate": ("prompt", "prompts", "prompt_format", "system", "inference", "phase"),
     "chat": ("prompts", "system", "inference", "phase"),
+    "export": ("format", "phase"),
 }
 
 
@@ -39,7 +40,7 @@ class Run:
 
     def __init__(self, config: RunConfig, console: Console, world: World = ALONE) -> None:
         self.world = world
-        speaks = config.phase in ("evaluate", "generate", "chat") and config.init_from
+        speaks = config.phase in RESULTS_OF and config.init_from
         self.name = config.name or f"{config.phase}-{Path(config.init_from).name if speaks else config.domain}"
         self.config = config = dataclasses.replace(config, name=self.name)
         self.console = console

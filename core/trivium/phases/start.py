@@ -15,6 +15,7 @@ from trivium.disk import lock_folder
 from trivium.errors import ConfigError
 from trivium.lineage.report import write_report
 from trivium.phases.evaluate import run_evaluate
+from trivium.phases.export import run_export
 from trivium.phases.run import Run
 from trivium.phases.speak import run_chat, run_generate
 from trivium.phases.train import run_tokenizer, run_training
@@ -29,6 +30,7 @@ PHASES: dict[str, Callable[[Run], int]] = {
     "evaluate": run_evaluate,
     "generate": run_generate,
     "chat": run_chat,
+    "export": run_export,
     **dict.fromkeys(TRAINING_PHASES, run_training),
 }
 

@@ -183,7 +183,7 @@ def _companions(this: Run, objective: Objective) -> dict[str, Artifact]:
     found = {}
     for name in objective.companions:
         artifact = this.companions.get(name) or (this.parent if name == "reference" else None)
-        if artifact is None or artifact.checkpoint is None:
+        if artifact is None or artifact.record is None:
             raise ConfigError(
                 f"objective={this.config.objective.name} needs a {name}: set {name}.init_from=runs/..."
                 + (", or init_from= of a tuned model, which then is the reference" if name == "reference" else "")
@@ -349,7 +349,7 @@ def _model_and_tokenizer(this: Run, source: Source, objective: Objective) -> tup
 
 def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokenizer]:
     config, parent = this.config, this.parent
-    if parent is not None and parent.checkpoint is not None:
+    if parent is not None and parent.record is not None:
         if (
             config.tokenizer.config.path
             and Tokenizer.load(Path(config.tokenizer.config.path)).fingerprint != parent.tokenizer.fingerprint

@@ -1,0 +1,118 @@
+"""Leave with a checkpoint: a Hugging Face folder that an independent loader has read, compared and made to speak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from trivium.build import device_of
+from trivium.data.chat import Chat
+from trivium.data.tokenizer import Tokenizer
+from trivium.disk import make_folder, replace_file
+from trivium.errors import CheckpointError, ConfigError
+from trivium.models.protocol import CausalLM
+from trivium.models.weights import weights_of
+from trivium.phases.run import Run
+
+PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\n  What is 2 + 2?"
+TOLERANCE = 1e-4  # of logits in fp32: the two sum in other orders
+ANSWER = 24  # tokens of the greedy answer that are compared
+
+
+def run_export(this: Run) -> int:
+    """Write the folder, then the gate: nothing is called good that transformers has not confirmed."""
+    parent = this.needs_parent()
+    transformers = _transformers()
+    model, record = parent.model(this.config.model)
+    if model.score is not None:
+        raise CheckpointError(f"{parent.path} is a reward model, which has no form of its own there")
+    folder = make_folder(this.folder / "hf")
+    (folder / "VERIFIED.json").unlink(missing_ok=True)  # until the gate has passed again
+    this.begin(model={"name": record["name"], "parameters": model.num_parameters})
+    write_folder(model.eval(), record["name"], parent.tokenizer, folder)
+    found = verify_folder(model, parent.tokenizer, folder, transformers)
+    replace_file(folder / "VERIFIED.json", json.dumps(found, indent=1).encode())
+    this.manifest.update(results=found)
+    this.say(
+        f"{folder}: transformers {found['transformers']} reads it; logits differ by at most "
+        f"{found['logits']:.1e}, prompt ids and {found['greedy']} greedy tokens are the same"
+    )
+    return 0
+
+
+def write_folder(model: CausalLM, family: str, tokenizer: Tokenizer, folder: Path) -> None:
+    """safetensors, config.json, generation_config.json with every id that ends an answer, and the tokenizer."""
+    names, turned = model.hf_names(), model.hf_transposed or ("\0",)
+    tensors = {
+        names[name]: (tensor.t() if name.endswith(turned) else tensor).contiguous()
+        for name, tensor in weights_of(model).items()
+    }
+    ends = sorted({tokenizer.eos_id, tokenizer.eot_id})
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config: dict[str, Any] = {"model_type": family, **model.hf_config(), **ids, "torch_dtype": dtype}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(folder)
+    replace_file(folder / "generation_config.json", json.dumps(ids, indent=1).encode())
+    replace_file(folder / "config.json", json.dumps(config, indent=1).encode())
+
+
+@torch.no_grad()
+def verify_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path, transformers: Any) -> dict[str, Any]:
+    """Read `folder` with transformers and compare: logits, ids of text and of a rendered prompt, a greedy answer.
+
+    Raises CheckpointError naming what differs.
+    """
+    device = device_of("cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    reader = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode(PROBE)
+    if (found := reader(PROBE, add_special_tokens=False)["input_ids"]) != ids:
+        raise CheckpointError(f"{folder}: transformers reads {PROBE[:20]!r}... as {found[:8]}, not as {ids[:8]}")
+    prompt = [ids[0]] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt += ids
+    if tokenizer.config.get("chat_template"):
+        messages = [{"role": "user", "content": PROBE}]
+        prompt = Chat(tokenizer).prompt_ids(messages)
+        rendered = reader.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        if rendered != prompt:
+            raise CheckpointError(f"{folder}: transformers renders a prompt as {rendered[:8]}..., not {prompt[:8]}...")
+    room = min(model.context, len(prompt) + ANSWER)
+    tokens = torch.tensor([prompt[: room - 1]])
+    wanted = model.head(model(tokens, torch.arange(tokens.shape[1])[None])).float()
+    apart = (theirs(tokens).logits.float() - wanted).abs().max().item()
+    if not apart <= TOLERANCE * max(1.0, wanted.abs().max().item()):
+        raise CheckpointError(f"{folder}: logits of transformers differ by {apart:.2e}, more than {TOLERANCE}")
+    ends = {tokenizer.eos_id, tokenizer.eot_id}
+    answer = _greedy(model, tokens[0].tolist(), room, ends)
+    spoken = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_length=room)
+    if (said := spoken[0, tokens.shape[1] :].tolist()) != answer:
+        raise CheckpointError(f"{folder}: transformers answers {said[:8]}..., not {answer[:8]}...")
+    if set(theirs.generation_config.eos_token_id) != ends:
+        raise CheckpointError(f"{folder}: transformers stops at {theirs.generation_config.eos_token_id}, not {ends}")
+    return {"transformers": transformers.__version__, "logits": apart, "greedy": len(answer), "ends": sorted(ends)}
+
+
+def _greedy(model: CausalLM, ids: list[int], room: int, ends: set[int]) -> list[int]:
+    answer: list[int] = []
+    while len(ids) + len(answer) < room and not (answer and answer[-1] in ends):
+        tokens = torch.tensor([ids + answer])
+        hidden = model(tokens, torch.arange(tokens.shape[1])[None])
+        answer.append(int(model.head(hidden[:, -1]).argmax()))
+    return answer
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "phase=export checks what it wrote with transformers, which is not installed: pip install trivium-llm[hf]"
+        ) from error
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

@@ -1,0 +1,254 @@
+"""Checkpoints come in and leave as Hugging Face folders; transformers is the independent reader on both sides."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trivium.build import load_artifact
+from trivium.errors import TriviumError
+from trivium.models.weights import weights_of
+from trivium.plugin import discover
+
+transformers = pytest.importorskip("transformers")
+
+discover()
+COMMON = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "max_position_embeddings": 128}
+LIKE_LLAMA = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5}
+FAMILIES = {
+    "llama": {**LIKE_LLAMA, "tie_word_embeddings": True},
+    "mistral": {**LIKE_LLAMA, "sliding_window": 9, "head_dim": 8},
+    "qwen2": LIKE_LLAMA,
+    "qwen3": {**LIKE_LLAMA, "head_dim": 16},
+    "gemma2": {**LIKE_LLAMA, "head_dim": 16, "sliding_window": 9},
+    "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128},
+}
+
+
+def folder_of(family, tokenizer, where, **more):
+    """A folder as transformers itself writes it, with random weights."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, vocab_size=tokenizer.vocab_size, **FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(where, **more)
+    tokenizer.save(where)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained):
+    return load_artifact(str(trained)).tokenizer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+def test_a_folder_of_transformers_is_read(family, shards, tokenizer, tmp_path):
+    theirs = folder_of(family, tokenizer, tmp_path / "in", **({"max_shard_size": "40KB"} if shards else {}))
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1 if shards else True
+    artifact = load_artifact(str(tmp_path / "in"))
+    ours, record = artifact.model(None)
+    assert record["name"] == family
+    tokens = torch.randint(tokenizer.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
+    found = ours.eval().head(ours(tokens, torch.arange(20).expand(2, -1)))
+    torch.testing.assert_close(found, theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_of_an_import_is_the_identity(family, tokenizer, main, tmp_path):
+    """The same tensors, bit for bit, and the same settings after a second import; the gate has passed."""
+    folder_of(family, tokenizer, tmp_path / "in")
+    done = main("phase=export", f"init_from={tmp_path / 'in'}", f"runs={tmp_path}", "name=out")
+    assert done.code == 0, done.err
+    out = tmp_path / "out/hf"
+    before, after = load_file(tmp_path / "in/model.safetensors"), load_file(out / "model.safetensors")
+    before.pop("lm_head.weight", None) if "lm_head.weight" not in after else None
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    first, second = load_artifact(str(tmp_path / "in")), load_artifact(str(out))
+    first.record["config"].pop("init_std"), second.record["config"].pop("init_std")
+    assert first.record == second.record
+    assert first.tokenizer.fingerprint == second.tokenizer.fingerprint
+    found = json.loads((out / "VERIFIED.json").read_text())
+    assert found["logits"] <= 1e-4 and found["greedy"] >= 1
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == sorted({tokenizer.eos_id, tokenizer.eot_id}) and len(ends) == 2
+
+
+def test_a_trained_run_leaves_and_goes_on(trained, main, tmp_path):
+    """Trained here, exported, and tuned again from the exported folder; evaluation agrees to rounding."""
+    done = main("phase=export", f"init_from={trained}", f"runs={tmp_path}", "name=out")
+    assert done.code == 0, done.err
+    assert re.search("transformers .* reads it; logits differ by at most", done.out.replace("\n", " "))
+    original, _ = load_artifact(str(trained)).model(None)
+    again, _ = load_artifact(str(tmp_path / "out/hf")).model(None)
+    ours, theirs = weights_of(original), weights_of(again)
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    tuned = main(
+        "phase=sft",
+        f"init_from={tmp_path / 'out/hf'}",
+        f"runs={tmp_path}",
+        "name=tuned",
+        "data.parts=[tasks]",
+        "data.num_tasks=60",
+        "trainer.max_steps=1",
+        "batch.size=2",
+        "batch.micro_size=2",
+        "batch.length=64",
+        "validation.every_steps=0",
+        "samples.every_steps=0",
+    )
+    assert tuned.code == 0, tuned.err
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+BROKEN = {
+    "unknown family": (lambda f: change_config(f, model_type="mamba"), "model_type='mamba' is not one of"),
+    "another activation": (lambda f: change_config(f, hidden_act="relu"), "hidden_act='relu' is not supported"),
+    "biases": (lambda f: change_config(f, attention_bias=True), "attention_bias=True is not supported"),
+    "unknown rope": (
+        lambda f: change_config(f, rope_parameters=None, rope_scaling={"type": "longrope", "factor": 2}),
+        "rope_type='longrope' is not one of",
+    ),
+    "quantised": (lambda f: change_config(f, quantization_config={"bits": 4}), "is quantised"),
+    "no size": (lambda f: change_config(f, hidden_size=None), "has no hidden_size"),
+    "absurd depth": (lambda f: change_config(f, num_hidden_layers=10**9), "claims 1000000000 layers of"),
+    "absurd width": (lambda f: change_config(f, hidden_size=10**30), "hidden_size=.* is no size of a model"),
+    "text for a number": (
+        lambda f: change_config(f, intermediate_size="wide"),
+        "intermediate_size='wide' is not a",
+    ),
+    "another width": (lambda f: change_config(f, intermediate_size=64), "is of another size"),
+    "missing tensor": (lambda f: change_tensors(f, lambda t: t.pop(NORM)), f"lacks {NORM}"),
+    "unknown tensor": (
+        lambda f: change_tensors(f, lambda t: t.update({"model.extra": torch.ones(1)})),
+        "has unknown model.extra",
+    ),
+    "not finite": (lambda f: change_tensors(f, lambda t: t[NORM].view(-1)[0].fill_(torch.nan)), "not finite"),
+    "another head": (
+        lambda f: change_tensors(f, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
+        "lm_head.weight differs from the embedding",
+    ),
+    "cut file": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+        "cannot be read as safetensors",
+    ),
+    "pickle only": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pytorch_model.bin can run code when it is read",
+    ),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_refused_by_name(case, tokenizer, tmp_path):
+    folder_of("llama", tokenizer, tmp_path)
+    change, sentence = BROKEN[case]
+    change(tmp_path)
+    with pytest.raises(TriviumError, match=sentence):
+        load_artifact(str(tmp_path)).model(None)
+
+
+def test_shards_that_disagree_with_their_index_are_refused(tokenizer, tmp_path):
+    folder_of("llama", tokenizer, tmp_path, max_shard_size="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    original = dict(content["weight_map"])
+    content["weight_map"].pop(NORM)
+    index.write_text(json.dumps(content))
+    with pytest.raises(TriviumError, match=f"disagree about {NORM}"):
+        load_artifact(str(tmp_path))
+    first, *_, last = sorted(set(original.values()))
+    tensors = load_file(tmp_path / first) | load_file(tmp_path / last)
+    save_file(tensors, tmp_path / first)
+    index.write_text(json.dumps({"weight_map": original}))
+    with pytest.raises(TriviumError, match="twice"):
+        load_artifact(str(tmp_path))
+    index.write_text(json.dumps({"weight_map": {**original, NORM: "../x.safetensors"}}))
+    with pytest.raises(TriviumError, match="is no file of its folder"):
+        load_artifact(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda m: m.embed.weight.data.mul_(1.01), "logits of transformers differ"),
+        (lambda m: None, None),
+    ],
+    ids=["weights", "sound"],
+)
+def test_the_gate_can_fail(spoil, sentence, trained, tmp_path):
+    """What was written from one model is compared with another: refused, unless they are the same."""
+    from trivium.phases.export import verify_folder, write_folder
+
+    artifact = load_artifact(str(trained))
+    model, record = artifact.model(None)
+    write_folder(model.eval(), record["name"], artifact.tokenizer, tmp_path)
+    spoil(model)
+    if sentence is None:
+        assert verify_folder(model, artifact.tokenizer, tmp_path, transformers)["logits"] < 1e-4
+        return
+    with pytest.raises(TriviumError, match=sentence):
+        verify_folder(model, artifact.tokenizer, tmp_path, transformers)
+
+
+def test_an_end_of_turn_that_is_lost_fails_the_gate(trained, tmp_path):
+    from trivium.phases.export import verify_folder, write_folder
+
+    artifact = load_artifact(str(trained))
+    model, record = artifact.model(None)
+    write_folder(model.eval(), record["name"], artifact.tokenizer, tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [artifact.tokenizer.eos_id]}))
+    with pytest.raises(TriviumError, match="transformers (stops at|answers)"):
+        verify_folder(model, artifact.tokenizer, tmp_path, transformers)
+
+
+def test_memory_of_loading_is_the_weights_and_one_tensor(tmp_path):
+    """A file of 96 MB in fp32, the largest tensor 24 MB: what loading adds at its peak is at most 1.5 of the file."""
+    import subprocess
+    import sys
+
+    code = """
+import sys, torch, resource
+from trivium.plugin import discover; discover()
+from trivium.build import model_of, model_record
+from trivium.compose import component
+from trivium.models.weights import weights_of, read_tensors
+from safetensors.torch import save_file
+sizes = dict(dim=512, layers=4, heads=8, kv_heads=8, ffn_dim=2048)
+chosen = component("model", {"name": "llama", **sizes})
+record = model_record(chosen, 12000)
+if sys.argv[2] == "make":
+    from trivium.build import build_model
+    save_file(weights_of(build_model(chosen, 12000, 0)), sys.argv[1])
+else:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = model_of(record, read_tensors(sys.argv[1]))
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    file = tmp_path / "w.safetensors"
+    run = [sys.executable, "-c", code, str(file)]
+    subprocess.run([*run, "make"], check=True)
+    size = file.stat().st_size / 2**20
+    added = float(subprocess.run([*run, "read"], check=True, capture_output=True, text=True).stdout)
+    assert 80 < size < 120
+    assert added < 1.5 * size
