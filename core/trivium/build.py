@@ -115,7 +115,7 @@ def _said(example: Any) -> str:
     if "text" in example:
         return example["text"]
     if "messages" in example:
-        return "\n".join(m["content"] for m in example["messages"])
+        return "\n".join(m.get("content") or "" for m in example["messages"])
     if "chosen" in example:
         return "\n".join(map(_said, pair_sides(example)))
     return example["prompt"] + example["completion"]

@@ -158,7 +158,7 @@ def test_tokenizer_reads_at_most_max_bytes():
         ),
         (
             lambda f: (f / "tokenizer_config.json").write_text('{"bos_token": {"content": "<|bos|>"}}'),
-            "no usable bos_token, eos_token, pad_token, eot_token, chat_template",
+            "has no eos_token, so no text would end",
         ),
     ],
 )

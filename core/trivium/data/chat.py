@@ -10,23 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from trivium.data.template import END, START, has_generation, render
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""role and content; of an assistant maybe tool_calls, and what else the template reads (name, reasoning_content)."""
+Tools = Sequence[Mapping[str, Any]]
+"""JSON schemas of functions, as in `{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
 
 @dataclass
 class Piece:
-    """A stretch of rendered text. trained: written by the assistant."""
+    """A stretch of rendered text. trained: written by the assistant. exact: to its very end, as the template says."""
 
     text: str
     trained: bool
+    exact: bool = False
 
 
 @dataclass
@@ -37,17 +40,6 @@ class Encoded:
     trained: list[bool]
 
 
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-@lru_cache(maxsize=16)
-def _compiled(template: str):
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
-    return environment.from_string(template)
-
-
 class Chat:
     """Renders and encodes the conversations of one tokenizer."""
 
@@ -56,55 +48,56 @@ class Chat:
 
     @cached_property
     def _specials(self) -> list[str]:
-        # the mark itself comes first, so that a person's own U+E000 is hidden before any other is put in
-        return ["\ue000", *(token.content for token in self.tokenizer._core.get_added_tokens_decoder().values())]
+        # the marks themselves come first, so that a person's own U+E000 is hidden before any other is put in; tokens
+        # that are not special (Qwen's <think>) may be read in anybody's text
+        added = self.tokenizer._core.get_added_tokens_decoder().values()
+        return ["\ue000", START, END, *(token.content for token in added if token.special)]
 
-    def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        """The template's text; prompt: ends where the assistant is to speak."""
-        config = self.tokenizer.config
-        try:
-            return _compiled(self.tokenizer.template).render(
-                messages=messages,
-                add_generation_prompt=prompt,
-                bos_token=config["bos_token"],
-                eos_token=config["eos_token"],
-            )
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses this conversation: {error}") from error
+    def render(self, messages: Sequence[Message], *, prompt: bool, tools: Tools = (), marked: bool = False) -> str:
+        """The template's text; prompt: ends where the assistant is to speak; marked: `{% generation %}` shows."""
+        variables = {"messages": messages, "tools": list(tools) or None, "add_generation_prompt": prompt}
+        template = self.tokenizer.template_for(tools=bool(tools))
+        return render(template, {**variables, "documents": None, **self.tokenizer.words}, marked=marked)
 
-    def pieces(self, messages: Sequence[Message], train_on: str = "assistant") -> list[Piece]:
+    def pieces(self, messages: Sequence[Message], train_on: str = "assistant", tools: Tools = ()) -> list[Piece]:
         """The rendered conversation, cut at the borders of assistant turns.
 
         Raises DataError for a template that rewrites history: its prefixes would not be what was trained on.
         """
-        _check(messages)
-        if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
-            raise DataError("an assistant turn is empty")
+        messages = _checked(messages)
+        for m in messages:
+            if m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls"):
+                raise DataError("an assistant turn is empty")
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:
             raise DataError("a conversation without an assistant turn has nothing to train on")
-        protected = [{**m, "content": self._protect(m["content"])} for m in messages]
+        messages, tools = self._protected(messages), self._protected(tools)
         pieces, done = [], ""
         for i in turns:
-            before, after = self.render(protected[:i], prompt=True), self.render(protected[: i + 1], prompt=False)
+            before = self.render(messages[:i], prompt=True, tools=tools)
+            after = self.render(messages[: i + 1], prompt=False, tools=tools)
             if not before.startswith(done) or not after.startswith(before):
                 raise DataError("the chat template rewrites earlier turns, so what is trained is not what is asked")
             trained = train_on == "assistant" or i == turns[-1]
             pieces += [Piece(before[len(done) :], False), Piece(after[len(before) :], trained)]
             done = after
         if turns[-1] != len(messages) - 1:
-            pieces.append(Piece(self.render(protected, prompt=False)[len(done) :], False))
-        return [Piece(p.text, True) for p in pieces] if train_on == "all" else pieces
+            pieces.append(Piece(self.render(messages, prompt=False, tools=tools)[len(done) :], False))
+        if train_on == "all":
+            return [Piece(p.text, True) for p in pieces]
+        if has_generation(self.tokenizer.template_for(tools=bool(tools))):
+            return _cut_at_marks(pieces, self.render(messages, prompt=False, tools=tools, marked=True))
+        return pieces
 
     def encode(self, examples: Sequence[Mapping], train_on: str = "assistant") -> list[Encoded]:
-        """Ids and masks of examples with `id` and `messages`, encoded together on all cores.
+        """Ids and masks of examples with `id`, `messages` and maybe `tools`, encoded together on all cores.
 
         train_on: assistant | last_turn (completion is the same) | all. A bad conversation is named by its id.
         """
         cut = []
         for example in examples:
             with _naming(example):
-                cut.append(self.pieces(example["messages"], train_on))
+                cut.append(self.pieces(example["messages"], train_on, example.get("tools") or ()))
         ids = iter(self._encode_rendered([piece.text for pieces in cut for piece in pieces]))
         found = []
         for example, pieces in zip(examples, cut, strict=True):
@@ -114,39 +107,49 @@ class Chat:
                 encoded.ids += tokens
                 with _naming(example):
                     answer = piece.trained and train_on != "all"
-                    encoded.trained += self._mask(tokens) if answer else [piece.trained] * len(tokens)
+                    encoded.trained += self._mask(tokens, piece) if answer else [piece.trained] * len(tokens)
             found.append(encoded)
         return found
 
-    def prompt_ids(self, messages: Sequence[Message], earlier: Sequence[int] = ()) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], earlier: Sequence[int] = (), tools: Tools = ()) -> list[int]:
         """Ids to answer `messages` from. earlier: the ids of the conversation so far, kept as they are.
 
-        With `earlier`, `messages` ends in one new user turn and only the text after the last answer is encoded.
+        With `earlier`, which ends with the end of the last answer, only what the template writes after it is encoded.
         """
-        _check(messages)
-        protected = [{**m, "content": self._protect(m["content"])} for m in messages]
-        text = self.render(protected, prompt=True)
+        messages, tools = self._protected(_checked(messages)), self._protected(tools)
+        text = self.render(messages, prompt=True, tools=tools)
         if not earlier:
             return self._encode_rendered([text])[0]
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        before = self.render(protected[: last + 1], prompt=False)
-        if not text.startswith(before):
+        asked = self.render(messages[:last], prompt=True, tools=tools)
+        before = self.render(messages[: last + 1], prompt=False, tools=tools)
+        if not text.startswith(before) or not before.startswith(asked):
             raise DataError("the chat template rewrites earlier turns; start a new conversation")
-        return [*earlier, *self._encode_rendered([text[len(before) :]])[0]]
+        # a line break after the end of the turn was not drawn; in training it is there, encoded by itself
+        _, end, rest = before[len(asked) :].rpartition(self.tokenizer.decode([self.tokenizer.eot_id], special=True))
+        after, new = self._encode_rendered([rest if end else "", text[len(before) :]])
+        return [*earlier, *after, *new]
 
-    def _mask(self, tokens: list[int]) -> list[bool]:
+    def _mask(self, tokens: list[int], piece: Piece) -> list[bool]:
         """True up to and including the end-of-turn token; what the template writes after it is not the assistant's."""
         end = self.tokenizer.eot_id
         if end not in tokens:
             raise DataError("the chat template does not end an assistant turn with the end-of-turn token")
+        if piece.exact:
+            return [True] * len(tokens)
         last = len(tokens) - 1 - tokens[::-1].index(end)
         return [i <= last for i in range(len(tokens))]
 
-    def _protect(self, content: str) -> str:
-        """Hide the spelling of special tokens in a person's text from the template's reading of them."""
-        for i, special in enumerate(self._specials):
-            content = content.replace(special, f"\ue000{i}\ue001")
-        return content
+    def _protected(self, value: Any) -> Any:
+        """Hide the spelling of special tokens in what people wrote from the template's reading of them."""
+        if isinstance(value, str):
+            for i, special in enumerate(self._specials):
+                if special in value:
+                    value = value.replace(special, f"\ue000{i}\ue001")
+            return value
+        if isinstance(value, Mapping):
+            return {key: self._protected(inner) for key, inner in value.items()}
+        return [self._protected(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
     def _encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.tokenizer.encode_batch(texts, special=True)
@@ -175,9 +178,45 @@ def _naming(example: Mapping) -> Iterator[None]:
         raise DataError(f"example {example['id']}: {error}") from error
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _cut_at_marks(pieces: Sequence[Piece], marked: str) -> list[Piece]:
+    """Cut each answer where its `{% generation %}` block ends. Raises DataError where it begins elsewhere."""
+    spans, place = [], 0
+    for i, part in enumerate(marked.replace(END, START).split(START)):
+        if i % 2:
+            spans.append((place, place + len(part)))
+        place += len(part)
+    plain = "".join(p.text for p in pieces)
+    if marked.replace(START, "").replace(END, "") != plain:
+        raise DataError("the chat template's generation blocks change what it writes")
+    cut, place, answer = [], 0, iter(spans)
+    for i, piece in enumerate(pieces):
+        if i % 2:  # an answer: the pieces before it and after it are not
+            start, end = next(answer, (-1, -1))
+            if start != place or end > place + len(piece.text):
+                raise DataError(
+                    "the chat template's generation blocks are not what the assistant writes: one must begin where "
+                    "add_generation_prompt ends and close with the turn"
+                )
+            inside = piece.text[: end - start]
+            cut += [Piece(inside, piece.trained, exact=True), Piece(piece.text[len(inside) :], False)]
+        else:
+            cut.append(piece)
+        place += len(piece.text)
+    if next(answer, None) is not None:
+        raise DataError("the chat template has more generation blocks than the conversation has answers")
+    return cut
+
+
+def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages without entries that are None, as many APIs and Arrow give them; a tool call may have no content."""
     if not messages:
         raise DataError("a conversation needs at least one message")
+    found = []
     for message in messages:
-        if not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
+        given = {key: value for key, value in message.items() if value is not None}
+        if given.get("role") == "assistant" and isinstance(given.get("tool_calls"), (list, tuple)):
+            given.setdefault("content", "")
+        if not isinstance(given.get("content"), str) or not isinstance(given.get("role"), str):
             raise DataError(f"a message needs a role and a content, both text; found {str(dict(message))[:80]}")
+        found.append(given)
+    return found

@@ -148,7 +148,7 @@ def _split(document: Encoded, length: int) -> list[Encoded]:
 
 
 def _text(ids: list[int], tokenizer: Tokenizer) -> Encoded:
-    whole = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+    whole = [*tokenizer.start, *ids, tokenizer.eos_id]
     return Encoded(whole, [True] * len(whole))
 
 
@@ -161,8 +161,8 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, train_on:
     prompts = tokenizer.encode_batch([e["prompt"] for e in pairs])
     completions = tokenizer.encode_batch([e["completion"] for e in pairs])
     for example, prompt, completion in zip(pairs, prompts, completions, strict=True):
-        ids = [tokenizer.bos_id, *prompt, *completion, tokenizer.eos_id]
-        num_prompt = 0 if train_on == "all" else len(prompt) + 1
+        ids = [*tokenizer.start, *prompt, *completion, tokenizer.eos_id]
+        num_prompt = 0 if train_on == "all" else len(ids) - len(completion) - 1
         encoded[example["id"]] = Encoded(ids, [i >= num_prompt for i in range(len(ids))])
     return [encoded[e["id"]] for e in examples]
 

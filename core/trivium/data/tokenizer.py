@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from trivium.data.config import BPEConfig
+from trivium.data.hf_folder import NAMED, bare_settings, library_errors, read_core, settings_of
+from trivium.data.template import render
 from trivium.disk import make_folder, replace_file
 from trivium.errors import DataError
 
@@ -32,27 +35,57 @@ TEMPLATE = (
 PIECES = r"""[^\S\r\n]?\p{L}+|\p{N}|[^\S\r\n]?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s"""
 WHOLE_NUMBERS = PIECES.replace(r"\p{N}|", r"[^\S\r\n]?\p{N}+|")
 
+MOST_HOLES = 4096
+"""Ids without a token, beyond as many as there are tokens, before a vocabulary is refused."""
+
+PROBE = "Probe 12,\n\n  caf\u00e9 \U0001f600!"
+
 
 class Tokenizer:
-    """Ids for text, the special ids, and the chat template that goes with them."""
+    """Ids for text, the special ids, and the chat template that goes with them.
 
-    def __init__(self, core: tokenizers.Tokenizer, config: dict[str, str]) -> None:
+    config: bos_token, eos_token, pad_token, eot_token, stop_tokens (further ends), chat_template, add_bos_token; all
+    but eos_token may be missing. `hf_folder.settings_of` makes one of a Hugging Face folder.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         self._core = core
+        core.no_truncation()
+        core.no_padding()
+        self.config = dict(config)
+        named = [self._token(key) for key in NAMED if self.config.get(key) is not None]
+        named += [self._known(str(token), "stop_tokens") for token in self.config.get("stop_tokens", ())]
+        if self.config.get("eos_token") is None:
+            raise DataError("the tokenizer has no eos_token, so no text would end; set it in tokenizer_config.json")
+        special = {t.content for t in core.get_added_tokens_decoder().values() if t.special}
+        unmarked = [token for token in named if token not in special]
+        if unmarked:  # in the vocabulary as a word: the ids stay, but text must not be read as it
+            core.add_special_tokens([AddedToken(token, normalized=False) for token in unmarked])
         self._literal = tokenizers.Tokenizer.from_str(core.to_str())
         self._literal.encode_special_tokens = True
-        self.config = config
-        for key in ("bos_token", "eos_token", "pad_token", "eot_token"):
-            self._id(key)
+        top = max(core.get_vocab(with_added_tokens=True).values())
+        if top >= 2 * self.num_tokens + MOST_HOLES:
+            raise DataError(
+                f"the tokenizer's ids go up to {top:,} for {self.num_tokens:,} tokens, which is no vocabulary"
+            )
+        self.vocab_size = top + 1
+        """Ids run from 0 to one less: what a model's embedding needs. Ids without a token count, too."""
 
     @property
-    def vocab_size(self) -> int:
+    def num_tokens(self) -> int:
         """Entries of the vocabulary, special ones included."""
         return self._core.get_vocab_size(with_added_tokens=True)
 
     @cached_property
-    def bos_id(self) -> int:
-        """First token of every document and conversation."""
-        return self._id("bos_token")
+    def bos_id(self) -> int | None:
+        """First token of every document and conversation; None where they begin without one (Qwen, GPT-2)."""
+        wanted = self.config.get("bos_token") is not None and self.config.get("add_bos_token", True)
+        return self._id("bos_token") if wanted else None
+
+    @property
+    def start(self) -> list[int]:
+        """What a document begins with: the beginning token, or nothing."""
+        return [] if self.bos_id is None else [self.bos_id]
 
     @cached_property
     def eos_id(self) -> int:
@@ -61,24 +94,71 @@ class Tokenizer:
 
     @cached_property
     def pad_id(self) -> int:
-        """Fills rows; never a token of any text, so a mask by padding cannot hide a real one."""
-        return self._id("pad_token")
+        """Fills rows; the end-of-text token where there is none. Masks never look at ids, so it cannot hide a token."""
+        return self.eos_id if self.config.get("pad_token") is None else self._id("pad_token")
 
     @cached_property
     def eot_id(self) -> int:
-        """Last token of a turn."""
-        return self._id("eot_token")
+        """Last token of a turn: the one stated, or the special token that the template writes after an answer."""
+        if self.config.get("eot_token") is not None:
+            return self._id("eot_token")
+        found = self._end_of_probe() if self.has_template else None
+        return self.eos_id if found is None else found
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a turn or a text."""
+        further = [self._core.token_to_id(token) for token in self.config.get("stop_tokens", ())]
+        return tuple(dict.fromkeys([self.eot_id, self.eos_id, *further]))
+
+    def _end_of_probe(self) -> int | None:
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\ue004"}]
+        try:
+            text = render(self.template, {"messages": talk, "add_generation_prompt": False, **self.words})
+        except DataError:
+            return None
+        special = {i for i, token in self._core.get_added_tokens_decoder().items() if token.special}
+        after = self._core.encode(text.rpartition("\ue004")[2], add_special_tokens=False).ids
+        return next((i for i in after if i in special), None)
+
+    def _token(self, name: str) -> str:
+        return self._known(self.config[name], name)
+
+    def _known(self, token: Any, name: str) -> str:
+        if not isinstance(token, str) or self._core.token_to_id(token) is None:
+            raise DataError(f"the tokenizer's {name} {token!r} is not in its vocabulary")
+        return token
 
     def _id(self, name: str) -> int:
-        found = self._core.token_to_id(self.config.get(name, ""))
-        if found is None:
-            raise DataError(f"the tokenizer's {name} {self.config.get(name)!r} is not in its vocabulary")
-        return found
+        return self._core.token_to_id(self._token(name))
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it can write conversations."""
+        return bool(self.config.get("chat_template"))
 
     @property
     def template(self) -> str:
-        """The chat template (Jinja)."""
-        return self.config["chat_template"]
+        """The chat template (Jinja). Raises DataError where there is none."""
+        return self.template_for(tools=False)
+
+    def template_for(self, *, tools: bool) -> str:
+        """The chat template for conversations with or without tools."""
+        if not self.has_template:
+            raise DataError(
+                "this tokenizer has no chat template, so it cannot write conversations; add one as chat_template.jinja "
+                "beside its tokenizer.json, or use plain text"
+            )
+        found = self.config["chat_template"]
+        if isinstance(found, str):
+            return found
+        named = {entry["name"]: entry["template"] for entry in found}
+        return named["tool_use"] if tools and "tool_use" in named else named["default"]
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The special tokens that templates know by name, as text."""
+        return {key: self.config[key] for key in NAMED if self.config.get(key) is not None}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,27 +179,42 @@ class Tokenizer:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. special: show special tokens."""
         return self._core.decode(list(ids), skip_special_tokens=not special)
 
+    def add_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """This tokenizer with further special tokens after all others. Raises DataError for one that it has."""
+        known = [token for token in tokens if self._core.token_to_id(token) is not None]
+        if known or len(set(tokens)) < len(tokens) or not all(tokens):
+            raise DataError(f"add_tokens={list(tokens)}: each must be new, and {known or 'one of them'} is not")
+        core = tokenizers.Tokenizer.from_str(self._core.to_str())
+        core.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+        return Tokenizer(core, self.config)
+
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, then tokenizer_config.json; a folder that has the second is complete."""
+        """Write tokenizer.json, then tokenizer_config.json; a folder that has the second is complete.
+
+        transformers' AutoTokenizer loads it with the same ids.
+        """
         make_folder(folder)
         replace_file(folder / "tokenizer.json", self._core.to_str().encode())
         replace_file(folder / "tokenizer_config.json", json.dumps(self.config, indent=1).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read a folder that `save` wrote. Raises DataError naming what is missing or damaged."""
-        if not (folder / "tokenizer.json").is_file():
-            raise DataError(f"no tokenizer.json in {folder}")
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a Hugging Face folder, one that `save` wrote, or a tokenizer.json that stands alone.
+
+        Raises DataError naming what is missing or damaged.
+        """
+        file = path if path.is_file() else path / "tokenizer.json"
+        if not file.is_file():
+            raise DataError(f"no tokenizer.json in {path}")
+        alone = path.is_file() and not (path.parent / "tokenizer_config.json").is_file()
         try:
-            core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"the tokenizer in {folder} cannot be read ({error})") from error
-        words = {k: config.get(k) for k in ("bos_token", "eos_token", "pad_token", "eot_token", "chat_template")}
-        wrong = [k for k, v in words.items() if not isinstance(v, str)]
-        if wrong:
-            raise DataError(f"{folder}/tokenizer_config.json has no usable {', '.join(wrong)}; text is needed")
-        return cls(core, config)
+            core = read_core(file)
+            with library_errors():
+                found = cls(core, bare_settings(core) if alone else settings_of(file.parent, core))
+                found.decode(found.encode(PROBE))  # some damage shows only when it is used
+                return found
+        except DataError as error:
+            raise DataError(f"the tokenizer in {path} cannot be used: {error}") from error
 
 
 def train_bpe(config: BPEConfig, texts: Iterable[str]) -> Tokenizer:

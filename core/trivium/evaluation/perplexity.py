@@ -56,8 +56,12 @@ def document_nats(model: CausalLM, documents: Sequence[Sequence[int]], stride: i
 def bits_per_byte(
     model: CausalLM, tokenizer: Tokenizer, texts: Sequence[str], *, stride: int, resamples: int, confidence: float
 ) -> Estimate:
-    """Bits per byte of `texts`, every byte counted, with a bootstrap interval over documents."""
-    documents = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+    """Bits per byte of `texts`, every byte counted, with a bootstrap interval over documents.
+
+    Where documents have no beginning token, the end of another text stands before each, so that its first token counts.
+    """
+    before = tokenizer.start or [tokenizer.eos_id]
+    documents = [[*before, *ids] for ids in tokenizer.encode_batch(texts)]
     nats = document_nats(model, documents, stride)
     bits = [n / math.log(2) for n in nats]
     return ratio_interval(bits, [len(t.encode()) for t in texts], resamples=resamples, confidence=confidence)

@@ -48,7 +48,7 @@ class Conversation:
         room = self.backend.capabilities().context - len(prompt)
         if room < 1:
             raise BackendError(f"the conversation fills the model's context ({len(prompt)} tokens); /reset starts anew")
-        params = sampling_params(self.sampling, (self.tokenizer.eot_id, self.tokenizer.eos_id))
+        params = sampling_params(self.sampling, self.tokenizer.stop_ids)
         if params.max_tokens > room:
             params = SamplingParams(**{**params.__dict__, "max_tokens": room})
         turn = sum(m["role"] == "user" for m in messages)
@@ -62,7 +62,7 @@ class Conversation:
         if reason is None:
             raise BackendError("the answer was aborted; the turn is not kept")
         if drawn[-1] != self.tokenizer.eot_id:  # cut short: close the turn, as every turn in training is closed
-            drawn = [*drawn[: -1 if drawn[-1] == self.tokenizer.eos_id else None], self.tokenizer.eot_id]
+            drawn = [*drawn[: -1 if drawn[-1] in params.stop_ids else None], self.tokenizer.eot_id]
         answer = self.tokenizer.decode(drawn)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.ids = [*prompt, *drawn]

@@ -27,7 +27,8 @@ def speaking_model(this: Run) -> CausalLM:
 def prompt_ids(this: Run, tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
     """Token ids to answer each prompt from, as a user turn or as plain text."""
     if not chat:
-        return [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+        start = tokenizer.start
+        return [[*start, *tokenizer.encode(p)] or [tokenizer.eos_id] for p in prompts]  # a model needs one token
     system = [{"role": "system", "content": this.config.system}] if this.config.system else []
     talker = Chat(tokenizer)
     return [talker.prompt_ids([*system, {"role": "user", "content": p}]) for p in prompts]
@@ -44,7 +45,7 @@ def run_generate(this: Run) -> int:
     tokenizer = parent.tokenizer
     backend = build_backend(config.inference, model, tokenizer.pad_id, config.trainer.accelerator)
     chat = config.prompt_format == "chat" or (config.prompt_format == "auto" and parent.form == "chat")
-    params = sampling_params(config.inference.config.sampling, (tokenizer.eot_id, tokenizer.eos_id))
+    params = sampling_params(config.inference.config.sampling, tokenizer.stop_ids)
     texts = complete(backend, tokenizer, prompt_ids(this, tokenizer, prompts, chat=chat), params)
     for prompt, text in zip(prompts, texts, strict=True):
         this.console.print(f"  [bold]{_plain(prompt)}[/]{'' if not chat else ' ->'} {_plain(text)}", highlight=False)
@@ -62,6 +63,7 @@ def run_chat(this: Run) -> int:
     """Talk in the terminal, or hold the conversation that `prompts` scripts."""
     config = this.config
     parent = this.needs_parent()
+    parent.tokenizer.template  # noqa: B018 - refuses a tokenizer that cannot write conversations, before all else
     if parent.form != "chat":
         this.say("warning: this model was not tuned on conversations; expect its text to run on")
     model = speaking_model(this)

@@ -449,9 +449,7 @@ def _sampler(
         return build_backend(this.config.inference, model, tokenizer.pad_id, this.config.trainer.accelerator)
 
     backend = backend_of(model)
-    params = dataclasses.replace(
-        sampling_params(SamplingConfig(), (tokenizer.eot_id, tokenizer.eos_id)), max_tokens=samples.max_tokens
-    )
+    params = dataclasses.replace(sampling_params(SamplingConfig(), tokenizer.stop_ids), max_tokens=samples.max_tokens)
     prompts = prompt_ids(this, tokenizer, samples.prompts, chat=form == "chat")
     longest = max(map(len, prompts), default=0)
     if samples.every_steps and longest + samples.max_tokens > model.context:

@@ -120,7 +120,7 @@ class RolloutModule(ObjectiveModule):
             max_tokens=r.max_tokens,
             temperature=r.temperature,
             seed=key_of(self.settings.seed, r.seed, "rollout", self.step) % 2**31,
-            stop_ids=(self.tokenizer.eot_id, self.tokenizer.eos_id),
+            stop_ids=self.tokenizer.stop_ids,
         )
         names = {i: [f"{i}/{prompts[i].example['id']}/{g}" for g in range(r.samples)] for i in chosen}
         events = collect(self.backend, [Request(n, prompts[i].ids, params) for i in chosen for n in names[i]])
