@@ -477,7 +477,7 @@ def test_unknown_rope_divisors_are_refused(tmp_path, monkeypatch):
         read_gguf(tmp_path / "a.gguf")
 
 
-@pytest.mark.slow  # transformers takes 20 s to read its header
+@pytest.mark.slow  # transformers takes 17 s to load it
 def test_smollm2_equals_transformers_loader():
     """The real file, all 134,515,008 values: the greatest difference is 0."""
     found = smollm2()
