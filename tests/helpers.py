@@ -2,16 +2,21 @@
 
 import io
 import json
+from functools import cache
 from types import SimpleNamespace
 
 import lightning as L
+import pytest
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from trivium.data.config import SourceConfig
+from trivium.data.fetch import fetch
 from trivium.data.source import Source
+from trivium.errors import DataError
 from trivium.models.config import LlamaConfig
+from trivium.models.gguf import read_gguf
 from trivium.models.llama import Llama
 from trivium.schema import CheckpointConfig, GuardConfig, RunConfig, TrainerConfig, ValidationConfig
 from trivium.training.callbacks import Record, Show
@@ -89,3 +94,17 @@ class Listed(Source):
 
     def __getitem__(self, index):
         return self.examples[index]
+
+
+@cache
+def smollm2_path():
+    """The real SmolLM2-135M-Instruct (GGUF, 98 MB); tests that need it skip, and say why, where it cannot be had."""
+    try:
+        return fetch("smollm2_135m", print)
+    except DataError as error:
+        pytest.skip(f"NOT TESTED ON THE REAL MODEL: {error}")
+
+
+def smollm2():
+    """What `read_gguf` makes of it."""
+    return read_gguf(smollm2_path())
