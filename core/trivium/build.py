@@ -13,6 +13,8 @@ import torch
 
 from trivium.compose import Component, component
 from trivium.data.config import BPEConfig
+from trivium.data.fetch import CATALOGUE, fetch
+from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.packing import pair_sides
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
@@ -20,6 +22,7 @@ from trivium.disk import cache_folder, make_folder
 from trivium.errors import CheckpointError, ConfigError
 from trivium.inference.protocol import Backend
 from trivium.lineage import manifest
+from trivium.models.gguf import read_gguf
 from trivium.models.huggingface import Reader, Renamed, Tensors, fingerprint, read_json
 from trivium.models.protocol import CausalLM
 from trivium.models.weights import fill_weights, keep_layers, spread_layers
@@ -225,13 +228,18 @@ def build_companion(role: str, companion: Artifact, tokenizer: Tokenizer, length
 
 
 def load_artifact(init_from: str) -> Artifact:
-    """Find and check what `init_from` names: a run, a pipeline's run, a checkpoint, or a tokenizer's run.
+    """Find and check what `init_from` names: a run, a pipeline's run, a checkpoint, a tokenizer's run, a Hugging Face
+    folder, a GGUF file, or a model that is fetched by name.
 
     Of a run that kept its best checkpoint (checkpoint.keep_best) the best is taken, else the newest.
     """
     path = Path(init_from)
+    if not path.exists() and init_from in CATALOGUE:
+        path = fetch(init_from)
     if not path.exists():
         raise CheckpointError(f"init_from={init_from} does not exist{_runs_nearby(path)}")
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf(path)
     facts = manifest.read(path)
     if facts.get("phase") == "pipeline":
         trained = [s for s in facts.get("stages", []) if (path / s["path"] / "checkpoints").is_dir()]
@@ -257,7 +265,7 @@ def load_artifact(init_from: str) -> Artifact:
             lambda: model_tensors(checkpoint),
         )
     if (path / "config.json").is_file():
-        return _hugging_face(path)
+        return _folder(path)
     if (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(path)
         return Artifact(path, tokenizer.fingerprint, tokenizer)
@@ -268,12 +276,27 @@ def load_artifact(init_from: str) -> Artifact:
     )
 
 
-def _hugging_face(path: Path) -> Artifact:
-    """A folder in Hugging Face's form: the family is the one registered under its model_type."""
+def _folder(path: Path) -> Artifact:
+    """A folder in Hugging Face's form."""
     reader = Reader(read_json(path / "config.json"), str(path / "config.json"))
-    family, vocab_size = reader.get("model_type"), reader.count("vocab_size")
     if reader.get("quantization_config", None):
         raise CheckpointError(f"{path} is quantised; take the checkpoint that it was made from")
+    files = Tensors(path)
+    return _foreign(path, reader, files, fingerprint([path / "config.json", *files.paths]), Tokenizer.load(path))
+
+
+def _gguf(path: Path) -> Artifact:
+    """A GGUF file."""
+    found = read_gguf(path)
+    tokenizer = Tokenizer(*tokenizer_of(found.tokenizer))
+    return _foreign(path, Reader(found.config, str(path)), found.tensors, fingerprint([path]), tokenizer)
+
+
+def _foreign(
+    path: Path, reader: Reader, files: Mapping[str, torch.Tensor], sha256: str, tokenizer: Tokenizer
+) -> Artifact:
+    """Weights under Hugging Face's names: their family is the one that is registered under its model_type."""
+    family, vocab_size = reader.get("model_type"), reader.count("vocab_size")
     known = [name for name, _ in MODELS.items() if hasattr(MODELS.load(name), "settings_from_hf")]
     if family not in known:
         raise CheckpointError(f"{path}: model_type={family!r} is not one of {', '.join(known)}")
@@ -283,17 +306,14 @@ def _hugging_face(path: Path) -> Artifact:
     except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{reader.origin}: {error}") from error
     assert chosen is not None
-    files = Tensors(path)
 
     def tensors() -> Mapping[str, torch.Tensor]:
         if getattr(chosen.config, "layers", 0) > len(files):  # before anything as large as it claims to be is built
             raise CheckpointError(f"{reader.origin} claims {chosen.config.layers} layers of {len(files)} tensors")
         return Renamed(files, _without_memory(chosen, vocab_size, reader.origin).hf_names(), str(path), kind)
 
-    chat = Tokenizer.load(path)
-    form = "chat" if chat.config.get("chat_template") else "text"
-    record = model_record(chosen, vocab_size)
-    return Artifact(path, fingerprint(path, files.files), chat, path, {}, form, record, tensors)
+    form = "chat" if tokenizer.has_template else "text"
+    return Artifact(path, sha256, tokenizer, path, {}, form, model_record(chosen, vocab_size), tensors)
 
 
 def _runs_nearby(path: Path) -> str:

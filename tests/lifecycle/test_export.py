@@ -77,7 +77,7 @@ def test_export_of_an_import_is_the_identity(family, tokenizer, main, tmp_path):
     found = json.loads((out / "VERIFIED.json").read_text())
     assert found["logits"] <= 1e-4 and found["greedy"] >= 1
     ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
-    assert ends == sorted({tokenizer.eos_id, tokenizer.eot_id}) and len(ends) == 2
+    assert ends == sorted(tokenizer.stop_ids) and len(ends) == 2
 
 
 def test_a_trained_run_leaves_and_goes_on(trained, main, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,11 @@ class Tensors(Mapping[str, Tensor]):
             others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack"))
             hint = f"; {others[0]} can run code when it is read and is not" if others else ""
             raise CheckpointError(f"{folder} has no {SINGLE}{hint}")
-        self.files = sorted(set(named.values())) if named else [SINGLE]
+        files = sorted(set(named.values())) if named else [SINGLE]
+        self.paths = [folder / name for name in files]
         self._open = ExitStack()
         self._where: dict[str, Any] = {}
-        for name in self.files:
+        for name in files:
             if Path(name).name != name:
                 raise CheckpointError(f"{folder / INDEX} names {name!r}, which is no file of its folder")
             try:
@@ -202,11 +203,11 @@ class Renamed(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def fingerprint(folder: Path, files: list[str]) -> str:
-    """SHA-256 over config.json and the weight files, in that order."""
+def fingerprint(files: Sequence[Path]) -> str:
+    """SHA-256 over files, in this order."""
     digest = hashlib.sha256()
-    for name in ("config.json", *files):
-        with (folder / name).open("rb") as file:
+    for path in files:
+        with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 

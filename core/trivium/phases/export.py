@@ -51,7 +51,7 @@ def write_folder(model: CausalLM, family: str, tokenizer: Tokenizer, folder: Pat
         names[name]: (tensor.t() if name.endswith(turned) else tensor).contiguous()
         for name, tensor in weights_of(model).items()
     }
-    ends = sorted({tokenizer.eos_id, tokenizer.eot_id})
+    ends = sorted(tokenizer.stop_ids)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config: dict[str, Any] = {"model_type": family, **model.hf_config(), **ids, "torch_dtype": dtype}
@@ -73,9 +73,8 @@ def verify_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path, transform
     ids = tokenizer.encode(PROBE)
     if (found := reader(PROBE, add_special_tokens=False)["input_ids"]) != ids:
         raise CheckpointError(f"{folder}: transformers reads {PROBE[:20]!r}... as {found[:8]}, not as {ids[:8]}")
-    prompt = [ids[0]] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    prompt += ids
-    if tokenizer.config.get("chat_template"):
+    prompt = [*tokenizer.start, *ids]
+    if tokenizer.has_template:
         messages = [{"role": "user", "content": PROBE}]
         prompt = Chat(tokenizer).prompt_ids(messages)
         rendered = reader.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -87,7 +86,7 @@ def verify_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path, transform
     apart = (theirs(tokens).logits.float() - wanted).abs().max().item()
     if not apart <= TOLERANCE * max(1.0, wanted.abs().max().item()):
         raise CheckpointError(f"{folder}: logits of transformers differ by {apart:.2e}, more than {TOLERANCE}")
-    ends = {tokenizer.eos_id, tokenizer.eot_id}
+    ends = set(tokenizer.stop_ids)
     answer = _greedy(model, tokens[0].tolist(), room, ends)
     spoken = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_length=room)
     if (said := spoken[0, tokens.shape[1] :].tolist()) != answer:
