@@ -50,6 +50,11 @@ class Tokenizer:
 
     def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         self._core = core
+        top = max(core.get_vocab(with_added_tokens=True).values(), default=0)  # writing one counts through every id
+        if top >= 2 * self.num_tokens + MOST_HOLES:
+            raise DataError(
+                f"the tokenizer's ids go up to {top:,} for {self.num_tokens:,} tokens, which is no vocabulary"
+            )
         core.no_truncation()
         core.no_padding()
         self.config = dict(config)
@@ -63,11 +68,6 @@ class Tokenizer:
             core.add_special_tokens([AddedToken(token, normalized=False) for token in unmarked])
         self._literal = tokenizers.Tokenizer.from_str(core.to_str())
         self._literal.encode_special_tokens = True
-        top = max(core.get_vocab(with_added_tokens=True).values())
-        if top >= 2 * self.num_tokens + MOST_HOLES:
-            raise DataError(
-                f"the tokenizer's ids go up to {top:,} for {self.num_tokens:,} tokens, which is no vocabulary"
-            )
         self.vocab_size = top + 1
         """Ids run from 0 to one less: what a model's embedding needs. Ids without a token count, too."""
 
@@ -126,7 +126,7 @@ class Tokenizer:
 
     def _known(self, token: Any, name: str) -> str:
         if not isinstance(token, str) or self._core.token_to_id(token) is None:
-            raise DataError(f"the tokenizer's {name} {token!r} is not in its vocabulary")
+            raise DataError(f"the tokenizer's {name} {str(token)[:80]!r} is not in its vocabulary")
         return token
 
     def _id(self, name: str) -> int:
@@ -261,12 +261,15 @@ def train_unigram(config: UnigramConfig, texts: Iterable[str]) -> Tokenizer:
     )
     with library_errors():  # too little text is a panic
         core.train_from_iterator(_at_most(texts, config.max_bytes), trainer)
-    # the trainer adds up in the order of a hash table, so the last digits differ from one training to the next
-    pieces = [(text, round(score, 6)) for text, score in json.loads(core.to_str())["model"]["vocab"]]
-    words = sorted(pieces[len(special) :], key=lambda piece: (-piece[1], piece[0]))
-    lowest = min(score for _, score in pieces)
+    pieces = json.loads(core.to_str())["model"]["vocab"]
+    # The trainer adds up, and orders the rare characters that it must keep, as a hash table has them: the last digits
+    # differ from one training to the next, and so do the scores of those characters, each 1e-4 below the one before.
+    lowest = round(min(score for _, score in pieces), 6)
+    rare = lowest + 1e-4 * sum(len(text) == 1 for text, _ in pieces)
+    scores = {text: lowest if score < rare else round(score, 6) for text, score in pieces[len(special) :]}
+    words = sorted(scores.items(), key=lambda piece: (-piece[1], piece[0]))
     byte_pieces = [(f"<0x{b:02X}>", lowest) for b in range(256)]
-    vocab = [*pieces[: len(special)], *byte_pieces, *words]
+    vocab = [*((text, 0.0) for text in special), *byte_pieces, *words]
     core.model = models.Unigram(vocab, len(special) - 1, byte_fallback=True)
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     settings = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "eot_token": END, "chat_template": TEMPLATE}
