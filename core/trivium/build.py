@@ -18,6 +18,7 @@ from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.packing import pair_sides
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
+from trivium.data.vocabularies import load_tokenizer
 from trivium.disk import cache_folder, make_folder
 from trivium.errors import CheckpointError, ConfigError
 from trivium.inference.protocol import Backend
@@ -99,8 +100,9 @@ def cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str]
     """The tokenizer of these settings for this data, and how it was had: loaded, trained, or trained earlier."""
     settings: BPEConfig = chosen.config
     if settings.path:
-        return Tokenizer.load(Path(settings.path)), f"tokenizer from {settings.path}"
-    key = manifest.digest_of([chosen.name, dataclasses.asdict(settings), source.fingerprint])
+        return load_tokenizer(settings.path, settings.encoding), f"tokenizer from {settings.path}"
+    trained = {k: v for k, v in dataclasses.asdict(settings).items() if k != "encoding"}
+    key = manifest.digest_of([chosen.name, trained, source.fingerprint])
     folder = cache_folder() / "tokenizers" / key
     if (folder / "tokenizer_config.json").is_file():  # written last
         return Tokenizer.load(folder), f"tokenizer trained earlier on this data ({folder})"

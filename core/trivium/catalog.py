@@ -62,6 +62,11 @@ CATALOG = Plugin(
     extras={
         "tokenizers": {
             "bpe": Entry("trivium.data.tokenizer:train_bpe", "trivium.data.config:BPEConfig", "byte-level BPE"),
+            "unigram": Entry(
+                "trivium.data.tokenizer:train_unigram",
+                "trivium.data.config:UnigramConfig",
+                "pieces by their probability, with bytes for the rest",
+            ),
         },
         "optimizers": {
             "adamw": Entry("trivium.training.optim:adamw", "trivium.training.config:AdamWConfig", "AdamW"),

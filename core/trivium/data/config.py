@@ -65,7 +65,8 @@ class BPEConfig:
     """Byte-level BPE trained on the data: every string has tokens, every token sequence has bytes."""
 
     vocab_size: int = 4096  # more makes texts shorter and the embedding larger
-    path: str = ""  # a folder with tokenizer.json to use instead of training one
+    path: str = ""  # use this instead: a folder, a tokenizer.json, tiktoken ranks or a SentencePiece .model
+    encoding: str = ""  # of tiktoken ranks: gpt2, cl100k_base, ...; empty is by the file's name
     split_digits: bool = True  # one token a digit: numbers of any length read the same way
     max_bytes: int = 20_000_000  # of text read for training; more changes little and takes longer
 
@@ -75,3 +76,17 @@ class BPEConfig:
                 f"tokenizer.vocab_size={self.vocab_size} must be at least 300 (256 bytes and special tokens)"
             )
         positive(self, "max_bytes")
+
+
+@dataclass(frozen=True)
+class UnigramConfig(BPEConfig):
+    """A unigram language model over pieces of words, trained on the data; characters that it lacks are bytes."""
+
+    vocab_size: int = 8192  # more makes texts shorter and the embedding larger; small data may give fewer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size < 400:
+            raise ConfigError(
+                f"tokenizer.vocab_size={self.vocab_size} must be at least 400 (256 bytes, specials and characters)"
+            )

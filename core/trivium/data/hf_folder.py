@@ -108,7 +108,7 @@ def _add_missing(core: tokenizers.Tokenizer, decoder: Any) -> None:
             (core.add_special_tokens if token.special else core.add_tokens)([token])
             there = core.token_to_id(token.content)
         if there != wanted:
-            raise DataError(f"tokenizer_config.json gives {token.content!r} the id {key}, tokenizer.json {there}")
+            raise DataError(f"tokenizer_config.json gives {token.content[:80]!r} the id {key}, tokenizer.json {there}")
 
 
 def _added(entry: Any) -> AddedToken:

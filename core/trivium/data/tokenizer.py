@@ -16,13 +16,13 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from trivium.data.config import BPEConfig
+from trivium.data.config import BPEConfig, UnigramConfig
 from trivium.data.hf_folder import NAMED, bare_settings, library_errors, read_core, settings_of
 from trivium.data.template import render
 from trivium.disk import make_folder, replace_file
 from trivium.errors import DataError
 
-BOS, EOS, PAD, END = "<|bos|>", "<|eos|>", "<|pad|>", "<|end|>"
+BOS, EOS, PAD, END, UNK = "<|bos|>", "<|eos|>", "<|pad|>", "<|end|>", "<|unk|>"
 SPECIAL = (PAD, BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>", END)
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -50,6 +50,11 @@ class Tokenizer:
 
     def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         self._core = core
+        top = max(core.get_vocab(with_added_tokens=True).values(), default=0)  # writing one counts through every id
+        if top >= 2 * self.num_tokens + MOST_HOLES:
+            raise DataError(
+                f"the tokenizer's ids go up to {top:,} for {self.num_tokens:,} tokens, which is no vocabulary"
+            )
         core.no_truncation()
         core.no_padding()
         self.config = dict(config)
@@ -63,11 +68,6 @@ class Tokenizer:
             core.add_special_tokens([AddedToken(token, normalized=False) for token in unmarked])
         self._literal = tokenizers.Tokenizer.from_str(core.to_str())
         self._literal.encode_special_tokens = True
-        top = max(core.get_vocab(with_added_tokens=True).values())
-        if top >= 2 * self.num_tokens + MOST_HOLES:
-            raise DataError(
-                f"the tokenizer's ids go up to {top:,} for {self.num_tokens:,} tokens, which is no vocabulary"
-            )
         self.vocab_size = top + 1
         """Ids run from 0 to one less: what a model's embedding needs. Ids without a token count, too."""
 
@@ -108,7 +108,7 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Every token that ends a turn or a text."""
-        further = [self._core.token_to_id(token) for token in self.config.get("stop_tokens", ())]
+        further = [self._id_of(token) for token in self.config.get("stop_tokens", ())]
         return tuple(dict.fromkeys([self.eot_id, self.eos_id, *further]))
 
     def _end_of_probe(self) -> int | None:
@@ -126,11 +126,16 @@ class Tokenizer:
 
     def _known(self, token: Any, name: str) -> str:
         if not isinstance(token, str) or self._core.token_to_id(token) is None:
-            raise DataError(f"the tokenizer's {name} {token!r} is not in its vocabulary")
+            raise DataError(f"the tokenizer's {name} {str(token)[:80]!r} is not in its vocabulary")
         return token
 
     def _id(self, name: str) -> int:
-        return self._core.token_to_id(self._token(name))
+        return self._id_of(self._token(name))
+
+    def _id_of(self, token: str) -> int:
+        found = self._core.token_to_id(token)
+        assert found is not None, token  # looked up when this was built
+        return found
 
     @property
     def has_template(self) -> bool:
@@ -238,6 +243,37 @@ def train_bpe(config: BPEConfig, texts: Iterable[str]) -> Tokenizer:
     settings = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "eot_token": END, "chat_template": TEMPLATE}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     return Tokenizer(core, settings)
+
+
+def train_unigram(config: UnigramConfig, texts: Iterable[str]) -> Tokenizer:
+    """Train a unigram model (Kudo 2018, https://arxiv.org/abs/1804.10959) on `texts`, with bytes for what it lacks.
+
+    Spaces stay spaces (SentencePiece writes them as "▁", and a typed "▁" then comes back as a space), so every string
+    survives. Bytes are the pieces <0x00> to <0xFF>, which no text spells: words are cut at "<" and at letters.
+    """
+    core = tokenizers.Tokenizer(models.Unigram())
+    core.pre_tokenizer = pre_tokenizers.Split(
+        Regex(PIECES if config.split_digits else WHOLE_NUMBERS), behavior="isolated"
+    )
+    special = [*SPECIAL, UNK]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=config.vocab_size - 256, special_tokens=special, unk_token=UNK, show_progress=False
+    )
+    with library_errors():  # too little text is a panic
+        core.train_from_iterator(_at_most(texts, config.max_bytes), trainer)
+    pieces = json.loads(core.to_str())["model"]["vocab"]
+    # The trainer adds up, and orders the rare characters that it must keep, as a hash table has them: the last digits
+    # differ from one training to the next, and so do the scores of those characters, each 1e-4 below the one before.
+    lowest = round(min(score for _, score in pieces), 6)
+    rare = lowest + 1e-4 * sum(len(text) == 1 for text, _ in pieces)
+    scores = {text: lowest if score < rare else round(score, 6) for text, score in pieces[len(special) :]}
+    words = sorted(scores.items(), key=lambda piece: (-piece[1], piece[0]))
+    byte_pieces = [(f"<0x{b:02X}>", lowest) for b in range(256)]
+    vocab = [*((text, 0.0) for text in special), *byte_pieces, *words]
+    core.model = models.Unigram(vocab, len(special) - 1, byte_fallback=True)
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    settings = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "eot_token": END, "chat_template": TEMPLATE}
+    return Tokenizer(core, {**settings, "unk_token": UNK, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _at_most(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -104,6 +104,34 @@ def keep_layers(tensors: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str,
 
 
 @torch.no_grad()
+def resize_vocabulary(model: CausalLM, new_size: int) -> None:
+    """Grow the embedding and the head of `model` to `new_size` tokens; tied ones stay tied.
+
+    The new rows are the mean of the old ones: a new token is then about as likely as all others are on average
+    (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Optimizers built before hold the old ones.
+    Raises CheckpointError where it would shrink, and for a model that is shared out among processes.
+    """
+    if new_size < model.vocab_size:
+        raise CheckpointError(
+            f"a vocabulary of {model.vocab_size} tokens cannot shrink to {new_size}; ids would be lost"
+        )
+    tied = model.head.weight is model.embed.weight
+    for layer in (model.embed,) if tied else (model.embed, model.head):
+        old = layer.weight
+        if isinstance(old, DTensor):
+            raise CheckpointError("the vocabulary grows before weights are shared out among processes, not after")
+        mean = old.float().mean(0, keepdim=True).to(old.dtype)
+        grown = nn.Parameter(torch.cat([old, mean.expand(new_size - len(old), -1)]), old.requires_grad)
+        layer.weight = grown
+        if tied:
+            model.head.weight = grown
+    bias = model.head.bias
+    if bias is not None:
+        model.head.bias = nn.Parameter(torch.cat([bias, bias.mean().expand(new_size - len(bias))]), bias.requires_grad)
+    model.embed.num_embeddings = model.head.out_features = model.vocab_size = new_size
+
+
+@torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Put `tensors` into `model`; missing, unknown, wrongly shaped and non-finite ones are refused before any copy."""
     parameters = dict(model.named_parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from trivium.data.datamodule import PromptDataset, StepDataset, Steps, validatio
 from trivium.data.packing import TokenTable
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
+from trivium.data.vocabularies import load_tokenizer
 from trivium.errors import ConfigError
 from trivium.evaluation.generation import complete
 from trivium.inference.chat import sampling_params
@@ -352,7 +352,8 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
     if parent is not None and parent.record is not None:
         if (
             config.tokenizer.config.path
-            and Tokenizer.load(Path(config.tokenizer.config.path)).fingerprint != parent.tokenizer.fingerprint
+            and load_tokenizer(config.tokenizer.config.path, config.tokenizer.config.encoding).fingerprint
+            != parent.tokenizer.fingerprint
         ):
             raise ConfigError(
                 f"tokenizer.path={config.tokenizer.config.path} is not the tokenizer of {parent.checkpoint}"
