@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.helpers import smollm2_path
 
 from trivium.schema import TRAINING_PHASES
 from trivium.selftest.harness import Forker
@@ -85,6 +87,8 @@ def cache(tmp_path_factory):
 def test_commands_of_page_run(page, reader, cache, tmp_path):
     """README's as a reader starts them, and sweeps, which start others; the rest in processes that need no imports."""
     (tmp_path / "said").write_text("What is a heron?\n")
+    if "smollm2" in (ROOT / page).read_text():  # fetched once for all tests
+        shutil.copytree(smollm2_path().parents[1], cache / "fetched", dirs_exist_ok=True)
     forker = Forker(tmp_path / "processes", cache, home=reader)
     try:
         for command in commands(page):

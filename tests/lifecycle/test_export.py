@@ -30,7 +30,8 @@ FAMILIES = {
 def folder_of(family, tokenizer, where, **more):
     """A folder as transformers itself writes it, with random weights."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, vocab_size=tokenizer.vocab_size, **FAMILIES[family])
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    config = transformers.AutoConfig.for_model(family, vocab_size=tokenizer.num_tokens, **ids, **FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
