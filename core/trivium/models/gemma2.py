@@ -15,7 +15,7 @@ from trivium.models.attention import Attention
 from trivium.models.cache import KVCache
 from trivium.models.config import Gemma2Config
 from trivium.models.huggingface import Reader
-from trivium.models.layers import GatedFFN
+from trivium.models.layers import GatedFFN, Head
 from trivium.models.llama import Llama
 
 
@@ -37,9 +37,8 @@ class Block(nn.Module):
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
-        names = ("attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm")
-        for name in names:
-            self.add_module(name, OffsetNorm(config.dim, config.norm_eps))
+        self.attn_norm, self.attn_post_norm = (OffsetNorm(config.dim, config.norm_eps) for _ in range(2))
+        self.ffn_norm, self.ffn_post_norm = (OffsetNorm(config.dim, config.norm_eps) for _ in range(2))
         self.attn = Attention(
             config.dim,
             config.heads,
@@ -84,9 +83,8 @@ class Gemma2(Llama):
     }
     config: Gemma2Config
 
-    def __init__(self, config: Gemma2Config, vocab_size: int) -> None:
-        super().__init__(config, vocab_size)
-        self.head.cap = config.logit_cap
+    def make_head(self) -> Head:
+        return Head(self.config.dim, self.vocab_size, self.config.logit_cap)
 
     def make_block(self) -> nn.Module:
         return Block(self.config)

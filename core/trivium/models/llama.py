@@ -79,7 +79,7 @@ class Llama(CausalLM):
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList(self.make_block() for _ in range(config.layers))
         self.norm = self.make_norm()
-        self.head = Head(config.dim, vocab_size)
+        self.head = self.make_head()
         self.tie()
 
     def make_block(self) -> nn.Module:
@@ -89,6 +89,10 @@ class Llama(CausalLM):
     def make_norm(self) -> nn.Module:
         """The last norm."""
         return nn.RMSNorm(self.config.dim, eps=self.config.norm_eps)
+
+    def make_head(self) -> Head:
+        """Hidden states to logits."""
+        return Head(self.config.dim, self.vocab_size)
 
     @property
     def windows(self) -> Sequence[int]:
