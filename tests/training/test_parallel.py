@@ -133,8 +133,8 @@ def test_file_that_all_write_is_what_they_hold_together(name, together, four, tm
 @pytest.mark.parametrize("name", [name for name in ranks.RUNS if "bf16" in name])
 def test_bf16_gradients_of_several_micro_batches_are_whole(name, together, alone):
     """Rounding in bf16 is 0.4 % for each product, up to 2 % for a gradient that several micro-batches add up, and more
-    over six steps of large weights: 3.01 % was seen. Weights that autocast kept from an earlier micro-batch lost a sixth
-    of a gradient to the step after, and with it what the guard knew of."""
+    over six steps of large weights: 3.01 % was seen. Weights that autocast kept from an earlier micro-batch lost a
+    sixth of a gradient to the step after, and with it what the guard knew of."""
     expected = alone(precision="bf16")["rows"]
     for rank in (0, 1):
         found = together(name, rank)["rows"]
