@@ -218,7 +218,8 @@ def model_fields(choice):
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [(g, o) for g in groups() for o in options(g) if g != "data" or "/" not in o]
+    ("group", "option"),
+    [(g, o) for g in groups() for o in options(g) if (g != "data" or "/" not in o) and o != "smollm2_135m"],
 )
 def test_component_becomes_a_real_object(group, option, corpus):
     assert built(group, option, corpus)
