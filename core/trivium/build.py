@@ -299,9 +299,8 @@ def _foreign(
 ) -> Artifact:
     """Weights under Hugging Face's names: their family is the one that is registered under its model_type."""
     family, vocab_size = reader.get("model_type"), reader.count("vocab_size")
-    known = [name for name, _ in MODELS.items() if hasattr(MODELS.load(name), "settings_from_hf")]
-    if family not in known:
-        raise CheckpointError(f"{path}: model_type={family!r} is not one of {', '.join(known)}")
+    if not isinstance(family, str) or family not in MODELS:
+        raise CheckpointError(f"{path}: model_type={family!r} is not one of {', '.join(MODELS)}")
     kind: type[CausalLM] = MODELS.load(family)
     try:
         chosen = component("model", {"name": family, **kind.settings_from_hf(reader)})

@@ -132,17 +132,22 @@ def test_file_that_all_write_is_what_they_hold_together(name, together, four, tm
 
 @pytest.mark.parametrize("name", [name for name in ranks.RUNS if "bf16" in name])
 def test_bf16_gradients_of_several_micro_batches_are_whole(name, together, alone):
-    """Rounding in bf16 is 0.4 % for each product, up to 2 % for a gradient that several micro-batches add up, and more
-    over six steps of large weights: 3.01 % was seen. Weights that autocast kept from an earlier micro-batch lost a
-    sixth of a gradient to the step after, and with it what the guard knew of."""
-    expected = alone(precision="bf16")["rows"]
+    """Rounding in bf16 is 0.4 %. Weights that autocast kept from an earlier micro-batch lost a sixth of a gradient to
+    the step after, and with it what the guard knew of.
+
+    DDP and FSDP2 round as one process does that cuts a step alike, so they equal it. Tensor parallelism rounds sums that
+    nobody else makes: over six steps of large weights it leaves another bf16 run's path, and is held to fp32's instead.
+    """
+    strategy, settings = ranks.RUNS[name]
+    far, close = (3e-2, 5e-3) if strategy == "tensor" else (1e-3, 1e-3)
+    expected = alone(**({"precision": "fp32"} if strategy == "tensor" else settings))["rows"]
     for rank in (0, 1):
         found = together(name, rank)["rows"]
         assert len(found) == len(expected) == 6
         for ours, theirs in zip(found, expected, strict=True):
-            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=5e-3)
-            assert ours["grad_norm/attn"] == pytest.approx(theirs["grad_norm/attn"], rel=5e-2)
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-2)
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=close)
+            assert ours["grad_norm/attn"] == pytest.approx(theirs["grad_norm/attn"], rel=far)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=far)
 
 
 def test_runs_would_show_what_is_wrong(alone):
