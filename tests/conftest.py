@@ -232,3 +232,12 @@ def plugin_folder(tmp_path):
         return site
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def freed_memory_goes_back():
+    """A run in this process would let the C library keep what is freed, for good, and hide from later tests what they
+    allocate; tests/training/test_keep_freed.py sees to it in a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trivium.phases.start.keep_freed", lambda: None)
+        yield

@@ -26,7 +26,7 @@ from trivium.lineage import manifest
 from trivium.models.gguf import read_gguf
 from trivium.models.huggingface import Reader, Renamed, Tensors, fingerprint, read_json
 from trivium.models.protocol import CausalLM
-from trivium.models.weights import fill_weights, keep_layers, spread_layers
+from trivium.models.weights import fill_weights, keep_layers, load_weights, spread_layers
 from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra
 from trivium.training.checkpoint import RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
@@ -193,10 +193,13 @@ def model_of(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], ori
     chosen = component("model", {"name": record["name"], **record["config"]})
     assert chosen is not None
     model = _without_memory(chosen, record["vocab_size"], origin)
+    made = any(True for _ in model.buffers())  # values that no file holds: the constructor must make them
+    if made:
+        model = build(MODELS, chosen, record["vocab_size"])
     if record.get("scores"):
-        with torch.device("meta"):
-            model.add_score_head()
-    return fill_weights(model, tensors, origin)
+        model.add_score_head()
+    (load_weights if made else fill_weights)(model, tensors, origin)
+    return model
 
 
 def _without_memory(chosen: Component, vocab_size: int, origin: str) -> CausalLM:

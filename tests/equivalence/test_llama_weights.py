@@ -1,5 +1,7 @@
 """Where weights come from: a seed, whatever was drawn before, or a file whose every tensor is checked."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,7 +9,7 @@ from safetensors.torch import save_file
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
-from trivium.models.weights import load_weights, read_tensors, weights_of
+from trivium.models.weights import fill_weights, load_weights, read_tensors, weights_of
 
 TIED = LlamaConfig(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24, context=32)
 UNTIED = LlamaConfig(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24, context=32, tied=False)
@@ -146,3 +148,56 @@ def test_read_tensors_names_a_damaged_file(tmp_path):
 def test_llama_config_refuses_what_cannot_be_built(settings, message):
     with pytest.raises(ConfigError, match=message):
         LlamaConfig(**settings)
+
+
+# ---- models that are built without memory
+
+
+class Own(Llama):
+    """As a plugin may write one: a buffer that the constructor makes, and a weight that has two names of its own."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config, vocab_size)
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+
+def test_a_parameter_of_two_names_stays_one():
+    """Whoever ties them, and by whatever setting."""
+    with torch.device("meta"):
+        model = Llama(UNTIED, VOCAB)
+        model.head.weight = model.embed.weight
+    fill_weights(model, weights_of(initialised(TIED, 1)), "w")
+    assert model.head.weight is model.embed.weight and not model.embed.weight.is_meta
+    assert same(model, initialised(TIED, 1))
+
+
+def test_a_buffer_is_what_the_constructor_makes(monkeypatch):
+    from trivium.build import model_of
+    from trivium.plugin import discover
+    from trivium.registry import MODELS
+
+    discover()
+    monkeypatch.setattr(MODELS, "load", lambda name: Own)
+    record = {"name": "llama", "config": dataclasses.asdict(TIED), "vocab_size": VOCAB}
+    model = model_of(record, weights_of(initialised(TIED, 1)))
+    assert model.table.tolist() == [0.0, 1.0, 2.0]
+    assert same(model, initialised(TIED, 1))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "qwen2"])
+def test_other_families_start_as_they_should(name):
+    """Norms multiply by one (Gemma keeps the difference), biases are zero, branches start at 0.02 / sqrt(16)."""
+    from trivium.plugin import discover
+    from trivium.registry import MODELS
+
+    discover()
+    sizes = {"dim": 64, "layers": 8, "heads": 4}
+    model = MODELS.load(name)(MODELS.config(name)(**sizes), 200)
+    model.init_weights(0)
+    for key, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            one = 0.0 if name == "gemma2" or key.endswith("bias") else 1.0
+            assert torch.equal(parameter, torch.full_like(parameter, one)), key
+        else:
+            small = key.endswith(("out.weight", "down.weight"))
+            assert parameter.std().item() == pytest.approx(0.005 if small else 0.02, rel=0.06), key

@@ -135,8 +135,8 @@ def test_bf16_gradients_of_several_micro_batches_are_whole(name, together, alone
     """Rounding in bf16 is 0.4 %. Weights that autocast kept from an earlier micro-batch lost a sixth of a gradient to
     the step after, and with it what the guard knew of.
 
-    DDP and FSDP2 round as one process does that cuts a step alike, so they equal it. Tensor parallelism rounds sums that
-    nobody else makes: over six steps of large weights it leaves another bf16 run's path, and is held to fp32's instead.
+    DDP and FSDP2 round as one process does that cuts a step alike, so they equal it. Tensor parallelism rounds sums
+    that nobody else makes: over six steps of large weights it leaves another bf16 run's path, and is held to fp32's.
     """
     strategy, settings = ranks.RUNS[name]
     far, close = (3e-2, 5e-3) if strategy == "tensor" else (1e-3, 1e-3)

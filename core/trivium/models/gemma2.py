@@ -100,8 +100,11 @@ class Gemma2(Llama):
         x = self.embed(tokens)
         return x * torch.tensor(self.config.dim**0.5, dtype=x.dtype)  # rounded as the embedding is
 
-    def first_value(self, name: str) -> float:
-        return 0.0
+    def init_weights(self, seed: int) -> None:
+        super().init_weights(seed)
+        for module in self.modules():
+            if isinstance(module, OffsetNorm):
+                nn.init.zeros_(module.weight)
 
     @classmethod
     def settings_from_hf(cls, config: Reader) -> dict[str, Any]:

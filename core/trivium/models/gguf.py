@@ -22,6 +22,7 @@ from torch import Tensor
 from trivium.disk import sync_file, sync_folder
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models.gguf_file import Header, read_header
+from trivium.models.names import difference, few
 
 Block = Mapping[str, tuple[str, str]]
 OUTER: Block = {
@@ -259,7 +260,7 @@ def _scaling(header: Header, kind: str) -> dict[str, Any] | None:
     type = header.values.get(f"{kind}.rope.scaling.type", "none")
     known = {"scaling.type", "scaling.factor", "scaling.original_context_length", "scaling.finetuned"}
     if type not in ("none", "linear", "yarn") or not keys <= known:
-        raise CheckpointError(f"{header.path}: rope scaling of type {type!r} with {_few(sorted(keys))} is not read")
+        raise CheckpointError(f"{header.path}: rope scaling of type {type!r} with {few(keys)} is not read")
     if type == "none":
         return None
     scaling = {"rope_type": type, "factor": header.real(f"{kind}.rope.scaling.factor")}
@@ -311,18 +312,11 @@ def _parts(config: Mapping[str, Any], most: int, origin: str) -> list[_Part]:
 
 def _agree(header: Header, parts: list[_Part], free: set[str]) -> None:
     names = {p.gguf for p in parts}
-    missing, unknown = sorted(names - header.tensors.keys()), sorted(header.tensors.keys() - names - free)
-    if missing or unknown:
-        told = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(unknown)}"] * bool(unknown)
-        raise CheckpointError(f"{header.path} is of another architecture than it says: it {' and '.join(told)}")
+    if told := difference(names, header.tensors.keys() - (free - names)):
+        raise CheckpointError(f"{header.path} is of another architecture than it says: it {told}")
     for p in parts:
         if (found := header.tensors[p.gguf].shape) != p.shape:
             raise CheckpointError(f"{header.path}: {p.gguf} is {found}; by the file's own keys it would be {p.shape}")
-
-
-def _few(names: list[str]) -> str:
-    shown = [n[:60].encode("unicode_escape").decode() for n in names[:3]]  # names of damaged files may hold anything
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _theta(config: Mapping[str, Any]) -> float:
@@ -350,10 +344,8 @@ def write_gguf(
         raise ConfigError(f"dtype={dtype} cannot be written as GGUF; choose {', '.join(FILE_TYPES)}")
     config = _writable(config)
     parts, factors = _parts(config, len(tensors), "the model to be written"), _factors(config)
-    missing, unknown = sorted({p.hf for p in parts} - tensors.keys()), sorted(tensors.keys() - {p.hf for p in parts})
-    if missing or unknown:
-        told = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(unknown)}"] * bool(unknown)
-        raise CheckpointError(f"{path} is not written: the model {' and '.join(told)}")
+    if told := difference({p.hf for p in parts}, tensors.keys()):
+        raise CheckpointError(f"{path} is not written: the model {told}")
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     writer = GGUFWriter(temporary, "llama")
     try:

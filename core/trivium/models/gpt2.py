@@ -13,7 +13,7 @@ from trivium.models.attention import mean_seen, training_precision, visible
 from trivium.models.cache import KVCache
 from trivium.models.config import GPT2Config
 from trivium.models.huggingface import Reader
-from trivium.models.layers import Head
+from trivium.models.layers import Head, draw_weights
 from trivium.models.protocol import CausalLM
 
 PARTS = {
@@ -92,21 +92,9 @@ class GPT2(CausalLM):
             x = self.block(layer, x, mask, positions, cache=cache)
         return self.norm(x)
 
-    def tie(self) -> None:
-        if self.config.tied:
-            self.head.weight = self.embed.weight
-
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         self.tie()
-        generator = torch.Generator().manual_seed(seed)
-        residual = self.config.init_std / (2 * self.config.layers) ** 0.5
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                std = residual if name.endswith(("out.weight", "down.weight")) else self.config.init_std
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        draw_weights(self, seed, self.config.init_std, self.config.layers, ("out.weight", "down.weight"))
 
     def flops_per_token(self, context: int) -> float:
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() > 1) + self.head.weight.numel()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trivium.errors import CheckpointError
 from trivium.models.config import RopeScaling
+from trivium.models.names import difference, few
 
 HEAD = "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -145,8 +146,9 @@ class Tensors(Mapping[str, Tensor]):
                     raise CheckpointError(f"{folder} has {key} twice")
                 self._where[key] = file
         if named and named.keys() != self._where.keys():
-            odd = sorted(named.keys() ^ self._where.keys())
-            raise CheckpointError(f"{folder / INDEX} and the files disagree about {', '.join(odd[:3])}")
+            raise CheckpointError(
+                f"{folder / INDEX} and the files disagree about {few(named.keys() ^ self._where.keys())}"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -177,20 +179,15 @@ class Renamed(Mapping[str, Tensor]):
         self._tensors, self._transposed, self._origin = tensors, transposed, origin
         bare = prefix and not any(name.startswith(prefix) for name in tensors)
         self._names = {ours: theirs.removeprefix(prefix) if bare else theirs for ours, theirs in names.items()}
-        missing = [theirs for theirs in self._names.values() if theirs not in tensors]
-        rest = [n for n in tensors.keys() - set(self._names.values()) if not n.endswith(buffers or ("\0",))]
-        if HEAD in rest and not missing:
+        wanted = set(self._names.values())
+        held = {n for n in tensors if n in wanted or not n.endswith(buffers or ("\0",))}
+        if HEAD in held - wanted and wanted <= held:
             one, other = tensors[HEAD], tensors[self._names["embed.weight"]]
             if one.shape != other.shape or not one.equal(other):
                 raise CheckpointError(f"{origin}: {HEAD} differs from the embedding, whose weight it should share")
-            rest.remove(HEAD)
-        if missing or rest:
-            raise CheckpointError(
-                f"{origin} is of another architecture than its config.json says: "
-                + " and ".join(
-                    [f"it lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(rest)}"] * bool(rest)
-                )
-            )
+            held.remove(HEAD)
+        if told := difference(wanted, held):
+            raise CheckpointError(f"{origin} is of another architecture than its config.json says: it {told}")
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[self._names[name]]
@@ -210,8 +207,3 @@ def fingerprint(files: Sequence[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _few(names: list[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,3 +37,16 @@ class Head(nn.Linear):
         """(..., C) -> (..., V)."""
         logits = super().forward(input)
         return self.cap * (logits / self.cap).tanh() if self.cap else logits
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int, std: float, layers: int, residual: tuple[str, ...]) -> None:
+    """Matrices from N(0, std), those whose names end in `residual` from N(0, std / sqrt(2 layers)) (GPT-2's scaling of
+    the branches); biases 0, norms 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            size = std / (2 * layers) ** 0.5 if name.endswith(residual) else std
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)

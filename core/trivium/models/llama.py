@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from trivium.models.attention import Attention, mean_seen, visible
 from trivium.models.cache import KVCache
 from trivium.models.config import LlamaConfig
 from trivium.models.huggingface import Reader, rope_scaling_of, rope_settings
-from trivium.models.layers import GatedFFN, Head
+from trivium.models.layers import GatedFFN, Head, draw_weights
 from trivium.models.protocol import CausalLM
 from trivium.models.rope import rope_angles
 
@@ -114,25 +113,9 @@ class Llama(CausalLM):
             x = self.block(layer, x, angles, masks[window], positions, cache=cache)
         return self.norm(x)
 
-    def tie(self) -> None:
-        if self.config.tied:
-            self.head.weight = self.embed.weight
-
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        self.tie()  # again: `to_empty` after construction on meta gives each its own
-        generator = torch.Generator().manual_seed(seed)
-        residual = self.config.init_std / (2 * self.config.layers) ** 0.5  # GPT-2's scaling of the residual branches
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(self.first_value(name))
-            else:
-                std = residual if name.endswith(("attn.out.weight", "ffn.down.weight")) else self.config.init_std
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-    def first_value(self, name: str) -> float:
-        """What a vector (a norm's weight, a bias) is filled with at the start."""
-        return 0.0 if name.endswith("bias") else 1.0
+        self.tie()
+        draw_weights(self, seed, self.config.init_std, self.config.layers, ("attn.out.weight", "ffn.down.weight"))
 
     def flops_per_token(self, context: int) -> float:
         c = self.config

@@ -97,8 +97,11 @@ class CausalLM(nn.Module, ABC):
     def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache for `rows` sequences of up to `length` tokens, on the model's device."""
 
-    def tie(self) -> None:  # noqa: B027
-        """Make parameters one that are one by the settings, after each was given a tensor of its own."""
+    def tie(self) -> None:
+        """Let head and embedding be one where the settings say `tied`: after construction, and again after `to_empty`
+        on the meta device has given each its own."""
+        if getattr(self.config, "tied", False):
+            self.head.weight = self.embed.weight
 
     @abstractmethod
     def hf_names(self) -> dict[str, str]:

@@ -41,7 +41,8 @@ def rope_angles(
         size = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
     angles = positions[:, None, :, None].float() * turns
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos() * size, angles.sin() * size
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if size == 1 else (cos * size, sin * size)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

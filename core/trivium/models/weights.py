@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trivium.errors import CheckpointError
+from trivium.models.names import difference
 from trivium.models.protocol import CausalLM
 
 
@@ -144,10 +145,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -
 
 def check_names(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
     """Refuse missing and unknown tensors."""
-    missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    if missing or unknown:
-        parts = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(unknown)}"] * bool(unknown)
-        raise CheckpointError(f"{origin} is of another architecture: it {' and '.join(parts)}")
+    if told := difference(parameters.keys(), tensors.keys()):
+        raise CheckpointError(f"{origin} is of another architecture: it {told}")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], origin: str) -> None:
@@ -161,25 +160,19 @@ def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], origin: str) -
 
 
 @torch.no_grad()
-def fill_weights(model: CausalLM, tensors: Mapping[str, Tensor], origin: str) -> CausalLM:
-    """A model that was built on the meta device, with `tensors` as its weights: at most one is held beside them.
+def fill_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Give `tensors` to a model that was built on the meta device: at most one is held beside them.
 
-    Of the same checks as `load_weights`; each tensor is asked for once, and kept in fp32 (fp64 stays).
+    With the checks of `load_weights`; each tensor is asked for once and kept in fp32 (fp64 stays).
     """
     parameters = dict(model.named_parameters())
     check_names(parameters, tensors, origin)
+    places: dict[int, list[str]] = {}  # a parameter that has two names stays one
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
     for name, parameter in parameters.items():
         tensor = tensors[name]
         check_tensor(name, tensor, parameter.shape, origin)
-        owner, _, last = name.rpartition(".")
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
-        setattr(model.get_submodule(owner), last, nn.Parameter(wide))
-    model.tie()
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if left:
-        raise CheckpointError(f"{origin}: {_few(left)} of {type(model).__name__} cannot be filled from a file")
-    return model
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        filled = nn.Parameter(tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous())
+        for owner, _, last in (place.rpartition(".") for place in places[id(parameter)]):
+            setattr(model.get_submodule(owner), last, filled)

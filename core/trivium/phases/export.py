@@ -19,7 +19,7 @@ from trivium.models.weights import weights_of
 from trivium.phases.run import Run
 
 PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\n  What is 2 + 2?"
-TOLERANCE = 1e-4  # of logits in fp32: the two sum in other orders
+TOLERANCE = 1e-4  # of logits in fp32, of the largest where that is above 1: the two sum in other orders
 ANSWER = 24  # tokens of the greedy answer that are compared
 
 
@@ -85,7 +85,9 @@ def verify_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path, transform
     wanted = model.head(model(tokens, torch.arange(tokens.shape[1])[None])).float()
     apart = (theirs(tokens).logits.float() - wanted).abs().max().item()
     if not apart <= TOLERANCE * max(1.0, wanted.abs().max().item()):
-        raise CheckpointError(f"{folder}: logits of transformers differ by {apart:.2e}, more than {TOLERANCE}")
+        raise CheckpointError(
+            f"{folder}: logits of transformers differ by {apart:.2e}, more than {TOLERANCE:g} of the largest"
+        )
     ends = set(tokenizer.stop_ids)
     answer = _greedy(model, tokens[0].tolist(), room, ends)
     spoken = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_length=room)
