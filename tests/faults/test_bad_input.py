@@ -46,7 +46,7 @@ def base(trained, tmp_path):
     [
         (["phase=pretrain", "optim.lrr=1"], "unknown option 'optim.lrr'. Did you mean optim.lr"),
         (["optim.lrr=1"], "unknown option 'optim.lrr'"),
-        (["phase=teach"], "unknown phase=teach. Available: chat, distill, evaluate, generate, preference, pretrain"),
+        (["phase=teach"], "unknown phase=teach. Available: chat, distill, evaluate, export, generate, preference, "),
         (["phase=pretrain", "model=gpt5"], "unknown model=gpt5."),
         (
             ["pretrain"],
