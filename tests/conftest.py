@@ -239,5 +239,5 @@ def freed_memory_goes_back():
     """A run in this process would let the C library keep what is freed, for good, and hide from later tests what they
     allocate; tests/training/test_keep_freed.py sees to it in a process of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trivium.phases.start.keep_freed", lambda: None)
+        patch.setattr("trivium.training.trainer.keep_freed", lambda: None)
         yield

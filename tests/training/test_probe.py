@@ -6,6 +6,7 @@ import torch
 from trivium.errors import ConfigError, TrainingError
 from trivium.schema import BatchConfig
 from trivium.training import probe
+from trivium.training.memory import keep_freed
 
 ROW = 48 << 20  # bytes: far above what an allocator keeps to itself
 
@@ -19,6 +20,15 @@ def test_the_largest_divisor_that_fits(monkeypatch, room, expected):
     """24 rows a step; memory for `room` rows once a fifth is left aside."""
     monkeypatch.setattr(probe, "free_bytes", lambda: int(room * ROW / probe.SHARE))
     assert probe.largest_micro_size(24, hold, weights=0) == expected
+
+
+def test_what_an_earlier_run_freed_does_not_make_rows_cheap(monkeypatch):
+    """As the second stage of a pipeline finds the process: 1.2 GB were freed and kept."""
+    keep_freed()
+    blocks = [torch.ones(ROW // 4) for _ in range(24)]
+    del blocks
+    monkeypatch.setattr(probe, "free_bytes", lambda: int(5.5 * ROW / probe.SHARE))
+    assert probe.largest_micro_size(24, hold, weights=0) == 4
 
 
 def test_moments_that_are_still_to_come_are_left_room(monkeypatch):

@@ -21,7 +21,7 @@ from trivium.phases.speak import run_chat, run_generate
 from trivium.phases.train import run_tokenizer, run_training
 from trivium.plugin import local_plugins
 from trivium.schema import TRAINING_PHASES, RunConfig
-from trivium.training.memory import keep_freed, peak_bytes, reset_peak
+from trivium.training.memory import peak_bytes, reset_peak
 from trivium.training.parallel import PeerLost, World, join, leave, lost_peer, placed
 from trivium.training.processes import run_processes
 
@@ -102,7 +102,6 @@ def _run(config: RunConfig, console: Console, world: World, skip_done: bool) -> 
     if world.any(lock is None and world.is_first):
         raise ConfigError(f"another process is at work in {this.folder}; wait for it, or choose another name=")
     reset_peak()
-    keep_freed()
     # what answers can be interrupted; training takes signals itself, and before its first step there is nothing to save
     interruptible = config.phase not in TRAINING_PHASES and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     if interruptible:

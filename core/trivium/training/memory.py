@@ -52,8 +52,19 @@ def keep_freed() -> None:
     On a CPU every large tensor would otherwise come from the system again, a page fault for each 4 KB: 5 % of a step
     (LOG.md). At most what the process held at its peak is kept.
     """
+    _mallopt(mmap=1 << 30, trim=(1 << 31) - 1)
+
+
+def hand_back_freed() -> None:
+    """The opposite, and at once: from here on what is held is what is in use, as a measurement needs it."""
+    _mallopt(mmap=1 << 17, trim=1 << 17)  # what they are by default
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _mallopt(mmap: int, trim: int) -> None:
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    with suppress(AttributeError):  # another C library has no mallopt
+    with suppress(AttributeError):  # another C library has none
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(M_MMAP_THRESHOLD, mmap)
+        mallopt(M_TRIM_THRESHOLD, trim)

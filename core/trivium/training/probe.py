@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from trivium.errors import TrainingError
-from trivium.training.memory import free_bytes, peak_bytes, reset_peak
+from trivium.training.memory import free_bytes, hand_back_freed, peak_bytes, reset_peak
 
 SHARE = 0.8
 """Of the memory that is left: the rest is for what grows later (validation, samples, fragments)."""
@@ -24,6 +24,7 @@ def largest_micro_size(size: int, run: Callable[[int], None], weights: int) -> i
     reached = []
     for rows in divisors[:2]:
         _try(run, rows, rows)
+        hand_back_freed()  # or a row that fits into what was freed before would seem to cost nothing
         reset_peak()
         before = peak_bytes()
         _try(run, rows, rows)

@@ -26,6 +26,7 @@ from trivium.training.callbacks import Record, Sample, Save, Show, Validate
 from trivium.training.checkpoint import CheckpointStore, Contents, read_checkpoint_json
 from trivium.training.guard import RollBack
 from trivium.training.loggers import build_loggers
+from trivium.training.memory import keep_freed
 from trivium.training.objective_module import ObjectiveModule
 from trivium.training.optim import load_optimizer, named, optimizer_tensors
 from trivium.training.parallel import ALONE, Placed, World, strategy_of
@@ -101,6 +102,7 @@ def fit(job: Job) -> Fitted:
     module.model.recompute = config.trainer.recompute
     if config.trainer.compile:
         module.model.compile_blocks()
+    keep_freed()
     rolled: Counter[str] = Counter()
     background = Background()
     with SignalWatch(config.stop.deadline) as watch:
