@@ -23,12 +23,13 @@ from trivium.disk import cache_folder, make_folder
 from trivium.errors import CheckpointError, ConfigError
 from trivium.inference.protocol import Backend
 from trivium.lineage import manifest
+from trivium.models import adapters, peft
 from trivium.models.gguf import read_gguf
 from trivium.models.huggingface import Reader, Renamed, Tensors, fingerprint, read_json
 from trivium.models.protocol import CausalLM
-from trivium.models.weights import fill_weights, keep_layers, load_weights, spread_layers
+from trivium.models.weights import fill_weights, keep_layers, load_weights, read_tensors, spread_layers
 from trivium.objectives.protocol import Objective
-from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra
+from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra, load
 from trivium.training.checkpoint import RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
 from trivium.training.schedule import Schedule
 
@@ -130,7 +131,8 @@ def _said(example: Any) -> str:
 class Artifact:
     """What `init_from` named: a model with its tokenizer, or a tokenizer alone.
 
-    record: what its model is (`model_record`); None of a tokenizer alone. tensors: reads its weights, by our names.
+    record: what its model is (`model_record`); None of a tokenizer alone. tensors: reads its weights, by our names, or
+    those of an adapter, by peft's. base: what an adapter stands on.
     """
 
     path: Path
@@ -142,6 +144,12 @@ class Artifact:
     """What its model was last trained on: "chat" or "text" (which prompt and completion are, too)."""
     record: dict[str, Any] | None = None
     tensors: Callable[[], Mapping[str, torch.Tensor]] = dict
+    base: Artifact | None = None
+    origin: str = ""
+    """Where others find it again: the path, or the name that it was fetched by."""
+
+    def __post_init__(self) -> None:
+        self.origin = self.origin or str(self.checkpoint or self.path)
 
     @property
     def scores(self) -> bool:
@@ -153,6 +161,65 @@ class Artifact:
 
         wanted: refuse it unless its architecture is this one. kept_layers: only so many of its layers (0 is all).
         """
+        if self.base is not None:
+            if kept_layers:
+                raise ConfigError(f"keep_layers={kept_layers}: {self.origin} is an adapter; export it merged first")
+            return self._with_adapter(wanted, self.base)
+        return self._plain(wanted, kept_layers)
+
+    def merged(self, wanted: Component | None, quantiser: Any = None) -> tuple[CausalLM, dict[str, Any]]:
+        """The model with its adapter, if it has one, in its weights; quantiser: then hold them in few bits."""
+        if self.base is None:
+            return self._plain(wanted, quantiser=quantiser)
+        model, record = self.model(wanted)
+        adapters.dequantise(model)
+        adapters.merge(model)
+        adapters.detach(model)
+        if quantiser is not None:
+            adapters.quantise(model, quantiser)
+        return model, {key: value for key, value in record.items() if key != "adapter"}
+
+    def adapted(self, wanted: Component | None, chosen: Component, seed: int) -> tuple[CausalLM, dict[str, Any]]:
+        """The model with a new adapter on it, and the record of both. An adapter that it has is merged first."""
+        quantiser = quantiser_of(chosen)
+        if self.base is not None and quantiser is not None:
+            raise ConfigError(
+                f"adapter={chosen.name}: {self.origin} is an adapter already, and merged weights that are rounded to a "
+                "few bits answer otherwise than what was tuned. Leave adapter= away to train its own adapter on, or "
+                "choose adapter=lora"
+            )
+        model, record = self.merged(wanted, quantiser)
+        build(extra("adapters"), chosen, model, seed)
+        return model, {**record, "adapter": adapter_record(chosen, self)}
+
+    def _with_adapter(self, wanted: Component | None, base: Artifact) -> tuple[CausalLM, dict[str, Any]]:
+        record = self.record or {}
+        settings = dict(record["adapter"])
+        settings.pop("base")
+        empty = base._empty() if "peft" in settings else None
+        if empty is not None:  # somebody else's: its file says which layers it stands on
+            settings = peft.settings_of(settings["peft"], self.tensors(), empty, str(self.path))
+        chosen = component("adapter", settings)
+        assert chosen is not None
+        model, plain = base.merged(wanted, quantiser_of(chosen))
+        if record.get("scores") and model.score is None:
+            model.add_score_head()
+        build(extra("adapters"), chosen, model)
+        adapters.load_parts(model, peft.from_peft(model, self.tensors(), self.origin), self.origin)
+        return model, {**plain, "adapter": adapter_record(chosen, base)}
+
+    def _empty(self) -> CausalLM:
+        """Its model with names and shapes and no values."""
+        if self.base is not None:
+            return self.base._empty()
+        assert self.record is not None
+        here = component("model", {"name": self.record["name"], **self.record["config"]})
+        assert here is not None
+        return _without_memory(here, self.record["vocab_size"], self.origin)
+
+    def _plain(
+        self, wanted: Component | None, kept_layers: int = 0, quantiser: Any = None
+    ) -> tuple[CausalLM, dict[str, Any]]:
         record = self.record
         if record is None:
             raise CheckpointError(f"{self.path} holds a tokenizer and no model; name a trained run in init_from=")
@@ -168,7 +235,8 @@ class Artifact:
             here = Component(here.name, dataclasses.replace(here.config, layers=kept_layers))
             tensors = keep_layers(tensors, spread_layers(layers, kept_layers))
         plain = model_record(here, record["vocab_size"])
-        return model_of({**plain, "scores": record.get("scores")}, tensors, str(self.checkpoint)), plain
+        said = {**plain, "scores": record.get("scores")}
+        return model_of(said, tensors, str(self.checkpoint), quantiser), plain
 
     def _agreeing(self, wanted: Component, here: Component) -> Component:
         free = getattr(type(here.config), "runtime_fields", ())
@@ -188,8 +256,23 @@ def model_record(chosen: Component, vocab_size: int) -> dict[str, Any]:
     return {"name": chosen.name, "config": dataclasses.asdict(chosen.config), "vocab_size": vocab_size}
 
 
-def model_of(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], origin: str = "a model") -> CausalLM:
-    """The model that a record describes, with these weights."""
+def adapter_record(chosen: Component, base: Artifact) -> dict[str, Any]:
+    """What a checkpoint says of its adapter, and of what that stands on."""
+    on = {"path": base.origin, "sha256": base.sha256}
+    return {"name": chosen.name, **dataclasses.asdict(chosen.config), "base": on}
+
+
+def quantiser_of(chosen: Component) -> Callable[[torch.nn.Linear], torch.nn.Module] | None:
+    """What puts a base into few bits, where an adapter wants it so."""
+    if not hasattr(chosen.config, "quant_type"):
+        return None
+    return load("trivium.models.quantised:quantiser")(chosen.config.quant_type, chosen.config.double_quant)
+
+
+def model_of(
+    record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], origin: str = "a model", quantiser: Any = None
+) -> CausalLM:
+    """The model that a record describes, with these weights. quantiser: of the linear layers in blocks, one by one."""
     chosen = component("model", {"name": record["name"], **record["config"]})
     assert chosen is not None
     model = _without_memory(chosen, record["vocab_size"], origin)
@@ -198,7 +281,17 @@ def model_of(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], ori
         model = build(MODELS, chosen, record["vocab_size"])
     if record.get("scores"):
         model.add_score_head()
-    (load_weights if made else fill_weights)(model, tensors, origin)
+    if "adapter" in record:
+        settings = {key: value for key, value in record["adapter"].items() if key != "base"}
+        adapter = component("adapter", settings)
+        assert adapter is not None
+        build(extra("adapters"), adapter, model)
+    if made:
+        load_weights(model, tensors, origin)
+        if quantiser is not None:
+            adapters.quantise(model, quantiser)
+    else:
+        fill_weights(model, tensors, origin, quantiser)
     return model
 
 
@@ -232,15 +325,16 @@ def build_companion(role: str, companion: Artifact, tokenizer: Tokenizer, length
     return model
 
 
-def load_artifact(init_from: str) -> Artifact:
+def load_artifact(init_from: str, base: str = "") -> Artifact:
     """Find and check what `init_from` names: a run, a pipeline's run, a checkpoint, a tokenizer's run, a Hugging Face
-    folder, a GGUF file, or a model that is fetched by name.
+    folder, a GGUF file, an adapter, or a model that is fetched by name.
 
-    Of a run that kept its best checkpoint (checkpoint.keep_best) the best is taken, else the newest.
+    Of a run that kept its best checkpoint (checkpoint.keep_best) the best is taken, else the newest. base: where the
+    model is that an adapter stands on, if it is not where the adapter says.
     """
     path = Path(init_from)
     if not path.exists() and init_from in CATALOGUE:
-        path = fetch(init_from)
+        return dataclasses.replace(load_artifact(str(fetch(init_from))), origin=init_from)
     if not path.exists():
         raise CheckpointError(f"init_from={init_from} does not exist{_runs_nearby(path)}")
     if path.suffix == ".gguf" and path.is_file():
@@ -252,13 +346,14 @@ def load_artifact(init_from: str) -> Artifact:
             raise CheckpointError(f"{path} has no trained stage yet")
         speaks = [s for s in trained if s["phase"] != "reward"] or trained
         result = next((s for s in trained if s["name"] == facts.get("result")), speaks[-1])
-        return load_artifact(str(path / result["path"]))
+        return load_artifact(str(path / result["path"]), base)
     store = CheckpointStore(path / "checkpoints")
     checkpoint = path if (path / RECORD).is_file() else store.best() or store.latest()
     if checkpoint is not None:
         verify(checkpoint)
         record = (checkpoint / RECORD).read_bytes()
-        state = read_checkpoint_json(checkpoint, "state.json")
+        state, said = (read_checkpoint_json(checkpoint, name) for name in ("state.json", "model.json"))
+        stands = said.get("adapter")
         return Artifact(
             path,
             hashlib.sha256(record).hexdigest(),
@@ -266,9 +361,12 @@ def load_artifact(init_from: str) -> Artifact:
             checkpoint,
             state["guard"],
             state["form"],
-            read_checkpoint_json(checkpoint, "model.json"),
-            lambda: model_tensors(checkpoint),
+            said,
+            lambda: read_tensors(checkpoint / peft.WEIGHTS) if stands else model_tensors(checkpoint),
+            _base(stands["base"]["path"], base, str(checkpoint), stands["base"]["sha256"]) if stands else None,
         )
+    if (path / peft.CONFIG).is_file():
+        return _peft(path, base)
     if (path / "config.json").is_file():
         return _folder(path)
     if (path / "tokenizer.json").is_file():
@@ -279,6 +377,36 @@ def load_artifact(init_from: str) -> Artifact:
     raise CheckpointError(
         f"init_from={init_from} is neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}"
     )
+
+
+def _base(said: str, named: str, adapter: str, sha256: str = "") -> Artifact:
+    """What an adapter stands on. sha256: of the very model it was trained on, where that is known."""
+    where = named or said
+    if not where or not (Path(where).exists() or where in CATALOGUE):
+        raise CheckpointError(
+            f"{adapter} is an adapter of {said or 'a model that it does not name'}"
+            f"{f', and base={named}' if named else ', which'} is not there; say where it is in base="
+        )
+    found = load_artifact(where)
+    if found.record is None:
+        raise CheckpointError(f"{adapter} is an adapter, and {where} holds no model for it to stand on")
+    if sha256 and found.sha256 != sha256:
+        raise CheckpointError(
+            f"{adapter} is an adapter of {said} as it was then ({sha256[:10]}), and {where} holds other weights "
+            f"({found.sha256[:10]}); say in base= where those are"
+        )
+    return found
+
+
+def _peft(path: Path, base: str) -> Artifact:
+    """An adapter that peft has written."""
+    said, tensors = peft.read_peft(path)
+    under = _base(said.get("base_model_name_or_path") or "", base, str(path))
+    tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else under.tokenizer
+    sha256 = fingerprint([path / peft.CONFIG, path / peft.WEIGHTS])
+    record = {**(under.record or {}), "adapter": {"peft": said, "base": {}}}
+    form = "chat" if tokenizer.has_template else under.form
+    return Artifact(path, sha256, tokenizer, path, {}, form, record, lambda: tensors, under)
 
 
 def _folder(path: Path) -> Artifact:

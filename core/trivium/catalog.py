@@ -60,6 +60,21 @@ CATALOG = Plugin(
         ),
     },
     extras={
+        "adapters": {
+            "none": Entry(
+                "trivium.models.adapters:none", "trivium.models.config:NoAdapterConfig", "every weight is trained"
+            ),
+            "lora": Entry("trivium.models.adapters:attach", "trivium.models.config:LoraConfig", "W x + B A x"),
+            "rslora": Entry(
+                "trivium.models.adapters:attach", "trivium.models.config:RsLoraConfig", "LoRA for high ranks"
+            ),
+            "dora": Entry(
+                "trivium.models.adapters:attach", "trivium.models.config:DoraConfig", "LoRA with trained magnitudes"
+            ),
+            "qlora": Entry(
+                "trivium.models.adapters:attach", "trivium.models.config:QLoraConfig", "LoRA on a base of 4 or 8 bits"
+            ),
+        },
         "tokenizers": {
             "bpe": Entry("trivium.data.tokenizer:train_bpe", "trivium.data.config:BPEConfig", "byte-level BPE"),
             "unigram": Entry(

@@ -50,6 +50,7 @@ def groups() -> dict[str, Registry]:
         "objective": kinds["objectives"],
         "inference": kinds["backends"],
         "tokenizer": extra("tokenizers"),
+        "adapter": extra("adapters"),
         "optim": extra("optimizers"),
         "schedule": extra("schedules"),
     }

@@ -303,6 +303,7 @@ class RunConfig:
     runs: str = "runs"
     seed: int = 0  # of weights, order and dropout
     init_from: str = ""  # a run, one of its checkpoints, or a folder with model.safetensors
+    base: str = ""  # the model that an adapter in init_from stands on, where it is not where the adapter says
     keep_layers: int = 0  # start from so many of init_from's layers, evenly spread: a smaller model; 0 keeps all
     precision: str = "auto"  # auto | fp32 | bf16 | bf16_true | fp16; auto is bf16 where the hardware computes in it
     prompt: str = ""  # what to answer (phase=generate)
@@ -314,6 +315,7 @@ class RunConfig:
     model: Any = None
     data: Any = None
     tokenizer: Any = None
+    adapter: Any = None
     objective: Any = None
     optim: Any = None
     schedule: Any = None
@@ -341,6 +343,8 @@ class RunConfig:
             raise ConfigError(f"keep_layers={self.keep_layers} is for phases that train, not for phase={self.phase}")
         if self.keep_layers < 0 or (self.keep_layers and not self.init_from):
             raise ConfigError(f"keep_layers={self.keep_layers} takes layers of a trained model; name it in init_from=")
+        if self.adapter is not None and self.adapter.name != "none":
+            self._check_adapter()
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.format not in FORMATS:
@@ -368,6 +372,27 @@ class RunConfig:
                 )
         if self.data is None and self.phase in DATA_PHASES:
             raise ConfigError(f"phase={self.phase} needs data, and domain={self.domain} has none for it")
+
+    def _check_adapter(self) -> None:
+        said = f"adapter={self.adapter.name}"
+        if self.phase not in TRAINING_PHASES:
+            raise ConfigError(
+                f"{said} is for phases that train; phase={self.phase} takes the adapter that init_from= names"
+            )
+        if not self.init_from:
+            raise ConfigError(f"{said} stands on a trained model, whose weights it leaves alone; name it in init_from=")
+        if self.keep_layers:
+            raise ConfigError(
+                f"{said} stands on a whole model; train the one with keep_layers={self.keep_layers} first"
+            )
+        if self.trainer.tensor_parallel > 1:
+            raise ConfigError(
+                f"{said} cannot be had with trainer.tensor_parallel={self.trainer.tensor_parallel}; set 1"
+            )
+        if self.trainer.strategy == "fsdp" and self.adapter.name.rpartition(":")[2] == "qlora":
+            raise ConfigError(
+                f"{said} is not proven with trainer.strategy=fsdp, which cuts weights; set trainer.strategy=ddp"
+            )
 
     def _check_processes(self) -> None:
         count, batch, rollout = self.trainer.shares, self.batch, self.rollout

@@ -146,3 +146,65 @@ class GPT2Config:
             raise ConfigError(f"model.dim={self.dim} must be a multiple of model.heads={self.heads}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout={self.dropout} must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class NoAdapterConfig:
+    """Every weight is trained."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA: W x + (alpha / rank) B A x, of which A and B are trained (https://arxiv.org/abs/2106.09685)."""
+
+    magnitude: ClassVar[bool] = False
+    root: ClassVar[bool] = False
+
+    rank: int = 16  # rows of A and columns of B; more can learn more and takes more memory
+    alpha: float = 32.0  # how loudly it is heard; with another rank the same alpha keeps about the same rate
+    dropout: float = 0.0  # of what A reads
+    targets: list[str] = field(default_factory=lambda: ["blocks.*"])  # linear layers, by pattern over their names
+    also: list[str] = field(default_factory=list)  # modules that are trained whole, such as embed or head
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"adapter.{name}={getattr(self, name)} must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"adapter.dropout={self.dropout} must be at least 0 and less than 1")
+        if not self.targets:
+            raise ConfigError("adapter.targets=[] leaves an adapter nothing to stand on; [blocks.*] is every layer")
+
+    @property
+    def scaling(self) -> float:
+        """Of B A x."""
+        return self.alpha / (self.rank**0.5 if self.root else self.rank)
+
+
+@dataclass(frozen=True)
+class RsLoraConfig(LoraConfig):
+    """LoRA scaled by alpha / sqrt(rank), which stays right at high ranks (https://arxiv.org/abs/2312.03732)."""
+
+    root: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class DoraConfig(LoraConfig):
+    """LoRA for the direction of each row, and a trained magnitude beside it (https://arxiv.org/abs/2402.09353)."""
+
+    magnitude: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class QLoraConfig(LoraConfig):
+    """LoRA over a base whose weights are held in 4 or 8 bits (https://arxiv.org/abs/2305.14314)."""
+
+    quant_type: str = (
+        "nf4"  # nf4 | fp4 | int8: how the linear layers of blocks are held; 8 bits are nearer to the whole
+    )
+    double_quant: bool = True  # of 4 bits: the scales of blocks are quantised too, 0.4 bits a weight less
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quant_type not in ("nf4", "fp4", "int8"):
+            raise ConfigError(f"adapter.quant_type={self.quant_type!r} is not one of nf4, fp4, int8")

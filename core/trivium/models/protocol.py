@@ -50,6 +50,7 @@ class CausalLM(nn.Module, ABC):
         self.config = config
         self.vocab_size = vocab_size
         self.score = None
+        self.adapters: Any = None  # what models.adapters has put on it
         self.recompute = 0
         self._compiled: tuple[Any, ...] = ()
 
@@ -123,8 +124,8 @@ class CausalLM(nn.Module, ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, a tied one counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """Parameters, a tied one counted once, quantised ones by what they stand for."""
+        return sum(p.numel() for p in self.parameters()) + sum(getattr(m, "held", 0) for m in self.modules())
 
     @property
     def width_times_depth(self) -> int:

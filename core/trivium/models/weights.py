@@ -160,10 +160,13 @@ def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], origin: str) -
 
 
 @torch.no_grad()
-def fill_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+def fill_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], origin: str, quantiser: Callable[[Any], nn.Module] | None = None
+) -> None:
     """Give `tensors` to a model that was built on the meta device: at most one is held beside them.
 
-    With the checks of `load_weights`; each tensor is asked for once and kept in fp32 (fp64 stays).
+    With the checks of `load_weights`; each tensor is asked for once and kept in fp32 (fp64 stays). quantiser: puts each
+    linear layer of a block into few bits as soon as its weight is there, so the whole is never held.
     """
     parameters = dict(model.named_parameters())
     check_names(parameters, tensors, origin)
@@ -175,4 +178,7 @@ def fill_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -
         check_tensor(name, tensor, parameter.shape, origin)
         filled = nn.Parameter(tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous())
         for owner, _, last in (place.rpartition(".") for place in places[id(parameter)]):
-            setattr(model.get_submodule(owner), last, filled)
+            layer = model.get_submodule(owner)
+            setattr(layer, last, filled)
+            if quantiser and last == "weight" and owner.startswith("blocks.") and isinstance(layer, nn.Linear):
+                model.set_submodule(owner, quantiser(layer))

@@ -27,7 +27,7 @@ def run_export(this: Run) -> int:
     """Write the folder, then the gate: nothing is called good that transformers has not confirmed."""
     parent = this.needs_parent()
     transformers = _transformers()
-    model, record = parent.model(this.config.model)
+    model, record = parent.merged(this.config.model)
     if model.score is not None:
         raise CheckpointError(f"{parent.path} is a reward model, which has no form of its own there")
     folder = make_folder(this.folder / "hf")

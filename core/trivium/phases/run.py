@@ -24,7 +24,7 @@ from trivium.training.parallel import ALONE, World
 COMPANIONS = ("reference", "teacher")
 USED_BY = {"reference": (), "teacher": ("evaluate",)}
 """Phases that use a companion, beside those that train: there the objective says."""
-ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", *COMPANIONS)
+ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", "base", *COMPANIONS)
 """Settings that change no result: init_from, here and of companions, is replaced by the hash of what it named."""
 RESULTS_OF = {
     "tokenizer": ("data", "tokenizer", "phase", "domain"),
@@ -46,7 +46,11 @@ class Run:
         self.console = console
         self._sources: dict[str | None, Source] = {}
         # loaded before the folder is made: a wrong one leaves none
-        self.parent = load_artifact(config.init_from) if config.init_from else None
+        self.parent = load_artifact(config.init_from, config.base) if config.init_from else None
+        if config.base and (self.parent is None or self.parent.base is None):
+            raise ConfigError(
+                f"base={config.base} is for an adapter, and init_from={config.init_from or '(none)'} is none"
+            )
         self.companions: dict[str, Artifact] = {}
         for name in COMPANIONS:
             if getattr(config, name).init_from:

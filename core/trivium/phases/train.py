@@ -35,13 +35,14 @@ from trivium.inference.chat import sampling_params
 from trivium.inference.config import SamplingConfig
 from trivium.inference.protocol import Backend
 from trivium.lineage.manifest import masked
+from trivium.models.adapters import has_adapter
 from trivium.models.protocol import CausalLM
 from trivium.models.weights import weights_of
 from trivium.objectives.protocol import Objective
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
 from trivium.training.checkpoint import CheckpointStore, read_checkpoint_json
-from trivium.training.companions import COLUMN, note_reference
+from trivium.training.companions import COLUMN, AdapterOff, note_reference
 from trivium.training.compiler import check_compiler
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.precision import Precision, precision_of
@@ -192,6 +193,26 @@ def _companions(this: Run, objective: Objective) -> dict[str, Artifact]:
     return found
 
 
+def _companion(
+    this: Run, role: str, artifact: Artifact, model: CausalLM, tokenizer: Tokenizer, longest: int
+) -> CausalLM:
+    """A companion's model: the trained one with its adapter off, where that is what the adapter stands on."""
+    if role == COLUMN and _is_base(this, artifact):
+        return AdapterOff(model)  # type: ignore[return-value]
+    return build_companion(role, artifact, tokenizer, longest)
+
+
+def _is_base(this: Run, artifact: Artifact) -> bool:
+    """Whether a new adapter stands on this very model."""
+    return this.config.adapter.name != "none" and this.parent is not None and artifact.sha256 == this.parent.sha256
+
+
+def _held_as(this: Run) -> str:
+    """How an adapter's base is held; its answers differ with that."""
+    config = this.config.adapter.config
+    return f" {config.quant_type} {config.double_quant}" if hasattr(config, "quant_type") else ""
+
+
 def _from_data(
     this: Run, parts: tuple, companions: dict[str, Artifact], source: Source, tokenizer: Tokenizer,
     precision: Precision, more: dict[str, Any],
@@ -233,11 +254,16 @@ def _from_data(
             reference = companions[COLUMN]
             device = device_of(config.trainer.accelerator)
 
-            def load() -> CausalLM:
-                return build_companion(COLUMN, reference, tokenizer, longest)
-
             with this.world.first():
-                note_reference(objective, load, reference.sha256, split, rows, precision, device)
+                note_reference(
+                    objective,
+                    lambda: _companion(this, COLUMN, reference, model, tokenizer, longest),
+                    reference.sha256 + _held_as(this) * _is_base(this, reference),
+                    split,
+                    rows,
+                    precision,
+                    device,
+                )
 
     planned = config.trainer.max_steps * steps.size
     ask(steps, planned)
@@ -248,7 +274,7 @@ def _from_data(
     if "validation" in tables:
         rows = config.validation.max_rows
         validation = validation_batches(tables["validation"], max_rows=rows, batch=objective.batch, **sizes)
-    loaded = {name: build_companion(name, artifact, tokenizer, longest) for name, artifact in models.items()}
+    loaded = {n: _companion(this, n, artifact, model, tokenizer, longest) for n, artifact in models.items()}
     module = ObjectiveModule(*parts, companions=loaded, **more)
     if config.batch.auto:
         steps.micro_size = _micro_size(this, module, steps)
@@ -311,7 +337,7 @@ def _from_samples(
             f"inference={config.inference.name} does not sample from the weights being trained; phase=rlhf needs a "
             "backend that does, such as inference=native"
         )
-    loaded = {name: build_companion(name, artifact, tokenizer, longest) for name, artifact in companions.items()}
+    loaded = {n: _companion(this, n, artifact, model, tokenizer, longest) for n, artifact in companions.items()}
     settings = RolloutSettings(
         samples=rollout.samples,
         updates=rollout.updates,
@@ -358,10 +384,16 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
             raise ConfigError(
                 f"tokenizer.path={config.tokenizer.config.path} is not the tokenizer of {parent.checkpoint}"
             )
-        model, record = parent.model(config.model, config.keep_layers)
+        if config.adapter.name != "none":
+            model, record = parent.adapted(config.model, config.adapter, config.seed)
+        else:
+            model, record = parent.model(config.model, config.keep_layers)
         part = f"{config.keep_layers} layers of " * (config.keep_layers > 0)
-        this.say(f"starts from {part}{parent.checkpoint}")
+        merged = ", its adapter merged" * (parent.base is not None and config.adapter.name != "none")
+        this.say(f"starts from {part}{parent.origin}{merged}")
         return model, record, parent.tokenizer
+    if config.adapter.name != "none":
+        raise ConfigError(f"adapter={config.adapter.name} stands on a trained model, and {config.init_from} has none")
     if config.keep_layers:
         raise ConfigError(f"keep_layers={config.keep_layers}: init_from={config.init_from} has no model")
     if config.model is None:
@@ -427,8 +459,12 @@ def _header(this: Run, ready: Ready, precision: Precision) -> None:
     # the libraries, weights with gradients and two moments, and about 40 fp32 values a layer, token and width
     held = batch.micro_size * batch.length * model.width_times_depth * 160
     others = sum(c.num_parameters for c in ready.module.companions.values()) * 4
-    memory = 0.6e9 + model.num_parameters * 16 + held + others
-    this.say(f"{_count(model.num_parameters)} parameters, {precision.name}; {ready.about}")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = 0.6e9 + trained * 16 + sum(p.numel() for p in frozen) * 4 + held + others
+    memory += (model.num_parameters - sum(p.numel() for p in model.parameters())) * 0.6  # held in few bits
+    count = f"{_count(model.num_parameters)} parameters" + f", {_count(trained)} of them trained" * has_adapter(model)
+    this.say(f"{count}, {precision.name}; {ready.about}")
     if precision.weights is not None:
         this.say(
             f"warning: precision={precision.name} keeps weights, gradients and optimizer state in 16 bits, so updates "

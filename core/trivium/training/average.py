@@ -16,7 +16,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._of = {p: p.detach().float().clone() for p in model.parameters()}
+        self._of = {p: p.detach().float().clone() for p in model.parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, step: int, bad: Tensor) -> None:
@@ -26,11 +26,11 @@ class WeightAverage:
         torch._foreach_lerp_([local(a) for a in self._of.values()], now, [weight] * len(now))  # type: ignore[reportPrivateImportUsage]
 
     def weights(self) -> dict[nn.Parameter, Tensor]:
-        """The average of each parameter."""
+        """The average of each trained parameter."""
         return self._of
 
     @torch.no_grad()
     def restore(self, weights: dict[nn.Parameter, Tensor]) -> None:
         """Take up a checkpoint's average."""
-        for parameter, average in weights.items():
-            self._of[parameter].copy_(average)
+        for parameter, average in self._of.items():
+            average.copy_(weights[parameter])

@@ -28,6 +28,7 @@ from trivium.training.parallel import ALONE, World
 from trivium.training.tensorfile import write_tensors
 
 RECORD = "CHECKPOINT.json"
+MODEL = "model.safetensors"
 LATEST = "LATEST"
 BEST = "BEST"
 
@@ -248,4 +249,4 @@ def read_checkpoint_json(checkpoint: Path, name: str) -> dict[str, Any]:
 
 def model_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """The weights of a verified checkpoint."""
-    return read_tensors(checkpoint / "model.safetensors")
+    return read_tensors(checkpoint / MODEL)

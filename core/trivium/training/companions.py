@@ -1,5 +1,7 @@
 """What a frozen reference says of a data set: asked once, kept in the shared cache, checked when read.
 
+A reference that is the very model an adapter is trained on is that model with the adapter off, and takes no memory.
+
 A reference never changes, so its log-probabilities are a column of the data. The cache's key names the reference's
 weights, the data, the rows and the precision; a file that is damaged or of another length is made anew.
 """
@@ -7,6 +9,7 @@ weights, the data, the rows and the precision; a file that is damaged or of anot
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +18,46 @@ from torch import Tensor
 from trivium.data.datamodule import StepDataset
 from trivium.disk import cache_folder, keep, kept
 from trivium.lineage.manifest import digest_of
+from trivium.models.adapters import without
 from trivium.models.protocol import CausalLM
 from trivium.objectives.protocol import Objective
 from trivium.training.precision import Precision
 from trivium.types import TokenBatch
 
 COLUMN = "reference"
+
+
+class AdapterOff:
+    """A model as it is without its adapters, to be asked as a companion; the one that is trained stays as it is."""
+
+    score = None
+    num_parameters = 0
+
+    def __init__(self, model: CausalLM) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with without(self._model) as model:
+            return model(*args, **kwargs)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states to logits."""
+        with without(self._model) as model:
+            return model.head(hidden)
+
+    def to(self, *args: Any) -> AdapterOff:
+        """Takes the model along."""
+        self._model.to(*args)
+        return self
+
+    def eval(self) -> AdapterOff:
+        """Puts the model into eval mode; who trains it takes it out again."""
+        self._model.eval()
+        return self
+
+    def requires_grad_(self, wanted: bool) -> AdapterOff:
+        """Nothing: it is asked without gradient, and what is trained must stay so."""
+        return self
 
 
 def note_reference(

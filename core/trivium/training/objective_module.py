@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from trivium.data.position import key_of
 from trivium.errors import TrainingError
+from trivium.models.adapters import parts
 from trivium.models.protocol import CausalLM
 from trivium.models.weights import local
 from trivium.objectives.protocol import Objective
@@ -364,12 +365,12 @@ class ObjectiveModule(L.LightningModule):
         """The weights that others get, by name, in the precision they are kept in, where they are."""
         averaged: Any = self.average or self.optimizer
         weights = averaged.weights() if self.averages else {}
-        return {n: weights.get(p, p).detach() for n, p in self.model.named_parameters()}
+        return {n: weights.get(p, p).detach() for n, p in parts(self.model).items()}
 
     def take_average(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on with the average that a checkpoint kept (an optimizer makes its own anew)."""
         if self.average is not None:
-            self.average.restore({p: tensors[name] for name, p in self.model.named_parameters()})
+            self.average.restore({p: tensors[name] for name, p in parts(self.model).items()})
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights, optimizer and figures."""
@@ -390,7 +391,7 @@ class ObjectiveModule(L.LightningModule):
             yield
             return
         averaged: Any = self.average or self.optimizer
-        before = {p: p.detach().clone() for p in self.model.parameters()}
+        before = {p: p.detach().clone() for p in averaged.weights()}
         with torch.no_grad():
             for parameter, weight in averaged.weights().items():
                 parameter.copy_(weight)

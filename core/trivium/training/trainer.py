@@ -19,11 +19,13 @@ from trivium.data.loader import StepLoader
 from trivium.data.tokenizer import Tokenizer
 from trivium.disk import sweep
 from trivium.errors import CheckpointError, ConfigError, TrainingError, TriviumError
-from trivium.models.weights import load_weights, read_tensors, shares_of
+from trivium.models import peft
+from trivium.models.adapters import has_adapter, load_parts, parts
+from trivium.models.weights import read_tensors, shares_of
 from trivium.schema import RunConfig, TrainerConfig
 from trivium.training.background import Background
 from trivium.training.callbacks import Record, Sample, Save, Show, Validate
-from trivium.training.checkpoint import CheckpointStore, Contents, read_checkpoint_json
+from trivium.training.checkpoint import MODEL, CheckpointStore, Contents, read_checkpoint_json
 from trivium.training.guard import RollBack
 from trivium.training.loggers import build_loggers
 from trivium.training.memory import keep_freed
@@ -256,13 +258,19 @@ def contents(job: Job, module: ObjectiveModule, stop: StopController, offset: in
         "processes": job.world.size,
         "guard": job.guard,
     }
-    weights = {name: parameter.detach() for name, parameter in module.model.named_parameters()}  # a tied one once
-    tensors = {"model.safetensors": weights, "optimizer.safetensors": optimizer_tensors(module.optimizer)}
-    if module.averages:  # others get the average, training goes on from its own weights
-        tensors |= {"model.safetensors": module.shown_tensors(), OWN_WEIGHTS: weights}
+    weights = {name: parameter.detach() for name, parameter in parts(module.model).items()}  # a tied one once
+    shown = module.shown_tensors() if module.averages else weights
+    more = {OWN_WEIGHTS: weights} if module.averages else {}  # others get the average, training goes on from its own
+    written = {"state.json": state, "model.json": job.model_record}
+    if has_adapter(module.model):  # in peft's own form, so that a checkpoint is what it takes
+        shown, file = peft.to_peft(module.model, shown), peft.WEIGHTS
+        written[peft.CONFIG] = peft.peft_config(module.model, job.model_record["adapter"]["base"]["path"])
+    else:
+        file = MODEL
+    tensors = {file: shown, **more, "optimizer.safetensors": optimizer_tensors(module.optimizer)}
     return Contents(
         tensors={file: shares_of(each) for file, each in tensors.items()},
-        json={"state.json": state, "model.json": job.model_record},
+        json=written,
         writers={"tokenizer": job.tokenizer.save},
     )
 
@@ -293,13 +301,19 @@ def restore(job: Job, checkpoint: Path, stop: StopController) -> int:
     step, offset, module = state["step"], state["offset"], job.module
     if state["next_sample"] != (found := job.steps.sample_id(step + offset)):
         raise CheckpointError(f"{checkpoint}: step {step} would read {found}, not {state['next_sample']}")
-    weights, trained = dict(module.model.named_parameters()), named(module.optimizer)
-    shown = read_tensors(checkpoint / "model.safetensors", weights.get)
+    model, trained = module.model, named(module.optimizer)
+    weights = parts(model)
+    if has_adapter(model):
+        ours = {theirs: name for name, theirs in peft.peft_names(model).items()}
+        read = read_tensors(checkpoint / peft.WEIGHTS, lambda name: weights.get(ours.get(name, "")))
+        shown = peft.from_peft(model, read, str(checkpoint))
+    else:
+        shown = read_tensors(checkpoint / MODEL, weights.get)
     if module.averages:
-        load_weights(module.model, shown, str(checkpoint))
+        load_parts(model, shown, str(checkpoint))
         module.take_average(shown)
         shown = read_tensors(checkpoint / OWN_WEIGHTS, weights.get)
-    load_weights(module.model, shown, str(checkpoint))
+    load_parts(model, shown, str(checkpoint))
     state_of = read_tensors(
         checkpoint / "optimizer.safetensors", lambda k: trained.get(k.rpartition(".")[0], (None,))[0]
     )
