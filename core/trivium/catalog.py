@@ -61,9 +61,6 @@ CATALOG = Plugin(
     },
     extras={
         "adapters": {
-            "none": Entry(
-                "trivium.models.adapters:none", "trivium.models.config:NoAdapterConfig", "every weight is trained"
-            ),
             "lora": Entry("trivium.models.adapters:attach", "trivium.models.config:LoraConfig", "W x + B A x"),
             "rslora": Entry(
                 "trivium.models.adapters:attach", "trivium.models.config:RsLoraConfig", "LoRA for high ranks"

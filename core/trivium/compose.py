@@ -309,8 +309,8 @@ _DEFAULT = RunConfig(data=Component("none", None))
 
 
 def component(group: str, value: Mapping[str, Any] | None) -> Component | None:
-    """{name, ...settings} -> Component with its typed Config."""
-    if value is None:
+    """{name, ...settings} -> Component with its typed Config; None for nothing (`adapter: {}`)."""
+    if not value:
         return None
     settings = dict(value)
     name = settings.pop("name", None)

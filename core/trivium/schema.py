@@ -343,7 +343,7 @@ class RunConfig:
             raise ConfigError(f"keep_layers={self.keep_layers} is for phases that train, not for phase={self.phase}")
         if self.keep_layers < 0 or (self.keep_layers and not self.init_from):
             raise ConfigError(f"keep_layers={self.keep_layers} takes layers of a trained model; name it in init_from=")
-        if self.adapter is not None and self.adapter.name != "none":
+        if self.adapter is not None:
             self._check_adapter()
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -380,7 +380,7 @@ class RunConfig:
                 f"{said} is for phases that train; phase={self.phase} takes the adapter that init_from= names"
             )
         if not self.init_from:
-            raise ConfigError(f"{said} stands on a trained model, whose weights it leaves alone; name it in init_from=")
+            raise ConfigError(f"{said} stands on a trained model, which stays as it is; name it in init_from=")
         if self.keep_layers:
             raise ConfigError(
                 f"{said} stands on a whole model; train the one with keep_layers={self.keep_layers} first"

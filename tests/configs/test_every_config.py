@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from trivium.build import (
+    build,
     build_backend,
     build_model,
     build_objective,
@@ -23,8 +24,10 @@ from trivium.build import (
 from trivium.compose import Component, compose, file_groups, groups, node_type, options, run_config
 from trivium.errors import ConfigError
 from trivium.explain import owner_of
+from trivium.models.adapters import parts
 from trivium.pipeline import STARTS_MODEL
 from trivium.plugin import conf_folders
+from trivium.registry import extra
 from trivium.schema import PHASES, TRAINING_PHASES, RunConfig
 from trivium.types import IGNORE
 
@@ -41,6 +44,8 @@ def choose(*overrides):
 
 def of_phase(group, option):
     """The phase in which an option can be chosen: objectives name theirs, everything else takes any."""
+    if group == "adapter" and option != "none":
+        return ["phase=sft", "init_from=r"]
     if group != "objective":
         return []
     registered = option if option in groups()[group] else "dpo"  # the one objective that files make options of
@@ -74,6 +79,8 @@ def test_option_composes(group, option):
     chosen = getattr(config, group, None)
     if (group, option) == ("model", "smollm2_135m"):  # no sizes: a checkpoint that has its own
         assert chosen is None and config.init_from == option
+    elif (group, option) == ("adapter", "none"):
+        assert chosen is None
     elif group in groups():
         assert isinstance(chosen, Component) and chosen.name in groups()[group]
         assert type(chosen.config) is groups()[group].config(chosen.name)
@@ -157,6 +164,12 @@ def built(group, option, corpus):
     tokens, positions = torch.arange(12).view(2, 6), torch.arange(6).expand(2, -1)
     if group == "model":
         return model.head(model(tokens, positions)).shape == (2, 6, 300)
+    if group == "adapter":
+        if config.adapter is None:
+            return True
+        build(extra("adapters"), config.adapter, model)
+        attached = sum(p.numel() for p in parts(model).values())
+        return 0 < attached < model.num_parameters and all(p.requires_grad for p in parts(model).values())
     if group == "objective":
         return starts_where_it_must(build_objective(config.objective, config.phase), model)
     if group == "optim":

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from trivium.errors import TriviumError
-from trivium.models.config import LlamaConfig
+from trivium.models.adapters import attach
+from trivium.models.config import DoraConfig, LlamaConfig, LoraConfig
 from trivium.models.llama import Llama
 from trivium.models.weights import local, read_tensors, shares_of, weights_of
 from trivium.objectives.config import NextTokenConfig, SFTConfig
@@ -83,7 +84,7 @@ OBJECTIVES = {
 
 
 def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, average=0.0, recompute=0,
-          policy="stop", frozen=(), precision="fp32", file=None):  # fmt: skip
+          policy="stop", frozen=(), precision="fp32", adapter="", file=None):  # fmt: skip
     """Train a small model; returns its figures, its weights and its optimizer's state, whole. file: where weights that
     are shared out are written to, each process its own."""
     if strategy == "tensor":
@@ -94,6 +95,9 @@ def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, 
     model.to(torch.float64 if precision == "fp32" else torch.float32).recompute = recompute
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+    if adapter:
+        attach(ADAPTERS[adapter], model)
+        model.double()
     shard = (lambda m: Shards(m, world, CPU)) if strategy == "fsdp" else None
     module = ObjectiveModule(
         model,
@@ -129,7 +133,14 @@ def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, 
     }
 
 
+ADAPTERS = {
+    "lora": LoraConfig(rank=3, alpha=9.0),
+    "dora": DoraConfig(rank=3, targets=["*.attn.*"]),
+    "also": LoraConfig(rank=3, also=["embed", "norm"]),
+}
+
 RUNS = {
+    **{f"{s} adapter {kind}": (s, {"size": 2, "adapter": kind}) for s in ("ddp", "fsdp") for kind in ADAPTERS},
     **{f"{s} size {n}": (s, {"size": n}) for s in ("ddp", "fsdp") for n in (4, 2, 1)},
     "fsdp untied": ("fsdp", {"size": 2, "tied": False}),
     "fsdp recompute": ("fsdp", {"size": 2, "recompute": 1}),

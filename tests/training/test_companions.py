@@ -11,12 +11,14 @@ from helpers import dense_logprobs, run_through, tiny_llama
 from trivium.data.chat import Encoded
 from trivium.data.datamodule import StepDataset
 from trivium.data.packing import table_of
+from trivium.models.adapters import attach, parts
+from trivium.models.config import LoraConfig
 from trivium.models.weights import weights_of
 from trivium.objectives.config import DistillConfig, PreferenceConfig, UnpairedConfig
 from trivium.objectives.distill import Distill
 from trivium.objectives.preference import Preference
 from trivium.objectives.unpaired import KTO
-from trivium.training.companions import COLUMN, note_reference
+from trivium.training.companions import COLUMN, AdapterOff, note_reference
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.optim import optimizer_tensors
 from trivium.training.precision import PRECISIONS
@@ -307,3 +309,19 @@ def test_asking_leaves_the_model_in_the_mode_it_was_in():
     with pytest.raises(RuntimeError), module.asking():
         raise RuntimeError
     assert model.training and torch.is_grad_enabled()
+
+
+def test_a_model_with_its_adapter_off_is_what_it_stands_on():
+    """Bit for bit, whatever the adapter says; nothing of it is frozen, moved or counted twice."""
+    model = tiny_llama(VOCAB)
+    tokens, places = torch.arange(12).reshape(2, 6), torch.arange(6).expand(2, -1)
+    hidden = model(tokens, places)
+    logits = model.head(hidden)
+    attach(LoraConfig(rank=2, also=["head"]), model)
+    with torch.no_grad():
+        for parameter in parts(model).values():
+            parameter.add_(0.3)
+    off = AdapterOff(model).eval().requires_grad_(False).to(torch.float32)
+    assert off(tokens, places).equal(hidden) and off.head(hidden).equal(logits)
+    assert not model(tokens, places).equal(hidden) and not model.head(hidden).equal(logits)
+    assert all(p.requires_grad for p in parts(model).values()) and off.num_parameters == 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trivium.errors import CheckpointError, ConfigError
-from trivium.models.config import LoraConfig, NoAdapterConfig
+from trivium.models.config import LoraConfig
 from trivium.models.layers import Head
 from trivium.models.names import few
 from trivium.models.protocol import CausalLM
@@ -33,7 +33,7 @@ class Lora(nn.Module):
     With a magnitude m (DoRA), the sum W + scaling B A is normed by rows and scaled by m, which starts at W's own norms.
     """
 
-    def __init__(self, layer: nn.Module, config: LoraConfig, generator: torch.Generator | None) -> None:
+    def __init__(self, layer: Any, config: LoraConfig, generator: torch.Generator | None) -> None:
         """layer: a linear one, of (out, in) weights. generator: A is drawn from it, U(-1/sqrt(in), 1/sqrt(in))."""
         super().__init__()
         out, into, device = layer.out_features, layer.in_features, _device_of(layer)
@@ -52,7 +52,7 @@ class Lora(nn.Module):
         """(out, in): scaling * B A, in fp32."""
         return self.scaling * (self.b.weight.float() @ self.a.weight.float())
 
-    def forward(self, x: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, output: Tensor, layer: Any) -> Tensor:
         """What the layer says with this adapter. x: (..., in). output: (..., out), what it said without."""
         update = self.b(self.a(self.dropout(x))) * self.scaling
         if self.magnitude is None:
@@ -114,10 +114,6 @@ def attach(config: LoraConfig, model: CausalLM, seed: int = 0, name: str = DEFAU
     standing.configs[name] = config
     standing.whole[name] = {n: (p.data, p.detach().clone()) for n, p in extra.items()}
     use(model, name)
-
-
-def none(config: NoAdapterConfig, model: CausalLM, seed: int = 0) -> None:
-    """No adapter."""
 
 
 def use(model: CausalLM, *names: str) -> None:
@@ -201,10 +197,11 @@ def merge(model: CausalLM) -> None:
     for layer_name, layer in adapted(model):
         if not isinstance(layer, nn.Linear):
             raise CheckpointError(f"{layer_name} is quantised, and an adapter is merged into whole weights only")
+        adapters: Any = layer.lora
         for name in standing.heard:
-            if name not in layer.lora:
+            if name not in adapters:
                 continue
-            lora: Lora = layer.lora[name]
+            lora: Any = adapters[name]
             weight, dtype = layer.weight.float() + lora.update, layer.weight.dtype
             if lora.magnitude is not None:
                 factor = lora.magnitude.float() / _norms(weight)
@@ -242,10 +239,9 @@ def detach(model: CausalLM) -> None:
 
 def dequantise(model: CausalLM) -> None:
     """Give quantised layers whole weights again: the values that they compute with, not those they once had."""
-    for name, layer in list(model.named_modules()):
-        if not hasattr(layer, "restored"):
-            continue
-        whole = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if hasattr(m, "restored")]
+    for name, layer in found:
+        whole: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         whole.weight, whole.bias = nn.Parameter(layer.restored().float(), requires_grad=False), layer.bias
         if isinstance(getattr(layer, "lora", None), Adapters):
             whole.lora = layer.lora

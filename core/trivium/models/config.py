@@ -149,11 +149,6 @@ class GPT2Config:
 
 
 @dataclass(frozen=True)
-class NoAdapterConfig:
-    """Every weight is trained."""
-
-
-@dataclass(frozen=True)
 class LoraConfig:
     """LoRA: W x + (alpha / rank) B A x, of which A and B are trained (https://arxiv.org/abs/2106.09685)."""
 
@@ -199,9 +194,7 @@ class DoraConfig(LoraConfig):
 class QLoraConfig(LoraConfig):
     """LoRA over a base whose weights are held in 4 or 8 bits (https://arxiv.org/abs/2305.14314)."""
 
-    quant_type: str = (
-        "nf4"  # nf4 | fp4 | int8: how the linear layers of blocks are held; 8 bits are nearer to the whole
-    )
+    quant_type: str = "nf4"  # nf4 | fp4 | int8: how the weights of blocks are held; 8 bits are nearer to the whole
     double_quant: bool = True  # of 4 bits: the scales of blocks are quantised too, 0.4 bits a weight less
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Adapters in the form that Hugging Face's peft reads and writes: adapter_config.json beside adapter_model.safetensors.
+"""Adapters in the form of Hugging Face's peft: adapter_config.json beside adapter_model.safetensors.
 
-Of that form's many options those are read that change nothing but which layers an adapter stands on and how loudly it is
-heard; a file that uses another is refused by its name, never read as something else.
+Of that form's many options those are read that change nothing but which layers an adapter stands on and how loudly it
+is heard; a file that uses another is refused by its name, never read as something else.
 """
 
 from __future__ import annotations

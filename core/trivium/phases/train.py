@@ -204,12 +204,12 @@ def _companion(
 
 def _is_base(this: Run, artifact: Artifact) -> bool:
     """Whether a new adapter stands on this very model."""
-    return this.config.adapter.name != "none" and this.parent is not None and artifact.sha256 == this.parent.sha256
+    return this.config.adapter is not None and this.parent is not None and artifact.sha256 == this.parent.sha256
 
 
 def _held_as(this: Run) -> str:
     """How an adapter's base is held; its answers differ with that."""
-    config = this.config.adapter.config
+    config: Any = this.config.adapter.config if this.config.adapter else None
     return f" {config.quant_type} {config.double_quant}" if hasattr(config, "quant_type") else ""
 
 
@@ -384,15 +384,15 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
             raise ConfigError(
                 f"tokenizer.path={config.tokenizer.config.path} is not the tokenizer of {parent.checkpoint}"
             )
-        if config.adapter.name != "none":
+        if config.adapter is not None:
             model, record = parent.adapted(config.model, config.adapter, config.seed)
         else:
             model, record = parent.model(config.model, config.keep_layers)
         part = f"{config.keep_layers} layers of " * (config.keep_layers > 0)
-        merged = ", its adapter merged" * (parent.base is not None and config.adapter.name != "none")
+        merged = ", its adapter merged" * (parent.base is not None and config.adapter is not None)
         this.say(f"starts from {part}{parent.origin}{merged}")
         return model, record, parent.tokenizer
-    if config.adapter.name != "none":
+    if config.adapter is not None:
         raise ConfigError(f"adapter={config.adapter.name} stands on a trained model, and {config.init_from} has none")
     if config.keep_layers:
         raise ConfigError(f"keep_layers={config.keep_layers}: init_from={config.init_from} has no model")
