@@ -27,6 +27,7 @@ from trivium.models import adapters, peft
 from trivium.models.gguf import read_gguf
 from trivium.models.huggingface import Reader, Renamed, Tensors, fingerprint, read_json
 from trivium.models.protocol import CausalLM
+from trivium.models.sizes import sized
 from trivium.models.weights import fill_weights, keep_layers, load_weights, read_tensors, spread_layers
 from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra, load
@@ -61,6 +62,15 @@ def build_objective(chosen: Component, phase: str) -> Objective:
             f"objective={chosen.name} is not for phase={phase}; it is for {', '.join(sorted(objective.phases))}"
         )
     return objective
+
+
+def sized_for(chosen: Component, vocab_size: int) -> Component:
+    """The model with the sizes that `model.size` asks for, with this vocabulary."""
+
+    def count(config: Any) -> int:
+        return _without_memory(Component(chosen.name, config), vocab_size, "model.size").num_parameters
+
+    return Component(chosen.name, sized(chosen.config, count))
 
 
 def build_model(chosen: Component, vocab_size: int, seed: int) -> CausalLM:
@@ -226,7 +236,7 @@ class Artifact:
         here = component("model", {"name": record["name"], **record["config"]})
         assert here is not None
         if wanted is not None:
-            here = self._agreeing(wanted, here)
+            here = self._agreeing(sized_for(wanted, record["vocab_size"]), here)
         tensors = self.tensors()
         if kept_layers:
             layers = getattr(here.config, "layers", 0)

@@ -46,7 +46,7 @@ def shortened(command: str) -> list[str]:
         extra += SHORT["training"].split()
     if phase in ("rlhf", "pipeline"):
         extra += SHORT["rollout"].split()
-    if phase == "pretrain" or (phase == "pipeline" and "init_from" not in command):
+    if (phase == "pretrain" and "model.size" not in command) or (phase == "pipeline" and "init_from" not in command):
         extra += TINY_MODEL.split()
     if phase in ("evaluate", "pipeline"):
         extra += SHORT["evaluate"].split()

@@ -144,7 +144,7 @@ def test_an_adapter_is_trained_on_by_itself_or_merged_under_a_new_one(adapted, f
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_a_preference_starts_from_the_adapter_off_as_reference(kind, fork, main, monkeypatch, preferring, tmp_path):
     """With dropout on, and on a base of 4 bits, the first loss is ln 2 when it is checked without dropout: the
-    reference is that very base. The whole model in fp32 is another one, whose log-probabilities are in the cache by then."""
+    reference is that very base. The whole model in fp32 is another; its log-probabilities are in the cache by then."""
     short = ("trainer.max_steps=1", "adapter.dropout=0.3", "adapter.rank=4")
     whole = fork(*preferring(tmp_path, "whole", "trainer.max_steps=1")).done()
     assert whole.returncode == 0, whole.err

@@ -57,3 +57,17 @@ def test_tuned_exported_and_read_again(main, tmp_path):
                 "prompts=[What is the capital of France?]", "inference.sampling.temperature=0",
                 "inference.sampling.max_tokens=24")  # fmt: skip
     assert done.code == 0 and "Paris" in done.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [(("adapter=lora",), True), (("adapter=qlora", "optim.lr=2e-4"), False)],
+    ids=lambda changes: str(changes),
+)
+def test_a_rate_that_ruins_it_is_warned_of(changes, warned, main, tmp_path):
+    """The primer's recipe has 3e-3. One step, of two short rows."""
+    done = main("phase=sft", "model=smollm2_135m", f"runs={tmp_path}", "name=tuned", "data.parts=[chats]",
+                "trainer.max_steps=1", "batch.size=1", "batch.micro_size=1", "batch.length=64", "precision=fp32",
+                "validation.every_steps=0", "samples.every_steps=0", "data.num_chats=40", *changes)  # fmt: skip
+    assert done.code == 0, done.err
+    assert ("ruins what it knows" in done.out.replace("\n", " ")) == warned, done.out

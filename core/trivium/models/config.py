@@ -37,6 +37,7 @@ class LlamaConfig:
     runtime_fields: ClassVar[tuple[str, ...]] = ("dropout", "init_std")
     """Settings that a checkpoint's weights do not depend on: they may differ when it is loaded."""
 
+    size: str = ""  # about so many parameters in all, such as 30m: makes dim, layers, heads, kv_heads and ffn_dim
     dim: int = 512  # width C; parameters grow with its square
     layers: int = 8  # depth L; time grows with it, width sets memory
     heads: int = 8  # query heads H
@@ -129,6 +130,7 @@ class GPT2Config:
 
     runtime_fields: ClassVar[tuple[str, ...]] = ("dropout", "init_std")
 
+    size: str = ""  # about so many parameters in all, such as 30m: makes dim, layers and heads
     dim: int = 768  # width C
     layers: int = 12  # depth L
     heads: int = 12  # heads H; dim / heads is the head width D

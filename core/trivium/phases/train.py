@@ -20,6 +20,7 @@ from trivium.build import (
     device_of,
     model_of,
     model_record,
+    sized_for,
     train_tokenizer,
 )
 from trivium.compose import as_dict
@@ -37,6 +38,7 @@ from trivium.inference.protocol import Backend
 from trivium.lineage.manifest import masked
 from trivium.models.adapters import has_adapter
 from trivium.models.protocol import CausalLM
+from trivium.models.sizes import DERIVED
 from trivium.models.weights import weights_of
 from trivium.objectives.protocol import Objective
 from trivium.phases.run import ASIDE, Run
@@ -83,7 +85,6 @@ def run_tokenizer(this: Run) -> int:
 def run_training(this: Run) -> int:
     """Every phase that trains: the same path with another objective, from data or from the policy's own samples."""
     config = this.config
-    _check_optimizer(this)
     objective = build_objective(config.objective, config.phase)
     if config.trainer.compile:
         check_compiler(device_of(config.trainer.accelerator))
@@ -93,6 +94,7 @@ def run_training(this: Run) -> int:
     model, record, tokenizer = _model_and_tokenizer(this, source, objective)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
+    _check_optimizer(this, model)
     precision = precision_of(config.precision, config.trainer.accelerator)
     fresh_head = objective.scores and not (this.parent and this.parent.scores)
     equal = not config.keep_layers
@@ -145,13 +147,24 @@ def run_training(this: Run) -> int:
     return 0
 
 
-def _check_optimizer(this: Run) -> None:
-    """Say what was made for another optimizer: a recipe's rate, a second average, a falling rate."""
+REAL = 5e7  # parameters from which on a checkpoint from elsewhere is taken for one that small models' rates ruin
+
+
+def _check_optimizer(this: Run, model: CausalLM) -> None:
+    """Say what was made for another optimizer or model: a recipe's rate, a second average, a falling rate."""
     optim, schedule = this.config.optim, this.config.schedule.name
     own = type(optim.config)()
     if not optim.name.endswith(("adamw", "adamw8bit")) and optim.config.lr != own.lr:
         this.say(
             f"optim={optim.name}: lr={optim.config.lr:g}, {own.lr:g} is its default (a recipe's is meant for adamw)"
+        )
+    highest = 1e-3 if has_adapter(model) else 1e-4
+    foreign = this.parent is not None and not this.parent.guard and model.num_parameters > REAL
+    if foreign and optim.name.endswith(("adamw", "adamw8bit")) and optim.config.lr > highest:
+        this.say(
+            f"warning: optim.lr={optim.config.lr:g} is a rate for small models that start here; one of "
+            f"{_count(model.num_parameters)} parameters is tuned at {highest / 10:g} to {highest / 2:g}, and more "
+            "ruins what it knows"
         )
     if not getattr(optim.config, "averages", False):
         return
@@ -415,8 +428,13 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
         this.say(how)
     if config.phase not in ("pretrain", "distill"):
         this.say("warning: tunes a model that starts from random weights; init_from=runs/... tunes a pretrained one")
-    model = build_model(config.model, tokenizer.vocab_size, config.seed)
-    return model, model_record(config.model, tokenizer.vocab_size), tokenizer
+    chosen = sized_for(config.model, tokenizer.vocab_size)
+    if chosen != config.model:
+        shape = dataclasses.asdict(chosen.config)
+        told = ", ".join(f"{name}={shape[name]}" for name in DERIVED if name in shape)
+        this.say(f"model.size={config.model.config.size}: {told}")
+    model = build_model(chosen, tokenizer.vocab_size, config.seed)
+    return model, model_record(chosen, tokenizer.vocab_size), tokenizer
 
 
 def _guard(
