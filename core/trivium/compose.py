@@ -31,7 +31,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.plugin import conf_folders, conf_roots, discover
-from trivium.registry import Registry, extra, near_misses, registries
+from trivium.registry import Registry, extra, listed, near_misses, registries
 from trivium.schema import DATA_PHASES, PHASES, PipelineConfig, RunConfig
 
 VERSION_BASE = "1.3"
@@ -244,7 +244,7 @@ def _no_option(group: str, name: str, overrides: Sequence[str]) -> ConfigError:
         phases = [o.split("/")[1] for o in known if o.startswith(f"{domain}/")]
         return ConfigError(f"domain={domain} has no data for phase={phase}; it has {', '.join(phases) or 'none'}")
     shown = [o for o in known if group != "data" or "/" not in o]
-    return ConfigError(f"unknown {group}={name}.{near_misses(name, shown)} Available: {', '.join(shown) or '(none)'}")
+    return ConfigError(f"unknown {group}={name}.{near_misses(name, shown)} Available: {listed(shown)}")
 
 
 def run_config(cfg: DictConfig) -> RunConfig:

@@ -45,6 +45,20 @@ def near_misses(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
+MOST = 18  # options that an error lists
+
+
+def listed(names: Iterable[str]) -> str:
+    """The options there are, in one line; of very many the first, and how many more.
+
+    >>> listed(["b", "a"]), listed([]), listed(f"m{i}" for i in range(100, 121))[-30:]
+    ('b, a', '(none)', 'm116, m117 and 3 more (--help)')
+    """
+    found = list(names)
+    more = f" and {len(found) - MOST} more (--help)" if len(found) > MOST else ""
+    return (", ".join(found[:MOST]) or "(none)") + more
+
+
 class Registry:
     """Names of one kind. `add` refuses a taken name; `resolve` refuses an unknown one with near misses and the list.
 
@@ -74,9 +88,7 @@ class Registry:
         owner, _, short = name.rpartition(":")
         found = [e for e in self._entries.get(short, []) if not owner or e.owner == owner]
         if not found:
-            raise ConfigError(
-                f"unknown {self.kind} {name!r}.{near_misses(short, self)} Available: {', '.join(self) or '(none)'}"
-            )
+            raise ConfigError(f"unknown {self.kind} {name!r}.{near_misses(short, self)} Available: {listed(self)}")
         if len(found) > 1:
             choices = " or ".join(f"{e.owner}:{short}" for e in found)
             raise PluginError(f"the {self.kind} {short!r} comes from {len(found)} packages; write {choices}")

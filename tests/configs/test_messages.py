@@ -30,7 +30,10 @@ def choose(*overrides):
         (["inference.sampling.temp=1"], "unknown option 'inference.sampling.temp'. Did you mean inference.sampling."),
         (["nonsense=1"], "unknown option 'nonsense'"),
         (["data.path=x"], "unknown option 'data.path'"),  # the primer has no files; `files` has
-        (["model=lama"], "unknown model=lama. Did you mean llama or llama3_8b or llama2_7b? Available: gemma2, gemma2_2b, "),
+        (
+            ["model=lama"],
+            "unknown model=lama. Did you mean llama or llama3_8b or llama2_7b? Available: gemma2, gemma2_2b, ",
+        ),
         (["optim=adan"], "unknown optim=adan. Did you mean adamw? Available: adafactor, adamw, adamw8bit, lion, muon"),
         (["schedule=cosin"], "unknown schedule=cosin. Did you mean cosine? Available: constant, cosine, cyclic, "),
         (["phase=pretrian"], "unknown phase=pretrian. Did you mean pretrain? Available: chat, distill, evaluate, "),
