@@ -77,6 +77,7 @@ def build_model(chosen: Component, vocab_size: int, seed: int) -> CausalLM:
     """A freshly initialised model."""
     model: CausalLM = build(MODELS, chosen, vocab_size)
     model.init_weights(seed)
+    model.confirm()
     return model
 
 
@@ -251,14 +252,16 @@ class Artifact:
     def _agreeing(self, wanted: Component, here: Component) -> Component:
         free = getattr(type(here.config), "runtime_fields", ())
         ours, theirs = dataclasses.asdict(wanted.config), dataclasses.asdict(here.config)
-        differ = [k for k in ours if k not in free and ours[k] != theirs.get(k)]
+        unset = [k for k in ours if ours[k] == ""]  # the checkpoint's own
+        differ = [k for k in ours if k not in (*free, *unset) and ours[k] != theirs.get(k)]
         if wanted.name != here.name or differ:
             shown = ", ".join(f"{k}={theirs.get(k)} there and {ours[k]} here" for k in differ[:4])
             raise CheckpointError(
                 f"{self.checkpoint} is of another architecture: model={here.name} there, model={wanted.name} here"
                 f"{'; ' + shown if shown else ''}. Leave model= away to take the checkpoint's own"
             )
-        return wanted
+        own = {k: getattr(here.config, k) for k in unset}
+        return Component(wanted.name, dataclasses.replace(wanted.config, **own))
 
 
 def model_record(chosen: Component, vocab_size: int) -> dict[str, Any]:
@@ -302,6 +305,7 @@ def model_of(
             adapters.quantise(model, quantiser)
     else:
         fill_weights(model, tensors, origin, quantiser)
+    model.confirm()
     return model
 
 
@@ -335,12 +339,13 @@ def build_companion(role: str, companion: Artifact, tokenizer: Tokenizer, length
     return model
 
 
-def load_artifact(init_from: str, base: str = "") -> Artifact:
+def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
     """Find and check what `init_from` names: a run, a pipeline's run, a checkpoint, a tokenizer's run, a Hugging Face
     folder, a GGUF file, an adapter, or a model that is fetched by name.
 
     Of a run that kept its best checkpoint (checkpoint.keep_best) the best is taken, else the newest. base: where the
-    model is that an adapter stands on, if it is not where the adapter says.
+    model is that an adapter stands on, if it is not where the adapter says. family: "hf" reads a Hugging Face folder
+    through transformers even where its family is native.
     """
     path = Path(init_from)
     if not path.exists() and init_from in CATALOGUE:
@@ -378,7 +383,7 @@ def load_artifact(init_from: str, base: str = "") -> Artifact:
     if (path / peft.CONFIG).is_file():
         return _peft(path, base)
     if (path / "config.json").is_file():
-        return _folder(path)
+        return _folder(path, family)
     if (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(path)
         return Artifact(path, tokenizer.fingerprint, tokenizer)
@@ -419,29 +424,35 @@ def _peft(path: Path, base: str) -> Artifact:
     return Artifact(path, sha256, tokenizer, path, {}, form, record, lambda: tensors, under)
 
 
-def _folder(path: Path) -> Artifact:
+def _folder(path: Path, family: str) -> Artifact:
     """A folder in Hugging Face's form."""
     reader = Reader(read_json(path / "config.json"), str(path / "config.json"))
     if reader.get("quantization_config", None):
         raise CheckpointError(f"{path} is quantised; take the checkpoint that it was made from")
     files = Tensors(path)
-    return _foreign(path, reader, files, fingerprint([path / "config.json", *files.paths]), Tokenizer.load(path))
+    sha256 = fingerprint([path / "config.json", *files.paths])
+    return _foreign(path, reader, files, sha256, Tokenizer.load(path), family)
 
 
 def _gguf(path: Path) -> Artifact:
     """A GGUF file."""
     found = read_gguf(path)
     tokenizer = Tokenizer(*tokenizer_of(found.tokenizer))
-    return _foreign(path, Reader(found.config, str(path)), found.tensors, fingerprint([path]), tokenizer)
+    return _foreign(path, Reader(found.config, str(path)), found.tensors, fingerprint([path]), tokenizer, "")
 
 
 def _foreign(
-    path: Path, reader: Reader, files: Mapping[str, torch.Tensor], sha256: str, tokenizer: Tokenizer
+    path: Path, reader: Reader, files: Mapping[str, torch.Tensor], sha256: str, tokenizer: Tokenizer, chosen_family: str
 ) -> Artifact:
-    """Weights under Hugging Face's names: their family is the one that is registered under its model_type."""
+    """Weights under Hugging Face's names: their family is the one that is registered under its model_type, or "hf"."""
     family, vocab_size = reader.get("model_type"), reader.count("vocab_size")
+    if chosen_family == "hf":
+        family = chosen_family
     if not isinstance(family, str) or family not in MODELS:
-        raise CheckpointError(f"{path}: model_type={family!r} is not one of {', '.join(MODELS)}")
+        native = ", ".join(name for name in MODELS if name != "hf")
+        raise CheckpointError(
+            f"{path}: model_type={family!r} is not one of {native}; model=hf runs it through transformers"
+        )
     kind: type[CausalLM] = MODELS.load(family)
     try:
         chosen = component("model", {"name": family, **kind.settings_from_hf(reader)})

@@ -18,6 +18,7 @@ CATALOG = Plugin(
         "gemma2": Entry(
             "trivium.models.gemma2:Gemma2", "trivium.models.config:Gemma2Config", "capped scores, windows in turn"
         ),
+        "hf": Entry("trivium.models.hf:HuggingFace", "trivium.models.config:HFConfig", "any model of transformers"),
         "gpt2": Entry("trivium.models.gpt2:GPT2", "trivium.models.config:GPT2Config", "learned positions, LayerNorm"),
     },
     sources={

@@ -44,7 +44,7 @@ def test_all_presets_say_their_size():
     assert set(PRESETS) - set(PUBLISHED) == {"primer", "primer_half", "smollm2_135m"} and len(PUBLISHED) >= 19
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [name for name in MODELS if name != "hf"])
 @pytest.mark.parametrize("vocabulary", [2048, 49152])
 @pytest.mark.parametrize("size", ["5m", "30m", "135m", "1b", "7b"])
 def test_a_size_is_met_within_six_percent(family, vocabulary, size):

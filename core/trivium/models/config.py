@@ -151,6 +151,13 @@ class GPT2Config:
 
 
 @dataclass(frozen=True)
+class HFConfig:
+    """Any causal model of transformers, by its config.json."""
+
+    settings: str = ""  # the text of a config.json; init_from=FOLDER fills it in
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """LoRA: W x + (alpha / rank) B A x, of which A and B are trained (https://arxiv.org/abs/2106.09685)."""
 

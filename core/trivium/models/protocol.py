@@ -117,6 +117,9 @@ class CausalLM(nn.Module, ABC):
         """The inverse: what config.json says of this model, without model_type."""
         raise CheckpointError(f"{type(self).__name__} has no Hugging Face form")
 
+    def confirm(self) -> None:  # noqa: B027
+        """Called once the weights are there: refuse a model that cannot be run right. Raises CheckpointError."""
+
     @property
     def context(self) -> int:
         """Longest sequence, in tokens."""

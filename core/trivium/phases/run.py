@@ -46,7 +46,8 @@ class Run:
         self.console = console
         self._sources: dict[str | None, Source] = {}
         # loaded before the folder is made: a wrong one leaves none
-        self.parent = load_artifact(config.init_from, config.base) if config.init_from else None
+        family = config.model.name if config.model is not None else ""
+        self.parent = load_artifact(config.init_from, config.base, family) if config.init_from else None
         if config.base and (self.parent is None or self.parent.base is None):
             raise ConfigError(
                 f"base={config.base} is for an adapter, and init_from={config.init_from or '(none)'} is none"
