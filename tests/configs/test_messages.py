@@ -30,7 +30,7 @@ def choose(*overrides):
         (["inference.sampling.temp=1"], "unknown option 'inference.sampling.temp'. Did you mean inference.sampling."),
         (["nonsense=1"], "unknown option 'nonsense'"),
         (["data.path=x"], "unknown option 'data.path'"),  # the primer has no files; `files` has
-        (["model=lama"], "unknown model=lama. Did you mean llama? Available: gemma2, gpt2, llama, mistral, primer, "),
+        (["model=lama"], "unknown model=lama. Did you mean llama? Available: gemma2, gpt2, llama, mistral, mixtral, "),
         (["optim=adan"], "unknown optim=adan. Did you mean adamw? Available: adafactor, adamw, adamw8bit, lion, muon"),
         (["schedule=cosin"], "unknown schedule=cosin. Did you mean cosine? Available: constant, cosine, cyclic, "),
         (["phase=pretrian"], "unknown phase=pretrian. Did you mean pretrain? Available: chat, distill, evaluate, "),
@@ -49,7 +49,7 @@ def choose(*overrides):
         (["name=null"], "name needs a value; it was given none"),
         (["optim.lr=null"], "optim.lr needs a value; it was given none"),
         (["prompt=null"], "prompt needs a value; it was given none"),
-        (["model=null"], "unknown model=null. Available: gemma2, gpt2, llama, mistral, primer, "),
+        (["model=null"], "unknown model=null. Available: gemma2, gpt2, llama, mistral, mixtral, "),
         (["optim.lr=1", "phase=null"], "unknown phase=null. Available: chat"),
         (["optim.lr"], "cannot read 'optim.lr'; write key=value"),
         (["optim.lr=1", "prompts=[a,b"], "cannot read 'prompts=[a,b'; write key=value, lists as key=[a,b]"),

@@ -24,6 +24,15 @@ FAMILIES = {
     "qwen3": {**LIKE_LLAMA, "head_dim": 16},
     "gemma2": {**LIKE_LLAMA, "head_dim": 16, "sliding_window": 9},
     "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128},
+    "mixtral": {**LIKE_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
+    "qwen3_moe": {
+        **LIKE_LLAMA,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
 }
 
 
