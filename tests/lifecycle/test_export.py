@@ -90,6 +90,14 @@ def test_export_of_an_import_is_the_identity(family, tokenizer, main, tmp_path):
     assert ends == sorted(tokenizer.stop_ids) and len(ends) == 2
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_stacked_experts_are_refused_by_name(family, tokenizer, tmp_path):
+    """Published files, and those that transformers writes unless told otherwise, hold each expert for itself."""
+    folder_of(family, tokenizer, tmp_path, save_original_format=False)
+    with pytest.raises(TriviumError, match="has unknown model.layers.0.mlp.experts.down_proj"):
+        load_artifact(str(tmp_path)).model(None)
+
+
 def test_a_trained_run_leaves_and_goes_on(trained, main, tmp_path):
     """Trained here, exported, and tuned again from the exported folder; evaluation agrees to rounding."""
     done = main("phase=export", f"init_from={trained}", f"runs={tmp_path}", "name=out")
