@@ -111,7 +111,7 @@ def test_grouped_is_in_autocasts_precision(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_gpu_groups_in_training():
-    """bf16: grouped where gradients are wanted, one by one where not and where an adapter stands; 2 % of the largest."""
+    """bf16: grouped where gradients are wanted, one by one where not or where an adapter stands; 2 % of the largest."""
     ffn, x = sparse_ffn(torch.float32)
     expected = dense(ffn, x).detach()
     ffn.cuda()
