@@ -11,10 +11,16 @@ CATALOG = Plugin(
         "mistral": Entry(
             "trivium.models.mistral:Mistral", "trivium.models.config:MistralConfig", "Llama with a sliding window"
         ),
+        "mixtral": Entry(
+            "trivium.models.mixtral:Mixtral", "trivium.models.config:MixtralConfig", "Mistral with experts in layers"
+        ),
         "qwen2": Entry(
             "trivium.models.qwen2:Qwen2", "trivium.models.config:Qwen2Config", "Llama with biases (Qwen2, Qwen2.5)"
         ),
         "qwen3": Entry("trivium.models.qwen3:Qwen3", "trivium.models.config:Qwen3Config", "Llama with normed heads"),
+        "qwen3_moe": Entry(
+            "trivium.models.qwen3_moe:Qwen3Moe", "trivium.models.config:Qwen3MoeConfig", "Qwen3 with experts in layers"
+        ),
         "gemma2": Entry(
             "trivium.models.gemma2:Gemma2", "trivium.models.config:Gemma2Config", "capped scores, windows in turn"
         ),

@@ -9,8 +9,9 @@ from trivium.data.config import FilesConfig
 from trivium.data.files import Files
 from trivium.inference.config import NativeConfig
 from trivium.inference.native.engine import NativeBackend
-from trivium.models.config import LlamaConfig
+from trivium.models.config import LlamaConfig, MixtralConfig
 from trivium.models.llama import Llama
+from trivium.models.mixtral import Mixtral
 from trivium.objectives.config import (
     DistillConfig,
     GRPOConfig,
@@ -69,6 +70,14 @@ class TestLlama(ModelContract):
 class TestLlamaUntied(ModelContract):
     def make(self):
         return tiny_llama(tied=False, kv_heads=4)
+
+
+class TestMixtral(ModelContract):
+    def make(self):
+        sizes = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 24, "context": 64}
+        model = Mixtral(MixtralConfig(**sizes, experts=4, active=2), 40)
+        model.init_weights(0)
+        return model
 
 
 class TestNextToken(ObjectiveContract):

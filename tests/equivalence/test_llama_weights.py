@@ -184,7 +184,7 @@ def test_a_buffer_is_what_the_constructor_makes(monkeypatch):
     assert same(model, initialised(TIED, 1))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "qwen2"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mixtral", "qwen2", "qwen3_moe"])
 def test_other_families_start_as_they_should(name):
     """Norms multiply by one (Gemma keeps the difference), biases are zero, branches start at 0.02 / sqrt(16)."""
     from trivium.plugin import discover

@@ -24,6 +24,15 @@ FAMILIES = {
     "qwen3": {**LIKE_LLAMA, "head_dim": 16},
     "gemma2": {**LIKE_LLAMA, "head_dim": 16, "sliding_window": 9},
     "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128},
+    "mixtral": {**LIKE_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
+    "qwen3_moe": {
+        **LIKE_LLAMA,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -79,6 +88,14 @@ def test_export_of_an_import_is_the_identity(family, tokenizer, main, tmp_path):
     assert found["logits"] <= 1e-4 and found["greedy"] >= 1
     ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
     assert ends == sorted(tokenizer.stop_ids) and len(ends) == 2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_stacked_experts_are_refused_by_name(family, tokenizer, tmp_path):
+    """Published files, and those that transformers writes unless told otherwise, hold each expert for itself."""
+    folder_of(family, tokenizer, tmp_path, save_original_format=False)
+    with pytest.raises(TriviumError, match="has unknown model.layers.0.mlp.experts.down_proj"):
+        load_artifact(str(tmp_path)).model(None)
 
 
 def test_a_trained_run_leaves_and_goes_on(trained, main, tmp_path):

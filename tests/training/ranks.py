@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from trivium.errors import TriviumError
 from trivium.models.adapters import attach
-from trivium.models.config import DoraConfig, LlamaConfig, LoraConfig
+from trivium.models.config import DoraConfig, LlamaConfig, LoraConfig, MixtralConfig
 from trivium.models.llama import Llama
+from trivium.models.mixtral import Mixtral
 from trivium.models.weights import local, read_tensors, shares_of, weights_of
 from trivium.objectives.config import NextTokenConfig, SFTConfig
 from trivium.objectives.next_token import SFT, NextToken
@@ -84,13 +85,17 @@ OBJECTIVES = {
 
 
 def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, average=0.0, recompute=0,
-          policy="stop", frozen=(), precision="fp32", adapter="", file=None):  # fmt: skip
+          policy="stop", frozen=(), precision="fp32", adapter="", experts=0, file=None):  # fmt: skip
     """Train a small model; returns its figures, its weights and its optimizer's state, whole. file: where weights that
     are shared out are written to, each process its own."""
     if strategy == "tensor":
         world, strategy = replace(world, tensor=2), "fsdp"
-    config = LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, context=LENGTH, init_std=0.3, tied=tied)
-    model = Llama(config, VOCAB)
+    sizes = {"dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 24, "context": LENGTH}
+    sizes |= {"init_std": 0.3, "tied": tied}
+    if experts:
+        model = Mixtral(MixtralConfig(**sizes, experts=experts, active=2, balance=0.05), VOCAB)
+    else:
+        model = Llama(LlamaConfig(**sizes), VOCAB)
     model.init_weights(seed=3)
     model.to(torch.float64 if precision == "fp32" else torch.float32).recompute = recompute
     for name, parameter in model.named_parameters():
@@ -112,6 +117,7 @@ def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, 
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
     rows = list(module.rows())
     keys = ("train/loss", "train/nll", "grad_norm", "grad_norm/attn", "tokens", "skipped")
+    keys += ("train/balance", "train/expert_load")
     batches = [b for step in ragged_steps(2) for b in cut(step, 4, ALONE)]
     held_out = None if objective.endswith("nan") else module.validation_loss(batches)
     with module.shown_weights():
@@ -146,6 +152,8 @@ RUNS = {
     "fsdp recompute": ("fsdp", {"size": 2, "recompute": 1}),
     "fsdp average": ("fsdp", {"size": 2, "average": 0.9}),
     **{f"{s} bf16 {n}": (s, {"size": n, "precision": "bf16"}) for s in ("ddp", "fsdp", "tensor") for n in (1, 2)},
+    **{f"{s} experts": (s, {"size": 2, "experts": 4}) for s in ("ddp", "fsdp")},
+    "fsdp experts recompute": ("fsdp", {"size": 2, "experts": 4, "recompute": 1}),
     "fsdp neftune": ("fsdp", {"size": 2, "objective": "neftune"}),
     "ddp average": ("ddp", {"size": 2, "average": 0.9}),
     "ddp frozen": ("ddp", {"size": 2, "frozen": ("blocks.0.attn.q.weight",)}),

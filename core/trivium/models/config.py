@@ -125,6 +125,51 @@ class Gemma2Config(LlamaConfig):
 
 
 @dataclass(frozen=True)
+class MixtralConfig(MistralConfig):
+    """Mixtral: a Mistral whose feed-forward layers are several experts (https://arxiv.org/abs/2401.04088)."""
+
+    runtime_fields: ClassVar[tuple[str, ...]] = (*LlamaConfig.runtime_fields, "balance")
+
+    ffn_dim: int = 704  # hidden width of one expert
+    experts: int = 8  # in each layer; memory grows with them, time does not
+    active: int = 2  # experts that a token goes through; time grows with them; at 1 the router gets no gradient
+    balance: float = 0.02  # of the load-balance loss: more keeps experts as busy as one another; 0 is off
+    rope_theta: float = 1e6
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_experts(self.experts, self.active, self.balance)
+
+
+@dataclass(frozen=True)
+class Qwen3MoeConfig(Qwen3Config):
+    """Qwen3's mixtures: many narrow experts (https://arxiv.org/abs/2505.09388, section 2)."""
+
+    runtime_fields: ClassVar[tuple[str, ...]] = (*LlamaConfig.runtime_fields, "balance")
+
+    ffn_dim: int = 192  # hidden width of one expert
+    experts: int = 32  # in each layer; memory grows with them, time does not
+    active: int = 8  # experts that a token goes through; time grows with them
+    renormalise: bool = True  # the weights of a token's experts sum to one; else to their share of all
+    balance: float = 0.001  # of the load-balance loss: more keeps experts as busy as one another; 0 is off
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_experts(self.experts, self.active, self.balance)
+
+
+def _check_experts(experts: int, active: int, balance: float) -> None:
+    if experts < 1:
+        raise ConfigError(f"model.experts={experts} must be greater than 0")
+    if not 1 <= active <= experts:
+        raise ConfigError(f"model.active={active} must be at least 1 and at most model.experts={experts}")
+    if balance < 0:
+        raise ConfigError(f"model.balance={balance} must not be negative (0 is off)")
+
+
+@dataclass(frozen=True)
 class GPT2Config:
     """GPT-2 shape (Radford et al. 2019, "Language models are unsupervised multitask learners")."""
 

@@ -1,6 +1,6 @@
 """Llama: RMSNorm, rotary positions, grouped queries, SwiGLU (Touvron et al. 2023, https://arxiv.org/abs/2302.13971).
 
-Mistral, Qwen2, Qwen3 and Gemma 2 are this model with other parts, each in a file of its own.
+Mistral, Mixtral, Qwen2, Qwen3 and Gemma 2 are this model with other parts, each in a file of its own.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from trivium.models.rope import rope_angles
 class Block(nn.Module):
     """x + attention(norm x), then x + ffn(norm x)."""
 
-    def __init__(self, config: LlamaConfig, attention: Mapping[str, Any]) -> None:
-        """attention: options of Attention that the family has."""
+    def __init__(self, config: LlamaConfig, attention: Mapping[str, Any], ffn: nn.Module | None = None) -> None:
+        """attention: options of Attention that the family has. ffn: in place of a gated feed-forward layer."""
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attn = Attention(config.dim, config.heads, config.kv_heads, config.head_width, **attention)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn = GatedFFN(config.dim, config.ffn_dim)
+        self.ffn = GatedFFN(config.dim, config.ffn_dim) if ffn is None else ffn
         self.dropout = config.dropout
 
     def forward(
@@ -115,7 +115,7 @@ class Llama(CausalLM):
 
     def init_weights(self, seed: int) -> None:
         self.tie()
-        draw_weights(self, seed, self.config.init_std, self.config.layers, ("attn.out.weight", "ffn.down.weight"))
+        draw_weights(self, seed, self.config.init_std, self.config.layers, (".out.weight", ".down.weight"))
 
     def flops_per_token(self, context: int) -> float:
         c = self.config

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -23,11 +23,13 @@ from torch.optim import Optimizer
 from trivium.data.position import key_of
 from trivium.errors import TrainingError
 from trivium.models.adapters import parts
+from trivium.models.experts import Sparse
 from trivium.models.protocol import CausalLM
 from trivium.models.weights import local
 from trivium.objectives.protocol import Objective
 from trivium.schema import GuardConfig
 from trivium.training.average import WeightAverage
+from trivium.training.balance import Balance, load_of
 from trivium.training.figures import Figures, Stopwatch
 from trivium.training.flops import mfu, peak_of, step_flops
 from trivium.training.guard import Guard
@@ -101,11 +103,11 @@ class ObjectiveModule(L.LightningModule):
         """`function(*args)`, which uses the model: through here, its weights are whole even if they are shared out."""
         return self.shards.run(function, *args) if self.shards else function(*args)
 
-    def loss(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
-        """The objective's sum over a batch, and its metrics."""
+    def loss(self, batch: TokenBatch, balance: Balance | None = None) -> tuple[Tensor, dict[str, Metric]]:
+        """The objective's sum over a batch, and its metrics. balance: the step's, whose loss is added."""
 
         def whole() -> tuple[Tensor, dict[str, Metric]]:
-            output = self.objective(self.model, batch)
+            output = balance(self.objective, self.model, batch) if balance else self.objective(self.model, batch)
             return output.loss_sum.clone(), dict(output.metrics)  # never a view: FSDP hangs its hook on it
 
         return self.run_with_weights(whole)
@@ -178,6 +180,20 @@ class ObjectiveModule(L.LightningModule):
                 self.run_with_weights(self.objective.consult, batch, models)
             self.run_with_weights(self.objective.prepare, self.model, batches, self.global_sum)
 
+    def balance(self, batches: Sequence[TokenBatch], count: Tensor, tokens: Tensor) -> Balance | None:
+        """What keeps a model's experts evenly busy in this step; None where nothing has to.
+
+        A step that is cut is read once more: how busy each expert is must be known of all of it before the loss.
+        """
+        if not isinstance(self.model, Sparse) or not self.model.config.balance:
+            return None
+        alone = Balance(self.model.config.balance, count, tokens)
+        if len(batches) == 1 and self.world_size == 1:
+            return alone
+        with self.asking():
+            load = torch.stack([self.run_with_weights(load_of, self.model, batch) for batch in batches]).sum(0)
+        return replace(alone, load=self.global_sum(load))
+
     def check_start(self, batches: Sequence[TokenBatch]) -> None:
         """Where the model still equals its companions, the objective's figures are known; refuse to train on others."""
         with self.asking():
@@ -206,12 +222,13 @@ class ObjectiveModule(L.LightningModule):
         self.model.train()
         counted = [torch.stack([self.objective.count(b), *_work(b)]) for b in micro_batches]
         counts = self.global_sum(torch.stack(counted).sum(0))
+        balance = self.balance(micro_batches, counts[0], counts[1])
         rate = set_rates(self.optimizer, self.schedule(self.step))
         self.watch.lap("other")
         if self.loss_scale:
             self.loss_scale.begin()
         while True:
-            loss, metrics = self.run_backward(micro_batches, counts[0])
+            loss, metrics = self.run_backward(micro_batches, counts[0], balance)
             norms = self.gradient_norms(self.loss_scale.scale if self.loss_scale else 1.0)
             norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
             if self.loss_scale is None or not self.loss_scale.overflowed(loss, norm):
@@ -249,7 +266,7 @@ class ObjectiveModule(L.LightningModule):
         torch.manual_seed(key_of(self.settings.seed, "step", self.step, self.share))
 
     def run_backward(
-        self, micro_batches: Sequence[TokenBatch], count: Tensor
+        self, micro_batches: Sequence[TokenBatch], count: Tensor, balance: Balance | None = None
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Forward and backward of all micro-batches: the mean loss over all ranks, and metrics as (total, count)."""
         sums: dict[str, list[Tensor]] = {}
@@ -257,7 +274,7 @@ class ObjectiveModule(L.LightningModule):
         factor = self.world_size / count * (self.loss_scale.scale if self.loss_scale else 1.0)
         with self.autocast():  # around them all: a weight is cast once a step
             for number, batch in enumerate(micro_batches):
-                loss_sum, metrics = self.loss(batch)
+                loss_sum, metrics = self.loss(batch, balance)
                 self.watch.lap("forward")
                 with torch.autocast(self.device.type, enabled=False), self.syncing(number == len(micro_batches) - 1):
                     self.manual_backward(loss_sum * factor)
