@@ -66,6 +66,26 @@ def test_peft_reads_ours_and_we_read_peft_s(case, kind, also, tmp_path):
     torch.testing.assert_close(merged, said(ours), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_peft_reads_adapters_of_experts(case, kind, tmp_path):
+    """Transformers holds all experts of a layer as one tensor, and peft puts their adapters together: with twice the
+    rank, so that a scale by its root would be another. What peft saves then is refused here by name."""
+    family, config = families.CONFIGS[case]
+    ours, theirs = families.both(family, config)
+    attach(KINDS[kind](rank=4, alpha=12.0), ours)
+    stirred(ours)
+    save_file(form.to_peft(ours, {n: p.detach() for n, p in parts(ours).items()}), tmp_path / form.WEIGHTS)
+    (tmp_path / form.CONFIG).write_text(json.dumps(form.peft_config(ours, "somewhere")))
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    with torch.no_grad():
+        found = wrapped(TOKENS).logits
+    torch.testing.assert_close(found, said(ours), rtol=0, atol=2e-5)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="uses what is not known here: .*target_parameters"):
+        form.read_peft(tmp_path / "theirs")
+
+
 @pytest.fixture
 def adapter(tmp_path):
     """An adapter that peft itself has made, and the folder of its base, which it does not name."""

@@ -83,6 +83,8 @@ def peft_config(model: CausalLM, base: str) -> dict[str, Any]:
     label = standing.heard[-1]
     config = standing.configs[label]
     layers = [n.removeprefix(PREFIX).removesuffix(".lora_A.weight") for n in names.values() if ".lora_A" in n]
+    # peft joins the adapters of a layer's experts, which changes the rank: a scale by its root would become another
+    root = config.root and not any(".experts." in n for n in names)
     whole = [n.removeprefix(PREFIX).removesuffix(".weight") for n in names.values() if ".lora_" not in n]
     if model.head.weight is model.embed.weight and "embed.weight" in names:
         whole.append("lm_head")
@@ -91,9 +93,9 @@ def peft_config(model: CausalLM, base: str) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": config.alpha if root == config.root else config.scaling * config.rank,
         "lora_dropout": config.dropout,
-        "use_rslora": config.root,
+        "use_rslora": root,
         "use_dora": config.magnitude,
         "target_modules": sorted(layers),
         "modules_to_save": sorted(whole) or None,
