@@ -111,9 +111,16 @@ def device_of(accelerator: str) -> torch.device:
 def cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str]:
     """The tokenizer of these settings for this data, and how it was had: loaded, trained, or trained earlier."""
     settings: BPEConfig = chosen.config
+    found, how = _cached_tokenizer(chosen, source)
+    return found.extended(settings.add_tokens, settings.chat_template), how
+
+
+def _cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str]:
+    settings: BPEConfig = chosen.config
     if settings.path:
         return load_tokenizer(settings.path, settings.encoding), f"tokenizer from {settings.path}"
-    trained = {k: v for k, v in dataclasses.asdict(settings).items() if k != "encoding"}
+    aside = ("encoding", "add_tokens", "chat_template")
+    trained = {k: v for k, v in dataclasses.asdict(settings).items() if k not in aside}
     key = manifest.digest_of([chosen.name, trained, source.fingerprint])
     folder = cache_folder() / "tokenizers" / key
     if (folder / "tokenizer_config.json").is_file():  # written last

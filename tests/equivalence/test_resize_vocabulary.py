@@ -45,3 +45,14 @@ def test_resize_keeps_frozen_weights_frozen():
     model.embed.weight.requires_grad_(False)
     resize_vocabulary(model, 12)
     assert not model.embed.weight.requires_grad and model.head.weight.requires_grad
+
+
+def test_spare_rows_become_the_mean_of_those_in_use():
+    """Ten rows, of which seven belong to tokens: nine tokens need no further row, and two of the spare ones."""
+    model = tiny_llama(10, tied=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    resize_vocabulary(model, 10, used=7)
+    for name in ("embed.weight", "head.weight"):
+        new = model.get_parameter(name)
+        assert new.shape == before[name].shape and new[:7].equal(before[name][:7])
+        torch.testing.assert_close(new[7:], before[name][:7].mean(0, keepdim=True).expand(3, -1))

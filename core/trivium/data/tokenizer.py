@@ -31,6 +31,11 @@ TEMPLATE = (
     "<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # Words carry their leading space; the pieces of numbers are single digits; line breaks stay apart from words.
 PIECES = r"""[^\S\r\n]?\p{L}+|\p{N}|[^\S\r\n]?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s"""
 WHOLE_NUMBERS = PIECES.replace(r"\p{N}|", r"[^\S\r\n]?\p{N}+|")
@@ -192,6 +197,26 @@ class Tokenizer:
         core = tokenizers.Tokenizer.from_str(self._core.to_str())
         core.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
         return Tokenizer(core, self.config)
+
+    def extended(self, tokens: Sequence[str], template: str = "") -> Tokenizer:
+        """This tokenizer with those of `tokens` that are no special tokens of it yet, and another chat template.
+
+        template: "chatml" (with its two tokens), or a file of Jinja; empty is its own. Raises DataError.
+        """
+        settings = dict(self.config)
+        if template == "chatml":
+            tokens = [*tokens, *(token for token in CHATML_TOKENS if token not in tokens)]
+            settings |= {"chat_template": CHATML, "eot_token": CHATML_TOKENS[1]}
+        elif template:
+            try:
+                settings["chat_template"] = Path(template).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise DataError(f"tokenizer.chat_template={template} is neither chatml nor a file ({error})") from error
+            settings.pop("eot_token", None)  # what ends a turn is the new template's to say
+        special = {token.content for token in self._core.get_added_tokens_decoder().values() if token.special}
+        new = [token for token in tokens if token not in special]
+        grown = self.add_tokens(new) if new else self
+        return Tokenizer(grown._core, settings) if settings != self.config else grown
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, then tokenizer_config.json; a folder that has the second is complete.

@@ -105,8 +105,10 @@ def keep_layers(tensors: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str,
 
 
 @torch.no_grad()
-def resize_vocabulary(model: CausalLM, new_size: int) -> None:
+def resize_vocabulary(model: CausalLM, new_size: int, used: int | None = None) -> None:
     """Grow the embedding and the head of `model` to `new_size` tokens; tied ones stay tied.
+
+    used: of the old rows so many belong to tokens (all by default); the others are spare, and count as new.
 
     The new rows are the mean of the old ones: a new token is then about as likely as all others are on average
     (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Optimizers built before hold the old ones.
@@ -121,13 +123,15 @@ def resize_vocabulary(model: CausalLM, new_size: int) -> None:
         old = layer.weight
         if isinstance(old, DTensor):
             raise CheckpointError("the vocabulary grows before weights are shared out among processes, not after")
-        mean = old.float().mean(0, keepdim=True).to(old.dtype)
-        grown = nn.Parameter(torch.cat([old, mean.expand(new_size - len(old), -1)]), old.requires_grad)
+        kept = old[:used]
+        mean = kept.float().mean(0, keepdim=True).to(old.dtype)
+        grown = nn.Parameter(torch.cat([kept, mean.expand(new_size - len(kept), -1)]), old.requires_grad)
         layer.weight = grown
         if tied:
             model.head.weight = grown
     bias = model.head.bias
     if bias is not None:
+        bias = bias[:used]
         model.head.bias = nn.Parameter(torch.cat([bias, bias.mean().expand(new_size - len(bias))]), bias.requires_grad)
     model.embed.num_embeddings = model.head.out_features = model.vocab_size = new_size
 

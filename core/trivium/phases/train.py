@@ -39,7 +39,7 @@ from trivium.lineage.manifest import masked
 from trivium.models.adapters import has_adapter
 from trivium.models.protocol import CausalLM
 from trivium.models.sizes import DERIVED
-from trivium.models.weights import weights_of
+from trivium.models.weights import resize_vocabulary, weights_of
 from trivium.objectives.protocol import Objective
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
@@ -404,7 +404,7 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
         part = f"{config.keep_layers} layers of " * (config.keep_layers > 0)
         merged = ", its adapter merged" * (parent.base is not None and config.adapter is not None)
         this.say(f"starts from {part}{parent.origin}{merged}")
-        return model, record, parent.tokenizer
+        return model, record, _extended(this, parent.tokenizer, model, record)
     if config.adapter is not None:
         raise ConfigError(f"adapter={config.adapter.name} stands on a trained model, and {config.init_from} has none")
     if config.keep_layers:
@@ -435,6 +435,25 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
         this.say(f"model.size={config.model.config.size}: {told}")
     model = build_model(chosen, tokenizer.vocab_size, config.seed)
     return model, model_record(chosen, tokenizer.vocab_size), tokenizer
+
+
+def _extended(this: Run, tokenizer: Tokenizer, model: CausalLM, record: dict[str, Any]) -> Tokenizer:
+    """The parent's tokenizer with the tokens that were asked for; the model and its record grow with it."""
+    settings = this.config.tokenizer.config
+    grown = tokenizer.extended(settings.add_tokens, settings.chat_template)
+    added = grown.vocab_size - tokenizer.vocab_size
+    if not added:
+        return grown
+    if has_adapter(model):
+        raise ConfigError(
+            f"{added} new tokens need rows of their own in the embedding, which an adapter leaves as it is; train with "
+            "adapter=none first, or leave tokenizer.add_tokens and tokenizer.chat_template away"
+        )
+    size = max(model.vocab_size, grown.vocab_size)
+    resize_vocabulary(model, size, used=min(model.vocab_size, tokenizer.vocab_size))
+    record["vocab_size"] = size
+    this.say(f"{added} new tokens, whose embeddings start as the mean of all others")
+    return grown
 
 
 def _guard(
