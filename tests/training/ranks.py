@@ -1,5 +1,6 @@
 """What tests/training/test_parallel.py runs, as one of two or four processes or alone: `python ranks.py FOLDER`."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -13,12 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from trivium.errors import TriviumError
 from trivium.models.adapters import attach
-from trivium.models.config import DoraConfig, LlamaConfig, LoraConfig, MixtralConfig
-from trivium.models.llama import Llama
+from trivium.models.config import DoraConfig, LoraConfig, MixtralConfig
 from trivium.models.mixtral import Mixtral
 from trivium.models.weights import local, read_tensors, shares_of, weights_of
 from trivium.objectives.config import NextTokenConfig, SFTConfig
 from trivium.objectives.next_token import SFT, NextToken
+from trivium.plugin import discover
+from trivium.registry import MODELS
 from trivium.schema import GuardConfig, TrainerConfig
 from trivium.training.config import AdamWConfig
 from trivium.training.objective_module import ObjectiveModule, StepSettings
@@ -30,8 +32,13 @@ from trivium.training.tensorfile import write_tensors
 from trivium.training.trainer import lightning_trainer
 from trivium.types import LossOutput, TokenBatch
 
+discover()
 ROWS, LENGTH, VOCAB = 8, 12, 61
 CPU = torch.device("cpu")
+
+
+def fields(config):
+    return {f.name for f in dataclasses.fields(config)}
 
 
 def ragged_steps(count):
@@ -85,7 +92,7 @@ OBJECTIVES = {
 
 
 def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, average=0.0, recompute=0,
-          policy="stop", frozen=(), precision="fp32", adapter="", experts=0, file=None):  # fmt: skip
+          policy="stop", frozen=(), precision="fp32", adapter="", experts=0, family="llama", file=None):  # fmt: skip
     """Train a small model; returns its figures, its weights and its optimizer's state, whole. file: where weights that
     are shared out are written to, each process its own."""
     if strategy == "tensor":
@@ -95,7 +102,9 @@ def train(world, strategy, *, size, steps=6, objective="next_token", tied=True, 
     if experts:
         model = Mixtral(MixtralConfig(**sizes, experts=experts, active=2, balance=0.05), VOCAB)
     else:
-        model = Llama(LlamaConfig(**sizes), VOCAB)
+        kind = MODELS.config(family)
+        sizes |= {"settings": json.dumps(PHI3)}
+        model = MODELS.load(family)(kind(**{k: v for k, v in sizes.items() if k in fields(kind)}), VOCAB)
     model.init_weights(seed=3)
     model.to(torch.float64 if precision == "fp32" else torch.float32).recompute = recompute
     for name, parameter in model.named_parameters():
@@ -145,7 +154,16 @@ ADAPTERS = {
     "also": LoraConfig(rank=3, also=["embed", "norm"]),
 }
 
+PHI3 = {
+    **{"model_type": "phi3", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH, "eos_token_id": 1},
+    "bos_token_id": 1,
+}
+FAMILIES = ("mistral", "qwen2", "qwen3", "gemma2", "gpt2", "qwen3_moe", "hf")
+"""Beside llama, of which all other runs are, and mixtral ("experts")."""
+
 RUNS = {
+    **{f"fsdp {family} family": ("fsdp", {"size": 2, "family": family}) for family in FAMILIES},
     **{f"{s} adapter {kind}": (s, {"size": 2, "adapter": kind}) for s in ("ddp", "fsdp") for kind in ADAPTERS},
     **{f"{s} size {n}": (s, {"size": n}) for s in ("ddp", "fsdp") for n in (4, 2, 1)},
     "fsdp untied": ("fsdp", {"size": 2, "tied": False}),

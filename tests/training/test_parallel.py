@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from trivium.compose import Component
 from trivium.errors import ConfigError
+from trivium.models.config import LlamaConfig
+from trivium.models.llama import Llama
 from trivium.schema import BatchConfig, RunConfig, TrainerConfig
 from trivium.training.config import AdamWConfig
 from trivium.training.parallel import ALONE, World
@@ -104,7 +106,8 @@ def test_two_processes_learn_what_one_does(name, together, alone):
     _, settings = ranks.RUNS[name]
     expected = alone(**{k: v for k, v in settings.items() if k not in ("size", "recompute")})
     # neftune's noise, of size 1e-9, is drawn by each process; averages are kept in fp32
-    tolerance = {"neftune": 1e-8, "average": 1e-6}.get(name.split()[1], 1e-12)
+    # GPT-2's keys have a bias, whose gradient is 0 but for rounding, of which AdamW makes steps of 1e-11
+    tolerance = {"neftune": 1e-8, "average": 1e-6, "gpt2": 1e-10}.get(name.split()[1], 1e-12)
     equal_runs(together(name), expected, tolerance)
     equal_runs(together(name, rank=1), together(name), 1e-300)  # the processes have the very same bits
 
@@ -160,7 +163,7 @@ def test_runs_would_show_what_is_wrong(alone):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor"])
 @pytest.mark.parametrize("bad", ["loss_nan", "gradient_nan"])
 def test_nan_on_one_process_changes_no_weight_of_any(strategy, bad, together):
-    start = ranks.Llama(ranks.LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, init_std=0.3), ranks.VOCAB)
+    start = Llama(LlamaConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, init_std=0.3), ranks.VOCAB)
     start.init_weights(seed=3)
     for rank in (0, 1):
         found = together(f"{strategy} {bad}", rank)
@@ -181,7 +184,7 @@ def test_nan_on_one_process_changes_no_weight_of_any(strategy, bad, together):
     ],
 )
 def test_blocks_that_cannot_be_cut_evenly_are_refused(tensor, changes, said):
-    model = ranks.Llama(ranks.LlamaConfig(**{"dim": 16, "layers": 1, "ffn_dim": 24, **changes}), ranks.VOCAB)
+    model = Llama(LlamaConfig(**{"dim": 16, "layers": 1, "ffn_dim": 24, **changes}), ranks.VOCAB)
     trainer = TrainerConfig(devices=4, strategy="fsdp", tensor_parallel=tensor)
     optim = Component("adamw", AdamWConfig())
     config = RunConfig(data=object(), trainer=trainer, batch=BatchConfig(size=4, micro_size=1), optim=optim)

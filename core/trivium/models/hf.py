@@ -108,18 +108,19 @@ class HuggingFace(CausalLM):
     @property
     def recompute(self) -> int:
         """Whether layers keep no activations: all of them or none."""
-        return int(self.inner.is_gradient_checkpointing) if hasattr(self, "inner") else 0
+        return getattr(self, "_every", 0)
 
     @recompute.setter
     def recompute(self, every: int) -> None:
-        if not hasattr(self, "inner"):
+        if not hasattr(self, "inner"):  # the base class sets it first
             return
         if every > 1:
             raise ConfigError(f"trainer.recompute={every}: model=hf recomputes every layer (1) or none (0)")
         if every:
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.inner.is_gradient_checkpointing:
+        elif self.recompute:
             self.inner.gradient_checkpointing_disable()
+        self._every = every
 
     @property
     def context(self) -> int:
