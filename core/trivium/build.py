@@ -14,7 +14,7 @@ import torch
 from trivium.compose import Component, component
 from trivium.data.config import BPEConfig
 from trivium.data.fetch import CATALOGUE, fetch
-from trivium.data.gguf_tokenizer import tokenizer_of
+from trivium.data.gguf_tokenizer import OWN_DIGITS, tokenizer_of
 from trivium.data.packing import pair_sides
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str]
     if settings.path:
         return load_tokenizer(settings.path, settings.encoding), f"tokenizer from {settings.path}"
     trained = {k: v for k, v in dataclasses.asdict(settings).items() if k != "encoding"}
-    key = manifest.digest_of([chosen.name, trained, source.fingerprint])
+    key = manifest.digest_of([chosen.name, trained, OWN_DIGITS, source.fingerprint])  # others were cut otherwise
     folder = cache_folder() / "tokenizers" / key
     if (folder / "tokenizer_config.json").is_file():  # written last
         return Tokenizer.load(folder), f"tokenizer trained earlier on this data ({folder})"

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from trivium.data.config import BPEConfig, UnigramConfig
+from trivium.data.gguf_tokenizer import OWN_DIGITS, OWN_NUMBERS, keys_of, pieces_of
 from trivium.data.hf_folder import NAMED, bare_settings, library_errors, read_core, settings_of
 from trivium.data.template import render
 from trivium.disk import make_folder, replace_file
@@ -31,7 +32,7 @@ TEMPLATE = (
     "<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# Words carry their leading space; the pieces of numbers are single digits; line breaks stay apart from words.
+# Of the unigram: words carry their leading space; numbers are single digits; line breaks stay apart from words.
 PIECES = r"""[^\S\r\n]?\p{L}+|\p{N}|[^\S\r\n]?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s"""
 WHOLE_NUMBERS = PIECES.replace(r"\p{N}|", r"[^\S\r\n]?\p{N}+|")
 
@@ -193,6 +194,15 @@ class Tokenizer:
         core.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
         return Tokenizer(core, self.config)
 
+    def gguf_keys(self, size: int) -> dict[str, Any]:
+        """The tokenizer.* keys of a GGUF file with `size` rows in its embedding. Raises DataError if there are none."""
+        said: dict[str, Any] = {
+            "add_bos_token": self.bos_id is not None,
+            "eot_token": self._core.id_to_token(self.eot_id),
+        }
+        ends = [self._core.id_to_token(i) for i in self.stop_ids]
+        return keys_of(self._core, {**self.config, **said, "stop_tokens": ends}, size)
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, then tokenizer_config.json; a folder that has the second is complete.
 
@@ -223,15 +233,13 @@ class Tokenizer:
 
 
 def train_bpe(config: BPEConfig, texts: Iterable[str]) -> Tokenizer:
-    """Train byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) on `texts`."""
+    """Train byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) on `texts`.
+
+    Text is cut by rules that llama.cpp has too (words carry their leading space, digits are single), so that the model
+    can leave as a GGUF file.
+    """
     core = tokenizers.Tokenizer(models.BPE())
-    pattern = PIECES if config.split_digits else WHOLE_NUMBERS
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    core.pre_tokenizer = pieces_of(OWN_DIGITS if config.split_digits else OWN_NUMBERS)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
