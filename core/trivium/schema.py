@@ -18,7 +18,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
 LAUNCHERS = ("here", "slurm", "local")
 STRATEGIES = ("auto", "ddp", "fsdp")
 POLICIES = ("stop", "skip", "rollback", "off")
-FORMATS = ("hf",)
+FORMATS = ("hf", "gguf")
+QUANTIZE = ("f32", "f16", "q8_0")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -310,7 +311,8 @@ class RunConfig:
     prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
     prompt_format: str = "auto"  # auto | chat | text; auto is chat once the model was tuned on conversations
     system: str = ""  # system message (phases generate and chat)
-    format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder
+    format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder | gguf, a file for llama.cpp
+    quantize: str = "f32"  # how format=gguf holds matrices: f32 | f16, half the size | q8_0, about a quarter
     debug: bool = False  # stack traces
     model: Any = None
     data: Any = None
@@ -349,6 +351,12 @@ class RunConfig:
             raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.format not in FORMATS:
             raise ConfigError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
+        if self.quantize not in QUANTIZE:
+            raise ConfigError(f"quantize={self.quantize!r} is not one of {', '.join(QUANTIZE)}")
+        if self.quantize != "f32" and self.format != "gguf":
+            raise ConfigError(
+                f"quantize={self.quantize} is for format=gguf; format={self.format} keeps weights as they are"
+            )
         if self.prompt_format not in ("auto", "chat", "text"):
             raise ConfigError(f"prompt_format={self.prompt_format!r} is not one of auto, chat, text")
         for name in ("checkpoint.keep_best", "stop.patience"):

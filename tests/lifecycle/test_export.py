@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.helpers import FAMILIES, folder_of
 
 from trivium.build import load_artifact
 from trivium.errors import TriviumError
@@ -15,30 +16,6 @@ from trivium.plugin import discover
 transformers = pytest.importorskip("transformers")
 
 discover()
-COMMON = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "max_position_embeddings": 128}
-LIKE_LLAMA = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5}
-FAMILIES = {
-    "llama": {**LIKE_LLAMA, "tie_word_embeddings": True},
-    "mistral": {**LIKE_LLAMA, "sliding_window": 9, "head_dim": 8},
-    "qwen2": LIKE_LLAMA,
-    "qwen3": {**LIKE_LLAMA, "head_dim": 16},
-    "gemma2": {**LIKE_LLAMA, "head_dim": 16, "sliding_window": 9},
-    "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128},
-}
-
-
-def folder_of(family, tokenizer, where, **more):
-    """A folder as transformers itself writes it, with random weights."""
-    torch.manual_seed(0)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    config = transformers.AutoConfig.for_model(family, vocab_size=tokenizer.num_tokens, **ids, **FAMILIES[family])
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(where, **more)
-    tokenizer.save(where)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,12 @@ def weights_of(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     return found
 
 
+def hf_tensors(model: CausalLM) -> dict[str, Tensor]:
+    """Every parameter under Hugging Face's name, the way it lies there; no copies, so some are not contiguous."""
+    names, turned = model.hf_names(), model.hf_transposed or ("\0",)
+    return {names[name]: t.t() if name.endswith(turned) else t for name, t in weights_of(model).items()}
+
+
 def read_tensors(path: Path, like: Callable[[str], Tensor | None] | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError naming it when it cannot be read.
 

@@ -31,7 +31,7 @@ RESULTS_OF = {
     "evaluate": ("data", "evaluation", "inference", "system", "phase", "domain"),
     "generate": ("prompt", "prompts", "prompt_format", "system", "inference", "phase"),
     "chat": ("prompts", "system", "inference", "phase"),
-    "export": ("format", "phase"),
+    "export": ("format", "quantize", "phase"),
 }
 
 
