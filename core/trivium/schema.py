@@ -313,6 +313,7 @@ class RunConfig:
     system: str = ""  # system message (phases generate and chat)
     format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder | gguf, a file for llama.cpp
     quantize: str = "f32"  # how format=gguf holds matrices: f32 | f16, half the size | q8_0, about a quarter
+    average: list[str] = field(default_factory=list)  # runs whose weights phase=export averages with init_from's
     debug: bool = False  # stack traces
     model: Any = None
     data: Any = None
@@ -351,6 +352,8 @@ class RunConfig:
             raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.format not in FORMATS:
             raise ConfigError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
+        if self.average and self.phase != "export":
+            raise ConfigError(f"average={list(self.average)} is for phase=export, not for phase={self.phase}")
         if self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize={self.quantize!r} is not one of {', '.join(QUANTIZE)}")
         if self.quantize != "f32" and self.format != "gguf":

@@ -18,6 +18,7 @@ from trivium.errors import CheckpointError, ConfigError
 from trivium.models.protocol import CausalLM
 from trivium.models.weights import hf_tensors
 from trivium.phases import llamacpp
+from trivium.phases.average import average_into
 from trivium.phases.export_gguf import export_gguf
 from trivium.phases.probe import ANSWER, PROBE, chat_prompt, greedy
 from trivium.phases.run import Run
@@ -35,6 +36,9 @@ def run_export(this: Run) -> int:
     model, record = parent.merged(config.model)
     if model.score is not None:
         raise CheckpointError(f"{parent.path} is a reward model, which has no form of its own there")
+    if this.averaged:
+        average_into(model, parent, this.averaged)
+        this.say(f"the mean of {1 + len(this.averaged)} models' weights")
     model.eval()
     folder = make_folder(this.folder / config.format)
     (folder / VERIFIED).unlink(missing_ok=True)  # until the gate has passed again
