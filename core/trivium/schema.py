@@ -5,6 +5,7 @@ Component settings (`model`, `data`, ...) hang under `Any` here; their types com
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -314,6 +315,8 @@ class RunConfig:
     format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder | gguf, a file for llama.cpp
     quantize: str = "f32"  # how format=gguf holds matrices: f32 | f16, half the size | q8_0, about a quarter
     average: list[str] = field(default_factory=list)  # runs whose weights phase=export averages with init_from's
+    push: str = ""  # owner/name on the Hugging Face hub that phase=export uploads to once its gate has passed
+    push_public: bool = False  # a repository that push= makes is private, unless this is true
     debug: bool = False  # stack traces
     model: Any = None
     data: Any = None
@@ -354,6 +357,12 @@ class RunConfig:
             raise ConfigError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
         if self.average and self.phase != "export":
             raise ConfigError(f"average={list(self.average)} is for phase=export, not for phase={self.phase}")
+        if self.push and self.phase != "export":
+            raise ConfigError(f"push={self.push} is for phase=export, not for phase={self.phase}")
+        if self.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise ConfigError(f"push={self.push!r} names no repository of the hub; write push=owner/name")
+        if self.push_public and not self.push:
+            raise ConfigError("push_public=true is for push=owner/name, which is not set")
         if self.quantize not in QUANTIZE:
             raise ConfigError(f"quantize={self.quantize!r} is not one of {', '.join(QUANTIZE)}")
         if self.quantize != "f32" and self.format != "gguf":

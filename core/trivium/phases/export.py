@@ -21,6 +21,7 @@ from trivium.phases import llamacpp
 from trivium.phases.average import average_into
 from trivium.phases.export_gguf import export_gguf
 from trivium.phases.probe import ANSWER, PROBE, chat_prompt, greedy
+from trivium.phases.push import push, ready
 from trivium.phases.run import Run
 
 TOLERANCE = 1e-4  # of logits in fp32, of the largest where that is above 1: the two sum in other orders
@@ -32,6 +33,8 @@ VERIFIED = "VERIFIED.json"
 def run_export(this: Run) -> int:
     """Write, then the gate: nothing is called good that an independent loader has not confirmed."""
     config, parent = this.config, this.needs_parent()
+    if config.push:
+        ready(config.push)  # before the work
     transformers = _transformers() if config.format == "hf" else llamacpp.installed()
     model, record = parent.merged(config.model)
     if model.score is not None:
@@ -56,6 +59,8 @@ def run_export(this: Run) -> int:
     replace_file(folder / VERIFIED, json.dumps(found, indent=1).encode())
     this.manifest.update(results=found)
     this.say(told)
+    if config.push:
+        this.say(f"pushed to {push(folder, config.push, public=config.push_public)}")
     return 0
 
 
