@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +132,29 @@ def _said(example: Any) -> str:
     return example["prompt"] + example["completion"]
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Loading makes many objects and no garbage; each time so many are new, Python's collector goes through the million
+    that the libraries made when they were imported (0.2 s)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 @dataclass
 class Artifact:
     """What `init_from` named: a model with its tokenizer, or a tokenizer alone.
 
     record: what its model is (`model_record`); None of a tokenizer alone. tensors: reads its weights, by our names, or
-    those of an adapter, by peft's. base: what an adapter stands on.
+    those of an adapter, by peft's. base: what an adapter stands on. digest: waits for its hash.
     """
 
     path: Path
-    sha256: str
+    digest: Callable[[], str]
     tokenizer: Tokenizer
     checkpoint: Path | None = None
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -151,11 +169,17 @@ class Artifact:
     def __post_init__(self) -> None:
         self.origin = self.origin or str(self.checkpoint or self.path)
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the files that hold it."""
+        return self.digest()
+
     @property
     def scores(self) -> bool:
         """Whether it is a reward model."""
         return self.record is not None and bool(self.record.get("scores"))
 
+    @_uncollected()
     def model(self, wanted: Component | None, kept_layers: int = 0) -> tuple[CausalLM, dict[str, Any]]:
         """The checkpoint's model, and its record.
 
@@ -167,6 +191,7 @@ class Artifact:
             return self._with_adapter(wanted, self.base)
         return self._plain(wanted, kept_layers)
 
+    @_uncollected()
     def merged(self, wanted: Component | None, quantiser: Any = None) -> tuple[CausalLM, dict[str, Any]]:
         """The model with its adapter, if it has one, in its weights; quantiser: then hold them in few bits."""
         if self.base is None:
@@ -325,6 +350,7 @@ def build_companion(role: str, companion: Artifact, tokenizer: Tokenizer, length
     return model
 
 
+@_uncollected()
 def load_artifact(init_from: str, base: str = "") -> Artifact:
     """Find and check what `init_from` names: a run, a pipeline's run, a checkpoint, a tokenizer's run, a Hugging Face
     folder, a GGUF file, an adapter, or a model that is fetched by name.
@@ -356,7 +382,7 @@ def load_artifact(init_from: str, base: str = "") -> Artifact:
         stands = said.get("adapter")
         return Artifact(
             path,
-            hashlib.sha256(record).hexdigest(),
+            lambda: hashlib.sha256(record).hexdigest(),
             Tokenizer.load(checkpoint / "tokenizer"),
             checkpoint,
             state["guard"],
@@ -371,7 +397,7 @@ def load_artifact(init_from: str, base: str = "") -> Artifact:
         return _folder(path)
     if (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(path)
-        return Artifact(path, tokenizer.fingerprint, tokenizer)
+        return Artifact(path, lambda: tokenizer.fingerprint, tokenizer)
     if (path / "checkpoints").is_dir():
         raise CheckpointError(f"{path} has no complete checkpoint yet; run its phase again to continue it")
     raise CheckpointError(
@@ -403,10 +429,10 @@ def _peft(path: Path, base: str) -> Artifact:
     said, tensors = peft.read_peft(path)
     under = _base(said.get("base_model_name_or_path") or "", base, str(path))
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else under.tokenizer
-    sha256 = fingerprint([path / peft.CONFIG, path / peft.WEIGHTS])
+    digest = _beside(lambda: fingerprint([path / peft.CONFIG, path / peft.WEIGHTS]))
     record = {**(under.record or {}), "adapter": {"peft": said, "base": {}}}
     form = "chat" if tokenizer.has_template else under.form
-    return Artifact(path, sha256, tokenizer, path, {}, form, record, lambda: tensors, under)
+    return Artifact(path, digest, tokenizer, path, {}, form, record, lambda: tensors, under)
 
 
 def _folder(path: Path) -> Artifact:
@@ -415,18 +441,38 @@ def _folder(path: Path) -> Artifact:
     if reader.get("quantization_config", None):
         raise CheckpointError(f"{path} is quantised; take the checkpoint that it was made from")
     files = Tensors(path)
-    return _foreign(path, reader, files, fingerprint([path / "config.json", *files.paths]), Tokenizer.load(path))
+    digest = _beside(lambda: fingerprint([path / "config.json", *files.paths]))
+    return _foreign(path, reader, files, digest, Tokenizer.load(path))
 
 
 def _gguf(path: Path) -> Artifact:
     """A GGUF file."""
     found = read_gguf(path)
+    digest = _beside(lambda: fingerprint([path]))
     tokenizer = Tokenizer(*tokenizer_of(found.tokenizer))
-    return _foreign(path, Reader(found.config, str(path)), found.tensors, fingerprint([path]), tokenizer)
+    return _foreign(path, Reader(found.config, str(path)), found.tensors, digest, tokenizer)
+
+
+def _beside(work: Callable[[], str]) -> Callable[[], str]:
+    """Start hashing beside what follows (it holds no lock of Python's), and get what waits for it."""
+    found: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="hash", daemon=True).start()
+    return found.result
 
 
 def _foreign(
-    path: Path, reader: Reader, files: Mapping[str, torch.Tensor], sha256: str, tokenizer: Tokenizer
+    path: Path,
+    reader: Reader,
+    files: Mapping[str, torch.Tensor],
+    digest: Callable[[], str],
+    tokenizer: Tokenizer,
 ) -> Artifact:
     """Weights under Hugging Face's names: their family is the one that is registered under its model_type."""
     family, vocab_size = reader.get("model_type"), reader.count("vocab_size")
@@ -445,7 +491,7 @@ def _foreign(
         return Renamed(files, _without_memory(chosen, vocab_size, reader.origin).hf_names(), str(path), kind)
 
     form = "chat" if tokenizer.has_template else "text"
-    return Artifact(path, sha256, tokenizer, path, {}, form, model_record(chosen, vocab_size), tensors)
+    return Artifact(path, digest, tokenizer, path, {}, form, model_record(chosen, vocab_size), tensors)
 
 
 def _runs_nearby(path: Path) -> str:

@@ -201,12 +201,15 @@ def test_an_end_of_turn_that_is_lost_fails_the_gate(trained, tmp_path):
 
 
 def test_memory_of_loading_is_the_weights_and_one_tensor(tmp_path):
-    """A file of 96 MB in fp32, the largest tensor 24 MB: what loading adds at its peak is at most 1.5 of the file."""
+    """A file of 96 MB in fp32, the largest tensor 24 MB: what loading adds at its peak is at most 1.1 of the file.
+
+    The peak is the kernel's for this process alone: getrusage begins with what the parent held, which hid all of it.
+    """
     import subprocess
     import sys
 
     code = """
-import sys, torch, resource
+import re, sys, torch
 from trivium.plugin import discover; discover()
 from trivium.build import model_of, model_record
 from trivium.compose import component
@@ -219,9 +222,12 @@ if sys.argv[2] == "make":
     from trivium.build import build_model
     save_file(weights_of(build_model(chosen, 12000, 0)), sys.argv[1])
 else:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    before = peak()
     model = model_of(record, read_tensors(sys.argv[1]))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    for parameter in model.parameters():
+        parameter.sum()
+    print((peak() - before) / 1024)
 """
     file = tmp_path / "w.safetensors"
     run = [sys.executable, "-c", code, str(file)]
@@ -229,4 +235,4 @@ else:
     size = file.stat().st_size / 2**20
     added = float(subprocess.run([*run, "read"], check=True, capture_output=True, text=True).stdout)
     assert 80 < size < 120
-    assert added < 1.5 * size
+    assert 0.9 * size < added < 1.1 * size
