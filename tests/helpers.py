@@ -108,3 +108,41 @@ def smollm2_path():
 def smollm2():
     """What `read_gguf` makes of it."""
     return read_gguf(smollm2_path())
+
+
+COMMON = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "max_position_embeddings": 128}
+LIKE_LLAMA = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5}
+FAMILIES = {
+    "llama": {**LIKE_LLAMA, "tie_word_embeddings": True},
+    "mistral": {**LIKE_LLAMA, "sliding_window": 9, "head_dim": 8},
+    "qwen2": LIKE_LLAMA,
+    "qwen3": {**LIKE_LLAMA, "head_dim": 16},
+    "gemma2": {**LIKE_LLAMA, "head_dim": 16, "sliding_window": 9},
+    "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128},
+    "mixtral": {**LIKE_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
+    "qwen3_moe": {
+        **LIKE_LLAMA,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+}
+
+
+def folder_of(family, tokenizer, where, settings=None, **more):
+    """A folder as transformers itself writes it, with random weights. more: of save_pretrained."""
+    import transformers
+
+    torch.manual_seed(0)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    sizes = {"vocab_size": tokenizer.num_tokens, **ids, **FAMILIES[family], **(settings or {})}
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(where, **more)
+    tokenizer.save(where)
+    return model

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import torch
 from trivium.compose import Component, component
 from trivium.data.config import BPEConfig
 from trivium.data.fetch import CATALOGUE, fetch
-from trivium.data.gguf_tokenizer import tokenizer_of
+from trivium.data.gguf_tokenizer import OWN_DIGITS, tokenizer_of
 from trivium.data.packing import pair_sides
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
@@ -121,7 +126,7 @@ def _cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str
         return load_tokenizer(settings.path, settings.encoding), f"tokenizer from {settings.path}"
     aside = ("encoding", "add_tokens", "chat_template")
     trained = {k: v for k, v in dataclasses.asdict(settings).items() if k not in aside}
-    key = manifest.digest_of([chosen.name, trained, source.fingerprint])
+    key = manifest.digest_of([chosen.name, trained, OWN_DIGITS, source.fingerprint])  # others were cut otherwise
     folder = cache_folder() / "tokenizers" / key
     if (folder / "tokenizer_config.json").is_file():  # written last
         return Tokenizer.load(folder), f"tokenizer trained earlier on this data ({folder})"
@@ -145,16 +150,29 @@ def _said(example: Any) -> str:
     return example["prompt"] + example["completion"]
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Loading makes many objects and no garbage; each time so many are new, Python's collector goes through the million
+    that the libraries made when they were imported (0.2 s)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 @dataclass
 class Artifact:
     """What `init_from` named: a model with its tokenizer, or a tokenizer alone.
 
     record: what its model is (`model_record`); None of a tokenizer alone. tensors: reads its weights, by our names, or
-    those of an adapter, by peft's. base: what an adapter stands on.
+    those of an adapter, by peft's. base: what an adapter stands on. digest: waits for its hash.
     """
 
     path: Path
-    sha256: str
+    digest: Callable[[], str]
     tokenizer: Tokenizer
     checkpoint: Path | None = None
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -169,11 +187,17 @@ class Artifact:
     def __post_init__(self) -> None:
         self.origin = self.origin or str(self.checkpoint or self.path)
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the files that hold it."""
+        return self.digest()
+
     @property
     def scores(self) -> bool:
         """Whether it is a reward model."""
         return self.record is not None and bool(self.record.get("scores"))
 
+    @_uncollected()
     def model(self, wanted: Component | None, kept_layers: int = 0) -> tuple[CausalLM, dict[str, Any]]:
         """The checkpoint's model, and its record.
 
@@ -185,6 +209,7 @@ class Artifact:
             return self._with_adapter(wanted, self.base)
         return self._plain(wanted, kept_layers)
 
+    @_uncollected()
     def merged(self, wanted: Component | None, quantiser: Any = None) -> tuple[CausalLM, dict[str, Any]]:
         """The model with its adapter, if it has one, in its weights; quantiser: then hold them in few bits."""
         if self.base is None:
@@ -346,6 +371,7 @@ def build_companion(role: str, companion: Artifact, tokenizer: Tokenizer, length
     return model
 
 
+@_uncollected()
 def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
     """Find and check what `init_from` names: a run, a pipeline's run, a checkpoint, a tokenizer's run, a Hugging Face
     folder, a GGUF file, an adapter, or a model that is fetched by name.
@@ -378,7 +404,7 @@ def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
         stands = said.get("adapter")
         return Artifact(
             path,
-            hashlib.sha256(record).hexdigest(),
+            lambda: hashlib.sha256(record).hexdigest(),
             Tokenizer.load(checkpoint / "tokenizer"),
             checkpoint,
             state["guard"],
@@ -393,7 +419,7 @@ def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
         return _folder(path, family)
     if (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(path)
-        return Artifact(path, tokenizer.fingerprint, tokenizer)
+        return Artifact(path, lambda: tokenizer.fingerprint, tokenizer)
     if (path / "checkpoints").is_dir():
         raise CheckpointError(f"{path} has no complete checkpoint yet; run its phase again to continue it")
     raise CheckpointError(
@@ -425,10 +451,10 @@ def _peft(path: Path, base: str) -> Artifact:
     said, tensors = peft.read_peft(path)
     under = _base(said.get("base_model_name_or_path") or "", base, str(path))
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else under.tokenizer
-    sha256 = fingerprint([path / peft.CONFIG, path / peft.WEIGHTS])
+    digest = _beside(lambda: fingerprint([path / peft.CONFIG, path / peft.WEIGHTS]))
     record = {**(under.record or {}), "adapter": {"peft": said, "base": {}}}
     form = "chat" if tokenizer.has_template else under.form
-    return Artifact(path, sha256, tokenizer, path, {}, form, record, lambda: tensors, under)
+    return Artifact(path, digest, tokenizer, path, {}, form, record, lambda: tensors, under)
 
 
 def _folder(path: Path, family: str) -> Artifact:
@@ -437,19 +463,39 @@ def _folder(path: Path, family: str) -> Artifact:
     if reader.get("quantization_config", None):
         raise CheckpointError(f"{path} is quantised; take the checkpoint that it was made from")
     files = Tensors(path)
-    sha256 = fingerprint([path / "config.json", *files.paths])
-    return _foreign(path, reader, files, sha256, Tokenizer.load(path), family)
+    digest = _beside(lambda: fingerprint([path / "config.json", *files.paths]))
+    return _foreign(path, reader, files, digest, Tokenizer.load(path), family)
 
 
 def _gguf(path: Path) -> Artifact:
     """A GGUF file."""
     found = read_gguf(path)
+    digest = _beside(lambda: fingerprint([path]))
     tokenizer = Tokenizer(*tokenizer_of(found.tokenizer))
-    return _foreign(path, Reader(found.config, str(path)), found.tensors, fingerprint([path]), tokenizer, "")
+    return _foreign(path, Reader(found.config, str(path)), found.tensors, digest, tokenizer, "")
+
+
+def _beside(work: Callable[[], str]) -> Callable[[], str]:
+    """Start hashing beside what follows (it holds no lock of Python's), and get what waits for it."""
+    found: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="hash", daemon=True).start()
+    return found.result
 
 
 def _foreign(
-    path: Path, reader: Reader, files: Mapping[str, torch.Tensor], sha256: str, tokenizer: Tokenizer, chosen_family: str
+    path: Path,
+    reader: Reader,
+    files: Mapping[str, torch.Tensor],
+    digest: Callable[[], str],
+    tokenizer: Tokenizer,
+    chosen_family: str,
 ) -> Artifact:
     """Weights under Hugging Face's names: their family is the one that is registered under its model_type, or "hf"."""
     family, vocab_size = reader.get("model_type"), reader.count("vocab_size")
@@ -473,7 +519,7 @@ def _foreign(
         return Renamed(files, _without_memory(chosen, vocab_size, reader.origin).hf_names(), str(path), kind)
 
     form = "chat" if tokenizer.has_template else "text"
-    return Artifact(path, sha256, tokenizer, path, {}, form, model_record(chosen, vocab_size), tensors)
+    return Artifact(path, digest, tokenizer, path, {}, form, model_record(chosen, vocab_size), tensors)
 
 
 def _runs_nearby(path: Path) -> str:

@@ -22,6 +22,7 @@ VERBS = {
     "explain": "trivium.explain:explain",
     "report": "trivium.cli:report",
     "watch": "trivium.lineage.watch:watch",
+    "convert": "trivium.phases.convert:convert",
     "selftest": "trivium.selftest.verb:selftest",
 }
 """Looked up before anything heavy is imported: a verb loads only what it needs."""
@@ -37,6 +38,7 @@ Trivium: a language model learns, improves and speaks.
   python launch.py -m phase=pretrain optim.lr=1e-3,3e-3        one run for each value
   python launch.py phase=chat init_from=runs/...
   python launch.py plugins list | explain optim.lr [overrides] | report runs/... | watch runs/...
+  python launch.py convert pytorch_model.bin OUT.safetensors    pickled weights, or a folder with such, as safetensors
   python launch.py selftest faults [--quick]          kill, fill and break real runs on this disk; prints a table
 """
 

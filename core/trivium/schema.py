@@ -5,6 +5,7 @@ Component settings (`model`, `data`, ...) hang under `Any` here; their types com
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
 LAUNCHERS = ("here", "slurm", "local")
 STRATEGIES = ("auto", "ddp", "fsdp")
 POLICIES = ("stop", "skip", "rollback", "off")
-FORMATS = ("hf",)
+FORMATS = ("hf", "gguf")
+QUANTIZE = ("f32", "f16", "q8_0")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -310,7 +312,11 @@ class RunConfig:
     prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
     prompt_format: str = "auto"  # auto | chat | text; auto is chat once the model was tuned on conversations
     system: str = ""  # system message (phases generate and chat)
-    format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder
+    format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder | gguf, a file for llama.cpp
+    quantize: str = "f32"  # how format=gguf holds matrices: f32 | f16, half the size | q8_0, about a quarter
+    average: list[str] = field(default_factory=list)  # runs whose weights phase=export averages with init_from's
+    push: str = ""  # owner/name on the Hugging Face hub that phase=export uploads to once its gate has passed
+    push_public: bool = False  # a repository that push= makes is private, unless this is true
     debug: bool = False  # stack traces
     model: Any = None
     data: Any = None
@@ -349,6 +355,20 @@ class RunConfig:
             raise ConfigError(f"precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.format not in FORMATS:
             raise ConfigError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
+        if self.average and self.phase != "export":
+            raise ConfigError(f"average={list(self.average)} is for phase=export, not for phase={self.phase}")
+        if self.push and self.phase != "export":
+            raise ConfigError(f"push={self.push} is for phase=export, not for phase={self.phase}")
+        if self.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise ConfigError(f"push={self.push!r} names no repository of the hub; write push=owner/name")
+        if self.push_public and not self.push:
+            raise ConfigError("push_public=true is for push=owner/name, which is not set")
+        if self.quantize not in QUANTIZE:
+            raise ConfigError(f"quantize={self.quantize!r} is not one of {', '.join(QUANTIZE)}")
+        if self.quantize != "f32" and self.format != "gguf":
+            raise ConfigError(
+                f"quantize={self.quantize} is for format=gguf; format={self.format} keeps weights as they are"
+            )
         if self.prompt_format not in ("auto", "chat", "text"):
             raise ConfigError(f"prompt_format={self.prompt_format!r} is not one of auto, chat, text")
         for name in ("checkpoint.keep_best", "stop.patience"):

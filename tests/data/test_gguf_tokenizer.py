@@ -60,6 +60,7 @@ def test_pre_tokenizers_differ_where_the_models_do():
         "gpt-2": ["12", "Ġhi"],
         "llama-bpe": ["12", "Ġhi"],
         "qwen2": ["1", "2", "Ġhi"],
+        "stablelm2": ["1", "2", "Ġhi"],
     }
 
 
@@ -99,12 +100,49 @@ def test_refusals(changes, message):
 def test_keys_of_refuses_what_gguf_cannot_say():
     own = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
     own.pre_tokenizer, own.decoder = pre_tokenizers.Whitespace(), decoders.ByteLevel()
-    with pytest.raises(DataError, match="GGUF has no name for how this tokenizer splits text"):
+    with pytest.raises(DataError, match="GGUF has no name for how this tokenizer cuts text"):
         keys_of(own, {})
     with pytest.raises(DataError, match="of the kind Unigram"):
         keys_of(tokenizers.Tokenizer(models.Unigram([("a", 0.0)])), {})
-    with pytest.raises(DataError, match="3 entries and ids up to 7"):
-        keys_of(tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "c": 7}, [])), {})
+    odd = tokenizers.Tokenizer(models.BPE({"a": 0}, [], end_of_word_suffix="</w>"))
+    with pytest.raises(DataError, match="has end_of_word_suffix, for which GGUF has no key"):
+        keys_of(odd, {})
+    core, config = tokenizer_of(keys())
+    with pytest.raises(DataError, match="names three ends, and this tokenizer has <tool> besides"):
+        keys_of(core, {**config, "eot_token": "<|turn|>", "stop_tokens": ["1", "<tool>"]})
+    core.add_special_tokens([tokenizers.AddedToken("<x>", lstrip=True)])
+    with pytest.raises(DataError, match="has <x> with lstrip"):
+        keys_of(core, config)
+
+
+def test_ids_without_a_token_are_filled_and_left_out_again():
+    """Rows of an embedding beyond the tokens, as many models have them: llama.cpp wants a token for each."""
+    core, config = tokenizer_of(keys())
+    written = keys_of(core, config, size=270)
+    assert written["tokenizer.ggml.tokens"][-5:] == [f"[PAD{i}]" for i in range(265, 270)]
+    assert written["tokenizer.ggml.token_type"][-6:] == [4, 5, 5, 5, 5, 5]
+    assert tokenizer_of(written)[0].to_str() == core.to_str()
+    holes = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "c": 5000}, []))
+    holes.pre_tokenizer = PRE["gpt-2"].pieces()
+    with pytest.raises(DataError, match="3 entries for 5,001 ids"):
+        keys_of(holes, {})
+
+
+def test_a_third_end_and_templates_by_name():
+    core, config = tokenizer_of(keys())
+    named = [{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "{{ tools }}"}]
+    config |= {"stop_tokens": ["<|turn|>"], "chat_template": named}
+    written = keys_of(core, config)
+    assert written["tokenizer.ggml.eom_token_id"] == 1
+    assert written["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    assert tokenizer_of(written)[1] == config
+
+
+def test_places_in_the_text_do_not_matter():
+    """trim_offsets, which published files set either way, changes no id."""
+    core, config = tokenizer_of(keys(pre="gpt-2"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True, trim_offsets=False)
+    assert keys_of(core, config)["tokenizer.ggml.pre"] == "gpt-2"
 
 
 def test_smollm2_tokenizer_is_exact():

@@ -12,8 +12,9 @@ import torch
 from helpers import smollm2, smollm2_path
 
 from trivium.errors import CheckpointError, ConfigError
-from trivium.models.gguf import ROPE_FREQS, by_halves, by_pairs, llama3_factors, read_gguf, write_gguf
+from trivium.models.gguf import ROPE_FREQS, by_halves, by_pairs, llama3_factors, read_gguf
 from trivium.models.gguf_file import TYPES, read_header
+from trivium.models.gguf_write import write_gguf
 
 transformers = pytest.importorskip("transformers")
 
@@ -451,7 +452,9 @@ def test_write_refuses_what_gguf_cannot_say(tmp_path):
 
     norm = tensors["model.norm.weight"]
     refused(ConfigError, "dtype=Q4_0 cannot be written as GGUF; choose F32, F16, Q8_0", dtype="Q4_0")
-    refused(ConfigError, "model_type=qwen2 cannot", CONFIG | {"model_type": "qwen2"})
+    refused(ConfigError, "model_type=mixtral cannot", CONFIG | {"model_type": "mixtral"})
+    refused(ConfigError, "with sliding_window=64", CONFIG | {"model_type": "mistral", "sliding_window": 64})
+    refused(ConfigError, "96 tokens, and the model's embedding 95 rows", CONFIG | {"vocab_size": 95})
     refused(ConfigError, "with attention_bias=True", CONFIG | {"attention_bias": True})
     refused(ConfigError, "longrope", CONFIG | {"rope_scaling": {"rope_type": "longrope"}})
     refused(ConfigError, "lacks hidden_size", {k: v for k, v in CONFIG.items() if k != "hidden_size"})

@@ -32,9 +32,9 @@ SMALL = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "cont
 LENGTH = 24
 
 
-def made(family, vocab_size):
+def made(family, vocab_size, **more):
     kind = MODELS.config(family)
-    sizes = {k: v for k, v in SMALL.items() if k in kind.__dataclass_fields__}
+    sizes = {k: v for k, v in (SMALL | more).items() if k in kind.__dataclass_fields__}
     chosen = component("model", {"name": family, **sizes, **({"settings": settings("phi3")} if family == "hf" else {})})
     model = MODELS.load(family)(chosen.config, vocab_size)
     model.init_weights(0)
@@ -120,7 +120,8 @@ def folder(family, tools):
     """A Hugging Face folder of the family with random weights, as the program itself writes it."""
     from trivium.phases.export import write_folder
 
-    model, _ = made(family, tools["tokenizer"].vocab_size)
+    gguf = {"window": 128, "query_scale": 8} if tools["gguf"] else {}  # llama.cpp knows no others
+    model, _ = made(family, tools["tokenizer"].vocab_size, **gguf)
     path = tools["path"] / "model"
     path.mkdir(exist_ok=True)
     write_folder(model.eval(), family, tools["tokenizer"], path)
@@ -182,9 +183,15 @@ def known():
 
 
 @pytest.fixture
-def tools(trained, main, monkeypatch, tmp_path):
+def tools(column, trained, main, monkeypatch, tmp_path):
     tokenizer = load_artifact(str(trained)).tokenizer
-    return {"tokenizer": tokenizer, "main": main, "monkeypatch": monkeypatch, "path": tmp_path}
+    return {
+        "tokenizer": tokenizer,
+        "main": main,
+        "monkeypatch": monkeypatch,
+        "path": tmp_path,
+        "gguf": "GGUF" in column,
+    }
 
 
 @pytest.mark.parametrize("column", COLUMNS)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.helpers import FAMILIES, folder_of
 
 from trivium.build import load_artifact
 from trivium.errors import TriviumError
@@ -15,39 +16,6 @@ from trivium.plugin import discover
 transformers = pytest.importorskip("transformers")
 
 discover()
-COMMON = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "max_position_embeddings": 128}
-LIKE_LLAMA = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5}
-FAMILIES = {
-    "llama": {**LIKE_LLAMA, "tie_word_embeddings": True},
-    "mistral": {**LIKE_LLAMA, "sliding_window": 9, "head_dim": 8},
-    "qwen2": LIKE_LLAMA,
-    "qwen3": {**LIKE_LLAMA, "head_dim": 16},
-    "gemma2": {**LIKE_LLAMA, "head_dim": 16, "sliding_window": 9},
-    "gpt2": {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128},
-    "mixtral": {**LIKE_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
-    "qwen3_moe": {
-        **LIKE_LLAMA,
-        "head_dim": 16,
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "norm_topk_prob": True,
-    },
-}
-
-
-def folder_of(family, tokenizer, where, **more):
-    """A folder as transformers itself writes it, with random weights."""
-    torch.manual_seed(0)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    config = transformers.AutoConfig.for_model(family, vocab_size=tokenizer.num_tokens, **ids, **FAMILIES[family])
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(where, **more)
-    tokenizer.save(where)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -241,12 +209,15 @@ def test_an_end_of_turn_that_is_lost_fails_the_gate(trained, tmp_path):
 
 
 def test_memory_of_loading_is_the_weights_and_one_tensor(tmp_path):
-    """A file of 96 MB in fp32, the largest tensor 24 MB: what loading adds at its peak is at most 1.5 of the file."""
+    """A file of 96 MB in fp32, the largest tensor 24 MB: what loading adds at its peak is at most 1.1 of the file.
+
+    The peak is the kernel's for this process alone: getrusage begins with what the parent held, which hid all of it.
+    """
     import subprocess
     import sys
 
     code = """
-import sys, torch, resource
+import re, sys, torch
 from trivium.plugin import discover; discover()
 from trivium.build import model_of, model_record
 from trivium.compose import component
@@ -259,9 +230,12 @@ if sys.argv[2] == "make":
     from trivium.build import build_model
     save_file(weights_of(build_model(chosen, 12000, 0)), sys.argv[1])
 else:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    before = peak()
     model = model_of(record, read_tensors(sys.argv[1]))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    for parameter in model.parameters():
+        parameter.sum()
+    print((peak() - before) / 1024)
 """
     file = tmp_path / "w.safetensors"
     run = [sys.executable, "-c", code, str(file)]
@@ -269,4 +243,4 @@ else:
     size = file.stat().st_size / 2**20
     added = float(subprocess.run([*run, "read"], check=True, capture_output=True, text=True).stdout)
     assert 80 < size < 120
-    assert added < 1.5 * size
+    assert 0.9 * size < added < 1.1 * size

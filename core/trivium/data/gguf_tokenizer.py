@@ -17,10 +17,15 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from trivium.errors import DataError
 
-CONTROL, USER_DEFINED, NORMAL = 3, 4, 1
-"""Of `tokenizer.ggml.token_type`; the others (unknown, unused, byte) are ordinary entries here."""
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Of `tokenizer.ggml.token_type`; the others (unknown, byte) are ordinary entries here, and so are unused ones but for
+those that fill a file's ids up to the rows of the embedding, [PAD300] for id 300: they are left out."""
 TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown", "eot_token": "eot"}
 """tokenizer_config.json's name -> the middle of tokenizer.ggml.*_token_id."""
+ENDS = ("eos_token", "eot_token")
+MOST_FILLERS = 4096
+FURTHER_END = "tokenizer.ggml.eom_token_id"
+TEMPLATE = "tokenizer.chat_template"
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -53,7 +58,15 @@ PRE: Mapping[str, _Pre] = {
     "gpt-2": _Pre(_byte_level),
     "llama-bpe": _Pre(lambda: _split(r"\p{N}{1,3}"), whole_words=True),
     "qwen2": _Pre(lambda: _split(r"\p{N}"), nfc=True),
+    "stablelm2": _Pre(lambda: _split(r"\p{N}")),
 }
+OWN_DIGITS, OWN_NUMBERS = "stablelm2", "gpt-2"
+"""The rules of tokenizers that are trained here: of those that GGUF has names for, and keep every byte."""
+
+
+def pieces_of(name: str) -> pre_tokenizers.PreTokenizer:
+    """How text is cut before the merges under the rules of this name."""
+    return PRE[name].pieces()
 
 
 def tokenizer_of(keys: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -71,9 +84,13 @@ def tokenizer_of(keys: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[st
         raise DataError(
             f"the GGUF file's tokenizer.ggml.token_type does not have one type for each of {len(tokens):,} tokens"
         )
-    vocabulary = {token: id for id, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise DataError(f"the GGUF file's tokenizer has {len(tokens) - len(vocabulary):,} tokens twice")
+    if twice := len(tokens) - len(set(tokens)):
+        raise DataError(f"the GGUF file's tokenizer has {twice:,} tokens twice")
+    used = [
+        not (kind == UNUSED and token == _filler(id))
+        for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    ]
+    vocabulary = {token: id for id, token in enumerate(tokens) if used[id]}
     merges = [tuple(merge.split(" ")) for merge in _texts(keys, "tokenizer.ggml.merges")]
     if wrong := next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocabulary.keys()), None):
         raise DataError(
@@ -88,26 +105,25 @@ def tokenizer_of(keys: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[st
     return core, _config(keys, tokens)
 
 
-def keys_of(core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
+def keys_of(core: tokenizers.Tokenizer, config: Mapping[str, Any], size: int = 0) -> dict[str, Any]:
     """The tokenizer.* keys that `tokenizer_of` makes this tokenizer from, for a GGUF file to be written.
 
-    Raises DataError where they cannot say it exactly: no byte-level BPE, holes in its ids, or a pre-tokenizer that GGUF
-    has no name for.
+    size: the rows of the model's embedding; llama.cpp wants a token for each, and ids without one get a filler. Raises
+    DataError where the keys cannot say it exactly: no byte-level BPE, more than three ends, or a way to cut text that
+    GGUF has no name for.
     """
     state = json.loads(core.to_str())
-    if (kind := state["model"]["type"]) != "BPE":
-        raise DataError(f"a tokenizer of the kind {kind} cannot be written into a GGUF file; byte-level BPE can")
+    model, name = state["model"], _name_of(state)
     added = {entry["id"]: entry for entry in state["added_tokens"]}
-    names = {id: token for token, id in state["model"]["vocab"].items()} | {i: e["content"] for i, e in added.items()}
-    if sorted(names) != list(range(len(names))):
-        raise DataError(
-            f"the tokenizer has {len(names):,} entries and ids up to {max(names):,}; GGUF numbers without holes"
-        )
+    names = {id: token for token, id in model["vocab"].items()} | {i: e["content"] for i, e in added.items()}
+    count = max(size, max(names) + 1)
+    if count > 2 * len(names) + MOST_FILLERS:
+        raise DataError(f"the tokenizer has {len(names):,} entries for {count:,} ids, which are too many without one")
     keys: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _name_of(state),
-        "tokenizer.ggml.tokens": [names[i] for i in range(len(names))],
-        "tokenizer.ggml.token_type": [_type(added.get(i)) for i in range(len(names))],
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.tokens": [names.get(i, _filler(i)) for i in range(count)],
+        "tokenizer.ggml.token_type": [_type(added.get(i)) if i in names else UNUSED for i in range(count)],
         "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]],
         "tokenizer.ggml.add_bos_token": bool(config.get("add_bos_token", False)),
     }
@@ -117,7 +133,24 @@ def keys_of(core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, 
             if token not in ids:
                 raise DataError(f"the tokenizer's {name} {token!r} is not in its vocabulary")
             keys[f"tokenizer.ggml.{middle}_token_id"] = ids[token]
-    return keys | ({"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {})
+    further = [token for token in config.get("stop_tokens", ()) if token not in (config.get(end) for end in ENDS)]
+    if len(further) > 1:
+        raise DataError(f"a GGUF file names three ends, and this tokenizer has {', '.join(further[1:])} besides")
+    if further:
+        keys[FURTHER_END] = ids[further[0]]
+    return keys | _templates(config.get("chat_template"))
+
+
+def _templates(given: Any) -> dict[str, str]:
+    """The chat template, or several by name, of which "default" is the nameless one."""
+    if not given:
+        return {}
+    named = {"default": given} if isinstance(given, str) else {entry["name"]: entry["template"] for entry in given}
+    return {TEMPLATE if name == "default" else f"{TEMPLATE}.{name}": text for name, text in named.items()}
+
+
+def _filler(id: int) -> str:
+    return f"[PAD{id}]"
 
 
 def _known(name: Any) -> _Pre:
@@ -148,19 +181,26 @@ def _core(vocabulary: dict[str, int], merges: list[Any], pre: _Pre) -> tokenizer
 def _config(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, middle in TOKENS.items():
-        key = f"tokenizer.ggml.{middle}_token_id"
-        id = keys.get(key)
-        if id is None:
-            continue
-        if not isinstance(id, int) or not 0 <= id < len(tokens):
-            raise DataError(f"the GGUF file's {key} is {id!r}; its tokens are 0 to {len(tokens) - 1:,}")
-        config[name] = tokens[id]
+        if keys.get(key := f"tokenizer.ggml.{middle}_token_id") is not None:
+            config[name] = _token(keys, key, tokens)
     if "eos_token" in config:
         config.setdefault("eot_token", config["eos_token"])
     config["add_bos_token"] = keys.get("tokenizer.ggml.add_bos_token") is True
-    if isinstance(template := keys.get("tokenizer.chat_template"), str):
-        config["chat_template"] = template
+    if FURTHER_END in keys:
+        config["stop_tokens"] = [_token(keys, FURTHER_END, tokens)]
+    if isinstance(template := keys.get(TEMPLATE), str):
+        others = {
+            key.removeprefix(f"{TEMPLATE}."): text for key, text in keys.items() if key.startswith(f"{TEMPLATE}.")
+        }
+        named = [{"name": name, "template": text} for name, text in ({"default": template} | others).items()]
+        config["chat_template"] = named if others else template
     return config
+
+
+def _token(keys: Mapping[str, Any], key: str, tokens: list[str]) -> str:
+    if not isinstance(id := keys[key], int) or not 0 <= id < len(tokens):
+        raise DataError(f"the GGUF file's {key} is {id!r}; its tokens are 0 to {len(tokens) - 1:,}")
+    return tokens[id]
 
 
 def _type(added: Mapping[str, Any] | None) -> int:
@@ -168,12 +208,26 @@ def _type(added: Mapping[str, Any] | None) -> int:
 
 
 def _name_of(state: Mapping[str, Any]) -> str:
-    """The name under which GGUF knows this pre-tokenizer."""
-
-    def rules(of: Mapping[str, Any]) -> tuple[Any, ...]:
-        return of["normalizer"], of["pre_tokenizer"], of["model"]["ignore_merges"]
-
+    """The name under which GGUF knows how this tokenizer cuts text. Raises DataError where it has none."""
+    model = state["model"]
+    if (kind := model["type"]) != "BPE":
+        raise DataError(f"a tokenizer of the kind {kind} cannot be written into a GGUF file; byte-level BPE can")
+    odd = [key for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(key)]
+    for entry in state["added_tokens"]:
+        odd += [f"{entry['content']} with {flag}" for flag in ("lstrip", "rstrip", "single_word") if entry[flag]]
+    if odd:
+        raise DataError(f"the tokenizer has {odd[0]}, for which GGUF has no key")
     for name, pre in PRE.items():
-        if rules(json.loads(_core({}, [], pre).to_str())) == rules(state):
+        if _rules(json.loads(_core({}, [], pre).to_str())) == _rules(state):
             return name
-    raise DataError(f"GGUF has no name for how this tokenizer splits text; it has names for {', '.join(PRE)}")
+    raise DataError(
+        f"GGUF has no name for how this tokenizer cuts text, so llama.cpp would read other tokens; it has names for "
+        f"the rules of {', '.join(PRE)}, and tokenizers that are trained here cut by {OWN_DIGITS}'s"
+    )
+
+
+def _rules(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides where text is cut. trim_offsets is about places in the text, which nobody asks for."""
+    cuts = state["pre_tokenizer"] or {}
+    parts = [{k: v for k, v in part.items() if k != "trim_offsets"} for part in cuts.get("pretokenizers", [cuts])]
+    return state["normalizer"], parts, state["model"]["ignore_merges"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from trivium.data.config import BPEConfig, UnigramConfig
+from trivium.data.gguf_tokenizer import OWN_DIGITS, OWN_NUMBERS, keys_of, pieces_of
 from trivium.data.hf_folder import NAMED, bare_settings, library_errors, read_core, settings_of
 from trivium.data.template import render
 from trivium.disk import make_folder, replace_file
@@ -33,15 +36,17 @@ TEMPLATE = (
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Words carry their leading space; the pieces of numbers are single digits; line breaks stay apart from words.
+# Of the unigram: words carry their leading space; numbers are single digits; line breaks stay apart from words.
 PIECES = r"""[^\S\r\n]?\p{L}+|\p{N}|[^\S\r\n]?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s"""
 WHOLE_NUMBERS = PIECES.replace(r"\p{N}|", r"[^\S\r\n]?\p{N}+|")
 
 MOST_HOLES = 4096
 """Ids without a token, beyond as many as there are tokens, before a vocabulary is refused."""
+
+_LOCK = threading.Lock()  # of the module: a tokenizer that holds one could not be sent to another process
 
 PROBE = "Probe 12,\n\n  caf\u00e9 \U0001f600!"
 
@@ -71,8 +76,6 @@ class Tokenizer:
         unmarked = [token for token in named if token not in special]
         if unmarked:  # in the vocabulary as a word: the ids stay, but text must not be read as it
             core.add_special_tokens([AddedToken(token, normalized=False) for token in unmarked])
-        self._literal = tokenizers.Tokenizer.from_str(core.to_str())
-        self._literal.encode_special_tokens = True
         self.vocab_size = top + 1
         """Ids run from 0 to one less: what a model's embedding needs. Ids without a token count, too."""
 
@@ -123,7 +126,8 @@ class Tokenizer:
         except DataError:
             return None
         special = {i for i, token in self._core.get_added_tokens_decoder().items() if token.special}
-        after = self._core.encode(text.rpartition("\ue004")[2], add_special_tokens=False).ids
+        with self._reading(special=True) as core:
+            after = core.encode(text.rpartition("\ue004")[2], add_special_tokens=False).ids
         return next((i for i in after if i in special), None)
 
     def _token(self, name: str) -> str:
@@ -176,14 +180,26 @@ class Tokenizer:
         content = self._core.to_str() + json.dumps(self.config, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @contextmanager
+    def _reading(self, special: bool) -> Iterator[tokenizers.Tokenizer]:
+        """The core, set to read special tokens in text or not. One for both takes half the memory of two, and half the
+        time to load; whoever encodes waits for who does."""
+        with _LOCK:
+            self._core.encode_special_tokens = not special
+            try:
+                yield self._core
+            finally:
+                self._core.encode_special_tokens = False
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it is read as a special token."""
-        return self._literal.encode(text, add_special_tokens=False).ids
+        with self._reading(special=False) as core:
+            return core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Ids of many texts, on all cores. special: read special tokens in them (rendered templates only)."""
-        core = self._core if special else self._literal
-        return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with self._reading(special) as core:
+            return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. special: show special tokens."""
@@ -218,6 +234,15 @@ class Tokenizer:
         grown = self.add_tokens(new) if new else self
         return Tokenizer(grown._core, settings) if settings != self.config else grown
 
+    def gguf_keys(self, size: int) -> dict[str, Any]:
+        """The tokenizer.* keys of a GGUF file with `size` rows in its embedding. Raises DataError if there are none."""
+        said: dict[str, Any] = {
+            "add_bos_token": self.bos_id is not None,
+            "eot_token": self._core.id_to_token(self.eot_id),
+        }
+        ends = [self._core.id_to_token(i) for i in self.stop_ids]
+        return keys_of(self._core, {**self.config, **said, "stop_tokens": ends}, size)
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, then tokenizer_config.json; a folder that has the second is complete.
 
@@ -248,15 +273,13 @@ class Tokenizer:
 
 
 def train_bpe(config: BPEConfig, texts: Iterable[str]) -> Tokenizer:
-    """Train byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) on `texts`."""
+    """Train byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) on `texts`.
+
+    Text is cut by rules that llama.cpp has too (words carry their leading space, digits are single), so that the model
+    can leave as a GGUF file.
+    """
     core = tokenizers.Tokenizer(models.BPE())
-    pattern = PIECES if config.split_digits else WHOLE_NUMBERS
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    core.pre_tokenizer = pieces_of(OWN_DIGITS if config.split_digits else OWN_NUMBERS)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,

@@ -1,4 +1,4 @@
-"""GGUF files in and out, in Hugging Face's words: config.json's keys, its tensor names, its order of rows.
+"""GGUF files in, in Hugging Face's words: config.json's keys, its tensor names, its order of rows (out: gguf_write.py).
 
 What llama.cpp's converter (https://github.com/ggml-org/llama.cpp, convert_hf_to_gguf.py) did on the way in is undone:
 the rows of q and k of Llama files are stored by rotary pairs, Gemma's norms have 1 added, GPT-2's matrices lie the
@@ -8,19 +8,15 @@ other way round. Mistral files say "llama" of themselves.
 from __future__ import annotations
 
 import math
-import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from trivium.disk import sync_file, sync_folder
-from trivium.errors import CheckpointError, ConfigError
+from trivium.errors import CheckpointError
 from trivium.models.gguf_file import Header, read_header
 from trivium.models.names import difference, few
 
@@ -87,8 +83,6 @@ FAMILIES: Mapping[str, tuple[str, Block]] = {
 letters: V vocabulary, C width, Q query heads times head width, K key heads times it, D head width, F feed-forward
 width, P positions, T three times C."""
 ROPE_FREQS = "rope_freqs.weight"
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
-"""What general.file_type calls the types that are written."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ class GGUF:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One tensor under both names. shape: in the GGUF file."""
 
     gguf: str
@@ -116,7 +110,7 @@ class _Part:
 class _Tensors(Mapping[str, Tensor]):
     """Tensors by Hugging Face's names, read when asked for. Raises CheckpointError where values are not finite."""
 
-    def __init__(self, header: Header, parts: list[_Part], change: Callable[[str, Tensor], Tensor]) -> None:
+    def __init__(self, header: Header, parts: list[Part], change: Callable[[str, Tensor], Tensor]) -> None:
         self._header, self._parts, self._change = header, {p.hf: p.gguf for p in parts}, change
 
     def __getitem__(self, name: str) -> Tensor:
@@ -139,7 +133,7 @@ def read_gguf(path: Path) -> GGUF:
     if kind not in FAMILIES:
         raise CheckpointError(f"{path} is of the architecture {kind!r}; read are {', '.join(FAMILIES)}")
     config = _config_of_gpt2(header) if kind == "gpt2" else _config_of(header, kind)
-    parts = _parts(config, len(header.tensors), str(path))
+    parts = parts_of(config, len(header.tensors), str(path))
     _agree(header, parts, free={ROPE_FREQS} if kind == "llama" else set())
     if ROPE_FREQS in header.tensors:
         config["rope_scaling"] = _llama3_scaling(header, config)
@@ -273,7 +267,7 @@ def llama3_factors(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> Ten
     """By what Llama 3.1 divides each of the D / 2 rotary frequencies: 1 for short waves, `factor` for long ones
     (Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783; the rule is in Meta's and Hugging Face's code)."""
     steps = torch.arange(0, config["head_dim"], 2, dtype=torch.float64) / config["head_dim"]
-    wave = 2 * math.pi * _theta(config) ** steps
+    wave = 2 * math.pi * theta_of(config) ** steps
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = ((scaling["original_max_position_embeddings"] / wave - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / scaling["factor"] + smooth)).float()
@@ -290,7 +284,7 @@ def _llama3_scaling(header: Header, config: Mapping[str, Any]) -> dict[str, Any]
     return scaling
 
 
-def _parts(config: Mapping[str, Any], most: int, origin: str) -> list[_Part]:
+def parts_of(config: Mapping[str, Any], most: int, origin: str) -> list[Part]:
     """Every tensor that a model of this config has. most: refuse more layers than this many tensors can fill."""
     family = config["model_type"]
     outer, block = (GPT2_OUTER if family == "gpt2" else OUTER), FAMILIES[family][1]
@@ -307,10 +301,10 @@ def _parts(config: Mapping[str, Any], most: int, origin: str) -> list[_Part]:
     for i in range(layers):
         names += [(f"blk.{i}.{gguf}", f"{where}.{i}.{hf}", shape) for gguf, (hf, shape) in block.items()]
     tied = config["tie_word_embeddings"]
-    return [_Part(g, h, tuple(sizes[c] for c in s)) for g, h, s in names if not (tied and g == "output.weight")]
+    return [Part(g, h, tuple(sizes[c] for c in s)) for g, h, s in names if not (tied and g == "output.weight")]
 
 
-def _agree(header: Header, parts: list[_Part], free: set[str]) -> None:
+def _agree(header: Header, parts: list[Part], free: set[str]) -> None:
     names = {p.gguf for p in parts}
     if told := difference(names, header.tensors.keys() - (free - names)):
         raise CheckpointError(f"{header.path} is of another architecture than it says: it {told}")
@@ -319,138 +313,6 @@ def _agree(header: Header, parts: list[_Part], free: set[str]) -> None:
             raise CheckpointError(f"{header.path}: {p.gguf} is {found}; by the file's own keys it would be {p.shape}")
 
 
-def _theta(config: Mapping[str, Any]) -> float:
+def theta_of(config: Mapping[str, Any]) -> float:
     """rope_theta where transformers 4 writes it, or where transformers 5 does."""
     return float(config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
-
-
-def write_gguf(
-    path: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    tokenizer: Mapping[str, Any],
-    dtype: str = "F32",
-) -> None:
-    """Write a Llama model as llama.cpp reads it, whole or not at all; one tensor at a time is in memory.
-
-    config and tensors in Hugging Face's words, tokenizer as `GGUF.tokenizer` has it (chat template included). dtype:
-    F32, F16 or Q8_0, of the matrices: norms stay fp32, and a matrix whose rows Q8_0 cannot cut into blocks is F16.
-    Raises ConfigError for another dtype or family, CheckpointError for tensors that do not fit or are not finite.
-    """
-    from gguf import GGMLQuantizationType, GGUFWriter  # here: importing it takes 0.4 s
-    from gguf.quants import quant_shape_to_byte_shape, quantize
-
-    if dtype not in FILE_TYPES:
-        raise ConfigError(f"dtype={dtype} cannot be written as GGUF; choose {', '.join(FILE_TYPES)}")
-    config = _writable(config)
-    parts, factors = _parts(config, len(tensors), "the model to be written"), _factors(config)
-    if told := difference({p.hf for p in parts}, tensors.keys()):
-        raise CheckpointError(f"{path} is not written: the model {told}")
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    writer = GGUFWriter(temporary, "llama")
-    try:
-        _write_keys(writer, config, tokenizer, FILE_TYPES[dtype])
-        kinds = {}
-        for p in parts:
-            kind = "F32" if len(p.shape) == 1 else "F16" if dtype == "Q8_0" and p.shape[-1] % 32 else dtype
-            kinds[p.gguf] = type = GGMLQuantizationType[kind]
-            raw = quant_shape_to_byte_shape(p.shape, type) if kind == "Q8_0" else p.shape
-            width = {"F32": 4, "F16": 2, "Q8_0": 1}[kind]
-            number = {"F32": "float32", "F16": "float16", "Q8_0": "uint8"}[kind]
-            writer.add_tensor_info(p.gguf, raw, np.dtype(number), math.prod(raw) * width, raw_dtype=type)
-        if factors is not None:
-            writer.add_tensor_info(ROPE_FREQS, tuple(factors.shape), np.dtype("float32"), 4 * factors.numel())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-        for p in parts:
-            tensor = tensors[p.hf].detach().float().cpu()
-            if tuple(tensor.shape) != p.shape:
-                raise CheckpointError(
-                    f"{path} is not written: {p.hf} is {tuple(tensor.shape)}, the config says {p.shape}"
-                )
-            if (layer_part := p.gguf.split(".")[-2]) in heads:
-                tensor = by_pairs(tensor, heads[layer_part])
-            if not torch.isfinite(tensor.half() if kinds[p.gguf].name == "F16" else tensor).all():
-                raise CheckpointError(f"{path} is not written: {p.hf} holds values that are not finite in {dtype}")
-            writer.write_tensor_data(quantize(tensor.contiguous().numpy(), kinds[p.gguf]))
-        if factors is not None:
-            writer.write_tensor_data(factors.numpy())
-        writer.close()
-        sync_file(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
-    except (ValueError, struct.error) as error:
-        raise ConfigError(
-            f"{path} is not written: a key of the model or its tokenizer has no form there ({error})"
-        ) from error
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
-
-
-def _writable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what it leaves to Hugging Face's defaults, or ConfigError naming what GGUF cannot say of it."""
-    kind = config.get("model_type")
-    extras = {k: config[k] for k in ("sliding_window", "attention_bias", "mlp_bias") if config.get(k)}
-    if kind not in ("llama", "mistral") or extras:
-        told = "".join(f" with {key}={value}" for key, value in extras.items())
-        raise ConfigError(f"model_type={kind}{told} cannot be written as GGUF; only the Llama family can")
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
-    if lacking := [key for key in needed if config.get(key) is None]:
-        raise ConfigError(f"the config of the model to be written lacks {', '.join(lacking)}")
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or config["hidden_size"] // heads
-    filled = {"num_key_value_heads": config.get("num_key_value_heads") or heads, "head_dim": width}
-    return {**config, **filled, "model_type": "llama"}
-
-
-def _scaling_written(config: Mapping[str, Any]) -> dict[str, Any]:
-    scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    type = scaling.get("rope_type") or scaling.get("type") or "default"
-    if type not in ("default", "linear", "yarn", "llama3"):
-        raise ConfigError(f"rope scaling of type {type} cannot be written as GGUF; linear, yarn and llama3 can")
-    extras = scaling.keys() - {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
-    if extras and type != "llama3":
-        raise ConfigError(f"rope scaling with {', '.join(sorted(extras))} cannot be written as GGUF")
-    return {**scaling, "rope_type": type}
-
-
-def _factors(config: Mapping[str, Any]) -> Tensor | None:
-    scaling = _scaling_written(config)
-    return llama3_factors(config, scaling) if scaling["rope_type"] == "llama3" else None
-
-
-def _write_keys(writer: Any, config: Mapping[str, Any], tokenizer: Mapping[str, Any], file_type: int) -> None:
-    """Keys as llama.cpp's converter writes them; the architecture is there already."""
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(2)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(_theta(config))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    scaling = _scaling_written(config)
-    if scaling["rope_type"] in ("linear", "yarn"):
-        writer.add_string("llama.rope.scaling.type", scaling["rope_type"])
-        writer.add_rope_scaling_factor(scaling["factor"])
-    if scaling["rope_type"] == "yarn":
-        length = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        writer.add_rope_scaling_orig_ctx_len(length)
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-              list: writer.add_array}  # fmt: skip
-    for key, value in tokenizer.items():
-        if type(value) not in adders:
-            raise ConfigError(f"the tokenizer's {key} is a {type(value).__name__}, which GGUF has no type for")
-        adders[type(value)](key, value)

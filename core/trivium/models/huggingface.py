@@ -128,6 +128,8 @@ class Tensors(Mapping[str, Tensor]):
         elif not (folder / SINGLE).is_file():
             others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack"))
             hint = f"; {others[0]} can run code when it is read and is not" if others else ""
+            if others and others[0].endswith((".bin", ".pt", ".pth")):
+                hint += f": `python launch.py convert {folder} NEW_FOLDER` makes safetensors of it, without running any"
             raise CheckpointError(f"{folder} has no {SINGLE}{hint}")
         files = sorted(set(named.values())) if named else [SINGLE]
         self.paths = [folder / name for name in files]

@@ -57,6 +57,12 @@ def weights_of(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     return found
 
 
+def hf_tensors(model: CausalLM) -> dict[str, Tensor]:
+    """Every parameter under Hugging Face's name, the way it lies there; no copies, so some are not contiguous."""
+    names, turned = model.hf_names(), model.hf_transposed or ("\0",)
+    return {names[name]: t.t() if name.endswith(turned) else t for name, t in weights_of(model).items()}
+
+
 def read_tensors(path: Path, like: Callable[[str], Tensor | None] | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError naming it when it cannot be read.
 
@@ -159,8 +165,19 @@ def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], origin: str) -
         raise CheckpointError(
             f"{origin} is of another size: {name} is {tuple(tensor.shape)} there, {tuple(shape)} in the model"
         )
-    if not torch.isfinite(local(tensor)).all():
+    if not all_finite(local(tensor)):
         raise CheckpointError(f"{origin}: {name} holds values that are not finite")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite. One that is not makes the sum so, in one pass without a copy; a sum may also
+    overflow, and then each is looked at.
+
+    >>> huge = torch.tensor([3e38, 3e38])
+    >>> all_finite(huge), all_finite(torch.tensor([torch.inf, -torch.inf])), all_finite(huge * huge)
+    (True, False, False)
+    """
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Leave with a checkpoint: a Hugging Face folder that an independent loader has read, compared and made to speak."""
+"""Leave with a checkpoint, in a form that an independent loader has read, compared and made to speak: a Hugging Face
+folder, checked with transformers, or a GGUF file, checked with llama.cpp (export_gguf.py).
+"""
 
 from __future__ import annotations
 
@@ -10,47 +12,61 @@ import torch
 from safetensors.torch import save_file
 
 from trivium.build import device_of
-from trivium.data.chat import Chat
 from trivium.data.tokenizer import Tokenizer
 from trivium.disk import make_folder, replace_file
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models.protocol import CausalLM
-from trivium.models.weights import weights_of
+from trivium.models.weights import hf_tensors
+from trivium.phases import llamacpp
+from trivium.phases.average import average_into
+from trivium.phases.export_gguf import export_gguf
+from trivium.phases.probe import ANSWER, PROBE, chat_prompt, greedy
+from trivium.phases.push import push, ready
 from trivium.phases.run import Run
 
-PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\n  What is 2 + 2?"
 TOLERANCE = 1e-4  # of logits in fp32, of the largest where that is above 1: the two sum in other orders
-ANSWER = 24  # tokens of the greedy answer that are compared
+
+
+VERIFIED = "VERIFIED.json"
 
 
 def run_export(this: Run) -> int:
-    """Write the folder, then the gate: nothing is called good that transformers has not confirmed."""
-    parent = this.needs_parent()
-    transformers = _transformers()
-    model, record = parent.merged(this.config.model)
+    """Write, then the gate: nothing is called good that an independent loader has not confirmed."""
+    config, parent = this.config, this.needs_parent()
+    if config.push:
+        ready(config.push)  # before the work
+    transformers = _transformers() if config.format == "hf" else llamacpp.installed()
+    model, record = parent.merged(config.model)
     if model.score is not None:
         raise CheckpointError(f"{parent.path} is a reward model, which has no form of its own there")
-    folder = make_folder(this.folder / "hf")
-    (folder / "VERIFIED.json").unlink(missing_ok=True)  # until the gate has passed again
+    if this.averaged:
+        average_into(model, parent, this.averaged)
+        this.say(f"the mean of {1 + len(this.averaged)} models' weights")
+    model.eval()
+    folder = make_folder(this.folder / config.format)
+    (folder / VERIFIED).unlink(missing_ok=True)  # until the gate has passed again
     this.begin(model={"name": record["name"], "parameters": model.num_parameters})
-    write_folder(model.eval(), record["name"], parent.tokenizer, folder)
-    found = verify_folder(model, parent.tokenizer, folder, transformers)
-    replace_file(folder / "VERIFIED.json", json.dumps(found, indent=1).encode())
+    if config.format == "hf":
+        write_folder(model, record["name"], parent.tokenizer, folder)
+        found = verify_folder(model, parent.tokenizer, folder, transformers)
+        told = (
+            f"{folder}: transformers {found['transformers']} reads it; logits differ by at most "
+            f"{found['logits']:.1e}, prompt ids and {found['greedy']} greedy tokens are the same"
+        )
+    else:
+        config_json = {"model_type": record["name"], **model.hf_config()}
+        found, told = export_gguf(model, config_json, parent.tokenizer, folder / "model.gguf", config.quantize)
+    replace_file(folder / VERIFIED, json.dumps(found, indent=1).encode())
     this.manifest.update(results=found)
-    this.say(
-        f"{folder}: transformers {found['transformers']} reads it; logits differ by at most "
-        f"{found['logits']:.1e}, prompt ids and {found['greedy']} greedy tokens are the same"
-    )
+    this.say(told)
+    if config.push:
+        this.say(f"pushed to {push(folder, config.push, public=config.push_public)}")
     return 0
 
 
 def write_folder(model: CausalLM, family: str, tokenizer: Tokenizer, folder: Path) -> None:
     """safetensors, config.json, generation_config.json with every id that ends an answer, and the tokenizer."""
-    names, turned = model.hf_names(), model.hf_transposed or ("\0",)
-    tensors = {
-        names[name]: (tensor.t() if name.endswith(turned) else tensor).contiguous()
-        for name, tensor in weights_of(model).items()
-    }
+    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(model).items()}
     ends = sorted(tokenizer.stop_ids)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -76,7 +92,7 @@ def verify_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path, transform
     prompt = [*tokenizer.start, *ids]
     if tokenizer.has_template:
         messages = [{"role": "user", "content": PROBE}]
-        prompt = Chat(tokenizer).prompt_ids(messages)
+        prompt = chat_prompt(tokenizer)
         rendered = reader.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         if rendered != prompt:
             raise CheckpointError(f"{folder}: transformers renders a prompt as {rendered[:8]}..., not {prompt[:8]}...")
@@ -89,22 +105,13 @@ def verify_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path, transform
             f"{folder}: logits of transformers differ by {apart:.2e}, more than {TOLERANCE:g} of the largest"
         )
     ends = set(tokenizer.stop_ids)
-    answer = _greedy(model, tokens[0].tolist(), room, ends)
+    answer = greedy(model, tokens[0].tolist(), room, ends)
     spoken = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_length=room)
     if (said := spoken[0, tokens.shape[1] :].tolist()) != answer:
         raise CheckpointError(f"{folder}: transformers answers {said[:8]}..., not {answer[:8]}...")
     if set(theirs.generation_config.eos_token_id) != ends:
         raise CheckpointError(f"{folder}: transformers stops at {theirs.generation_config.eos_token_id}, not {ends}")
     return {"transformers": transformers.__version__, "logits": apart, "greedy": len(answer), "ends": sorted(ends)}
-
-
-def _greedy(model: CausalLM, ids: list[int], room: int, ends: set[int]) -> list[int]:
-    answer: list[int] = []
-    while len(ids) + len(answer) < room and not (answer and answer[-1] in ends):
-        tokens = torch.tensor([ids + answer])
-        hidden = model(tokens, torch.arange(tokens.shape[1])[None])
-        answer.append(int(model.head(hidden[:, -1]).argmax()))
-    return answer
 
 
 def _transformers() -> Any:

@@ -24,14 +24,15 @@ from trivium.training.parallel import ALONE, World
 COMPANIONS = ("reference", "teacher")
 USED_BY = {"reference": (), "teacher": ("evaluate",)}
 """Phases that use a companion, beside those that train: there the objective says."""
-ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", "base", *COMPANIONS)
-"""Settings that change no result: init_from, here and of companions, is replaced by the hash of what it named."""
+ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", "base", "average", *COMPANIONS)
+"""Settings that change no result: init_from, here and of companions, and average are replaced by the hash of what they
+named."""
 RESULTS_OF = {
     "tokenizer": ("data", "tokenizer", "phase", "domain"),
     "evaluate": ("data", "evaluation", "inference", "system", "phase", "domain"),
     "generate": ("prompt", "prompts", "prompt_format", "system", "inference", "phase"),
     "chat": ("prompts", "system", "inference", "phase"),
-    "export": ("format", "phase"),
+    "export": ("format", "quantize", "average", "phase"),
 }
 
 
@@ -58,6 +59,7 @@ class Run:
                 if config.phase not in (*TRAINING_PHASES, *USED_BY[name]):
                     raise ConfigError(f"phase={config.phase} has no use for a {name}; leave {name}.init_from away")
                 self.companions[name] = load_artifact(getattr(config, name).init_from)
+        self.averaged = [load_artifact(path) for path in config.average]
         self.folder = make_folder(Path(config.runs) / self.name)
         there = read_manifest(self.folder).get("phase", config.phase)
         if there != config.phase:
@@ -65,11 +67,12 @@ class Run:
         plain = as_dict(config)
         keys = RESULTS_OF.get(config.phase, tuple(plain))
         came_from = [self.parent.sha256 if self.parent else "", *(self.companions[n].sha256 for n in self.companions)]
+        came_from += [artifact.sha256 for artifact in self.averaged]
         key = digest_of([{k: plain[k] for k in keys if k not in ASIDE}, *came_from, config.seed])
-        roles = {"init_from": self.parent, **self.companions}
+        roles = [("init_from", self.parent), *self.companions.items(), *(("average", a) for a in self.averaged)]
         parents = [
             {"role": role, "path": str(artifact.checkpoint or artifact.path), "sha256": artifact.sha256}
-            for role, artifact in roles.items()
+            for role, artifact in roles
             if artifact is not None
         ]
         self.manifest = Manifest(
