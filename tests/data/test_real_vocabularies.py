@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trivium.data.chat import Chat
+from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="NOT TESTED: parity needs transformers")
@@ -99,3 +100,15 @@ def test_real_qwen_trains_what_it_writes(pair):
     said = ours.decode([i for i, t in zip(encoded.ids, encoded.trained, strict=True) if t], special=True)
     assert said == "<think>\n\n</think>\n\nIt is 12346.\n\nI'm sure.<|im_end|>"
     assert ours.decode(encoded.ids).endswith("sure.\n")
+
+
+def test_real_vocabularies_survive_a_gguf_file(pair):
+    """Into the keys of a GGUF file and back: the rules have their name there, and ids, start and ends are the same."""
+    ours, _, name = pair
+    keys = ours.gguf_keys(ours.vocab_size)
+    assert keys["tokenizer.ggml.pre"] == {"llama3": "llama-bpe", "qwen3": "qwen2"}[name]
+    again = Tokenizer(*tokenizer_of(keys))
+    for text in real_texts():
+        assert again.encode(text) == ours.encode(text)
+    assert again.start == ours.start and set(again.stop_ids) == set(ours.stop_ids)
+    assert again.config["chat_template"] == ours.config["chat_template"]
