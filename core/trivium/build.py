@@ -303,7 +303,9 @@ def model_record(chosen: Component, vocab_size: int) -> dict[str, Any]:
 
 def adapter_record(chosen: Component, base: Artifact) -> dict[str, Any]:
     """What a checkpoint says of its adapter, and of what that stands on."""
-    on = {"path": base.origin, "sha256": base.sha256}
+    on = {"path": base.origin, "sha256": base.sha256, "family": (base.record or {}).get("name", "")}
+    if base.base is not None:
+        on["base"] = base.base.origin
     return {"name": chosen.name, **dataclasses.asdict(chosen.config), "base": on}
 
 
@@ -394,7 +396,7 @@ def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
             raise CheckpointError(f"{path} has no trained stage yet")
         speaks = [s for s in trained if s["phase"] != "reward"] or trained
         result = next((s for s in trained if s["name"] == facts.get("result")), speaks[-1])
-        return load_artifact(str(path / result["path"]), base)
+        return load_artifact(str(path / result["path"]), base, family)
     store = CheckpointStore(path / "checkpoints")
     checkpoint = path if (path / RECORD).is_file() else store.best() or store.latest()
     if checkpoint is not None:
@@ -411,10 +413,10 @@ def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
             state["form"],
             said,
             lambda: read_tensors(checkpoint / peft.WEIGHTS) if stands else model_tensors(checkpoint),
-            _base(stands["base"]["path"], base, str(checkpoint), stands["base"]["sha256"]) if stands else None,
+            _base(stands["base"], base, checkpoint) if stands else None,
         )
     if (path / peft.CONFIG).is_file():
-        return _peft(path, base)
+        return _peft(path, base, family)
     if (path / "config.json").is_file():
         return _folder(path, family)
     if (path / "tokenizer.json").is_file():
@@ -427,34 +429,63 @@ def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
     )
 
 
-def _base(said: str, named: str, adapter: str, sha256: str = "") -> Artifact:
-    """What an adapter stands on. sha256: of the very model it was trained on, where that is known."""
-    where = named or said
-    if not where or not (Path(where).exists() or where in CATALOGUE):
+def _base(said: Mapping[str, str], named: str, adapter: Path) -> Artifact:
+    """What an adapter stands on.
+
+    said: its path, the hash of the very model it was trained on where that is known, its family, and its own base if it
+    is an adapter, too. named: where the user says that it, or what lies under it, is.
+    """
+    path, sha256, family = said["path"], said.get("sha256", ""), said.get("family", "")
+    there = _found_from(path, adapter)
+    tries = [(named, "")] if named else []
+    if there:
+        tries += [(there, named)] * bool(named) + [(there, said.get("base", ""))]
+    found = None
+    for where, under in tries:
+        if not (Path(where).exists() or where in CATALOGUE):
+            continue
+        try:
+            found = load_artifact(where, under, family)
+        except CheckpointError:
+            if (where, under) == tries[-1]:
+                raise
+            continue
+        if found.record is not None and (not sha256 or found.sha256 == sha256):
+            return found
+    if found is None:
         raise CheckpointError(
-            f"{adapter} is an adapter of {said or 'a model that it does not name'}"
+            f"{adapter} is an adapter of {path or 'a model that it does not name'}"
             f"{f', and base={named}' if named else ', which'} is not there; say where it is in base="
         )
-    found = load_artifact(where)
     if found.record is None:
-        raise CheckpointError(f"{adapter} is an adapter, and {where} holds no model for it to stand on")
-    if sha256 and found.sha256 != sha256:
-        raise CheckpointError(
-            f"{adapter} is an adapter of {said} as it was then ({sha256[:10]}), and {where} holds other weights "
-            f"({found.sha256[:10]}); say in base= where those are"
-        )
-    return found
+        raise CheckpointError(f"{adapter} is an adapter, and {found.origin} holds no model for it to stand on")
+    raise CheckpointError(
+        f"{adapter} is an adapter of {path} as it was then ({sha256[:10]}), and {found.origin} holds other weights "
+        f"({found.sha256[:10]}); say in base= where those are"
+    )
 
 
-def _peft(path: Path, base: str) -> Artifact:
+def _found_from(path: str, adapter: Path) -> str:
+    """Where a path that was written from another folder is: from here, or from one of the adapter's own folders."""
+    if not path or Path(path).exists() or path in CATALOGUE:
+        return path
+    near = (parent / path for parent in adapter.resolve().parents)
+    return next((str(p) for p in near if p.exists()), "")
+
+
+def _peft(path: Path, base: str, family: str) -> Artifact:
     """An adapter that peft has written."""
     said, tensors = peft.read_peft(path)
-    under = _base(said.get("base_model_name_or_path") or "", base, str(path))
+    under = _base({"path": said.get("base_model_name_or_path") or "", "family": family}, base, path)
     tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else under.tokenizer
-    digest = _beside(lambda: fingerprint([path / peft.CONFIG, path / peft.WEIGHTS]))
+    files = _beside(lambda: fingerprint([path / peft.CONFIG, path / peft.WEIGHTS]))
     record = {**(under.record or {}), "adapter": {"peft": said, "base": {}}}
     form = "chat" if tokenizer.has_template else under.form
-    return Artifact(path, digest, tokenizer, path, {}, form, record, lambda: tensors, under)
+
+    def both() -> str:  # it says nothing without its base
+        return manifest.digest_of([files(), under.sha256])
+
+    return Artifact(path, both, tokenizer, path, {}, form, record, lambda: tensors, under)
 
 
 def _folder(path: Path, family: str) -> Artifact:
@@ -514,6 +545,9 @@ def _foreign(
     assert chosen is not None
 
     def tensors() -> Mapping[str, torch.Tensor]:
+        if family == "hf":  # its names in memory are not those of every file
+            held = load("trivium.models.hf:read_folder")(path)
+            return Renamed(held, _without_memory(chosen, vocab_size, reader.origin).hf_names(), str(path), kind)
         if getattr(chosen.config, "layers", 0) > len(files):  # before anything as large as it claims to be is built
             raise CheckpointError(f"{reader.origin} claims {chosen.config.layers} layers of {len(files)} tensors")
         return Renamed(files, _without_memory(chosen, vocab_size, reader.origin).hf_names(), str(path), kind)

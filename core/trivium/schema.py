@@ -235,6 +235,7 @@ class CompanionConfig:
     """A frozen model beside the one that is trained; its architecture is its checkpoint's own."""
 
     init_from: str = ""  # a run or one of its checkpoints
+    base: str = ""  # the model that it stands on, if it is an adapter and that is not where it says
 
 
 @dataclass(frozen=True)

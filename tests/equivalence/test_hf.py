@@ -8,6 +8,7 @@ import torch
 from trivium.build import build_model, load_artifact
 from trivium.compose import component
 from trivium.errors import CheckpointError, ConfigError
+from trivium.models import peft as form
 from trivium.models.adapters import attach, detach, merge
 from trivium.models.config import HFConfig, LoraConfig
 from trivium.models.weights import weights_of
@@ -97,7 +98,7 @@ def test_adapters_stand_on_it():
     torch.testing.assert_close(model.inner.base_model(tokens).last_hidden_state, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["phi3", "llama"])
+@pytest.mark.parametrize("family", ["phi3", "llama", "gpt_neox"])
 def test_from_a_folder_to_a_tuned_exported_and_read_one(family, trained, main, tmp_path):
     """Also of a native family, where model=hf asks for it; packed tuning, resumed, generated from, exported."""
     tokenizer = load_artifact(str(trained)).tokenizer
@@ -107,7 +108,7 @@ def test_from_a_folder_to_a_tuned_exported_and_read_one(family, trained, main, t
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
     tokenizer.save(tmp_path / "in")
     if family != "llama":
-        with pytest.raises(CheckpointError, match="model_type='phi3' is not one of .*; model=hf runs it"):
+        with pytest.raises(CheckpointError, match=f"model_type='{family}' is not one of .*; model=hf runs it"):
             load_artifact(str(tmp_path / "in"))
     run = ["phase=sft", "data.parts=[tasks]", "data.num_tasks=40", f"runs={tmp_path}", "batch.size=2", "precision=fp32",
            "batch.micro_size=2", "batch.length=64", "validation.every_steps=0", "samples.every_steps=0"]  # fmt: skip
@@ -135,15 +136,85 @@ def test_from_a_folder_to_a_tuned_exported_and_read_one(family, trained, main, t
         (settings("nothing_such"), "makes no causal model of 'nothing_such'"),
         (settings("mamba", hidden_size=32, num_hidden_layers=2), "no positions|layers"),
         (
+            settings(
+                "gpt_neo",
+                hidden_size=32,
+                num_layers=2,
+                num_heads=4,
+                window_size=16,
+                max_position_embeddings=64,
+                attention_types=[[["global", "local"], 1]],
+            ),
+            "attention that no mask describes",
+        ),
+        (
+            settings(
+                "phi3",
+                original_max_position_embeddings=16,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 16,
+                },
+            ),
+            "positions of kind longrope",
+        ),
+        (
             settings("cohere", **COMMON, **MORE, logit_scale=0.5, pad_token_id=0, eos_token_id=1),
             "cannot be run here: in one pass",
         ),
     ],
-    ids=["empty", "no JSON", "no type", "code", "unknown", "no attention", "scaled logits"],
+    ids=[
+        "empty",
+        "no JSON",
+        "no type",
+        "code",
+        "unknown",
+        "no attention",
+        "own windows",
+        "own positions",
+        "scaled logits",
+    ],
 )
 def test_what_cannot_be_run_right_is_refused(said, told):
     with pytest.raises((ConfigError, CheckpointError), match=told):
         build_model(component("model", {"name": "hf", "settings": said}), VOCAB, 0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_an_adapter_on_it_is_found_again_and_read_by_peft(kind, trained, main, tmp_path):
+    """Of a family that is native, too: its base is read the same way again. Names are transformers' own."""
+    peft = pytest.importorskip("peft")
+    tokenizer = load_artifact(str(trained)).tokenizer
+    torch.manual_seed(0)
+    raw = FAMILIES["llama"] | {"vocab_size": tokenizer.num_tokens, "eos_token_id": tokenizer.eos_id}
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("llama", **raw)).float()
+    theirs.save_pretrained(tmp_path / "in")
+    tokenizer.save(tmp_path / "in")
+    done = main("phase=sft", "data.parts=[tasks]", "data.num_tasks=40", f"runs={tmp_path}", "batch.size=2", "name=run",
+                "precision=fp32", "batch.micro_size=2", "batch.length=64", "validation.every_steps=0", "optim.lr=1e-2",
+                "samples.every_steps=0", f"init_from={tmp_path / 'in'}", "model=hf", f"adapter={kind}",
+                "adapter.targets=['*_proj']", "trainer.max_steps=2")  # fmt: skip
+    assert done.code == 0, done.err
+    model, record = load_artifact(str(tmp_path / "run")).model(None)
+    assert record["name"] == "hf" and record["adapter"]["base"]["family"] == "hf"
+    if kind == "lora":
+        wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "run/checkpoints/step-2").eval()
+        tokens = torch.arange(20).view(2, 10)
+        with torch.no_grad():
+            wanted = model.eval().head(model(tokens, torch.arange(10).expand(2, -1)))
+            torch.testing.assert_close(wrapped(tokens).logits, wanted, rtol=0, atol=1e-5)
+    names = form.peft_names(model).values()
+    assert "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight" in names
+
+
+def test_mixtures_are_not_trained_through_it():
+    raw = {"num_local_experts": 4, "num_experts_per_tok": 2, **COMMON, **MORE}
+    model = build_model(component("model", {"name": "hf", "settings": settings("mixtral", **raw)}), VOCAB, 0)
+    assert "has experts, whose balance is not learnt through model=hf" in model.untrainable
+    assert not made("phi3").untrainable
 
 
 def test_it_is_not_compiled_and_recomputes_all_or_nothing():

@@ -20,6 +20,7 @@ KINDS = {"lora": LoraConfig, "rslora": RsLoraConfig, "dora": DoraConfig}
 FAMILIES = ("llama tied grouped", "mistral", "qwen2", "qwen3", "gemma2", "gpt2")
 CASES = [(case, kind, []) for case in FAMILIES for kind in KINDS]
 CASES += [("llama tied grouped", "lora", ["embed"]), ("llama untied full", "lora", ["head", "embed"])]
+CASES += [("gpt2", "lora", ["blocks.0.out", "blocks.1.up"]), ("gpt2", "dora", ["norm", "embed"])]
 TOKENS = torch.randint(families.VOCAB, (2, 16), generator=torch.Generator().manual_seed(3))
 
 

@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from trivium.build import load_artifact
+from trivium.models import peft
 from trivium.models.adapters import Adapters, parts
+from trivium.plugin import discover
+
+discover()
 
 SHORT = ("trainer.max_steps=4", "checkpoint.every_steps=2", "batch.length=128")
 
@@ -56,6 +60,7 @@ def test_a_checkpoint_is_the_adapter_in_peft_s_form(adapted, tuned):
     assert json.loads((checkpoint / "model.json").read_text())["adapter"]["base"] == {
         "path": str(tuned / "checkpoints/step-120"),
         "sha256": base.sha256,
+        "family": "llama",
     }
     state = load_file(checkpoint / "optimizer.safetensors")
     assert all(".lora.default." in name for name in state)
@@ -63,11 +68,11 @@ def test_a_checkpoint_is_the_adapter_in_peft_s_form(adapted, tuned):
 
 def test_peft_reads_a_checkpoint_as_it_is(adapted, tuned, main, tmp_path):
     """On the exported base, with transformers and peft: the logits that the run's own model has."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    theirs, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     done = main("phase=export", f"init_from={tuned}", f"runs={tmp_path}", "name=out")
     assert done.code == 0, done.err
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf").float()
-    theirs = peft.PeftModel.from_pretrained(theirs, adapted / "checkpoints/step-4").eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/hf").float()
+    theirs = theirs.PeftModel.from_pretrained(base, adapted / "checkpoints/step-4").eval()
     ours, _ = load_artifact(str(adapted)).model(None)
     tokens = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
@@ -118,8 +123,8 @@ def test_every_kind_trains_resumes_and_answers(changes, fork, main, tuning_on, t
     found = load_file(tmp_path / "run/checkpoints/step-8/adapter_model.safetensors")
     assert found.keys() == kept.keys() and all(found[name].equal(kept[name]) for name in kept)
     model, _ = load_artifact(str(tmp_path / "run")).model(None)
-    held = {tuple(p.shape): p for p in parts(model).values()}
-    assert len(parts(model)) <= len(kept) and all(tuple(t.shape) in held for t in kept.values())
+    held = peft.to_peft(model, {name: p.detach() for name, p in parts(model).items()})
+    assert held.keys() == kept.keys() and all(held[name].equal(kept[name]) for name in kept)
     said = main("phase=generate", f"init_from={tmp_path / 'run'}", "prompt=How many", f"runs={tmp_path}", "name=said")
     assert said.code == 0, said.err
 
@@ -171,6 +176,10 @@ def test_a_merged_export_passes_its_gate(adapted, main, tmp_path):
     done = main("phase=export", f"init_from={adapted}", f"runs={tmp_path}", "name=out")
     assert done.code == 0, done.err
     merged, _ = load_artifact(str(adapted)).merged(None)
+    live, _ = load_artifact(str(adapted)).model(None)
+    tokens, places = torch.arange(40).reshape(2, 20), torch.arange(20).expand(2, -1)
+    wanted = live.eval().head(live(tokens, places))
+    torch.testing.assert_close(merged.eval().head(merged(tokens, places)), wanted, rtol=0, atol=1e-4)
     again, _ = load_artifact(str(tmp_path / "out/hf")).model(None)
     assert again.blocks[1].ffn.up.weight.equal(merged.blocks[1].ffn.up.weight)
     assert not (tmp_path / "out/hf/adapter_config.json").exists()
@@ -189,6 +198,75 @@ def test_a_base_that_moved_or_changed_is_noticed(fork, main, tuning_on, tuned, t
     assert found.code == 0, found.err
     wrong = main(*ask, f"base={tmp_path / 'moved/checkpoints/step-100'}")
     assert wrong.code == 1 and "holds other weights" in wrong.err
+
+
+def alone(adapted, where, base=""):
+    """The adapter as a folder of its own, as peft has it; `base` is what it says it stands on."""
+    where.mkdir()
+    for file in (peft.CONFIG, peft.WEIGHTS):
+        shutil.copy(adapted / "checkpoints/step-4" / file, where / file)
+    said = json.loads((where / peft.CONFIG).read_text()) | {"base_model_name_or_path": base}
+    (where / peft.CONFIG).write_text(json.dumps(said))
+    return where
+
+
+def test_a_folder_of_peft_is_another_with_another_base(adapted, tuned, fork, main, tuning_on, tmp_path):
+    """What it says depends on both: a run on the one is not continued on the other, and nothing is taken for done."""
+    folder, other = alone(adapted, tmp_path / "pf"), tuned / "checkpoints/step-100"
+    on, off = (load_artifact(str(folder), str(base)) for base in (tuned, other))
+    assert on.sha256 != off.sha256
+    ours, _ = load_artifact(str(adapted)).model(None)
+    theirs, _ = on.model(None)
+    assert all(theirs.get_parameter(n).equal(p) for n, p in ours.named_parameters())
+    tune = [*tuning_on(tmp_path, "run", "adapter=none", f"init_from={folder}"), "schedule=constant"]
+    first = fork(*tune, f"base={tuned}", "trainer.max_steps=2").done()
+    assert first.returncode == 0, first.err
+    wrong = main(*tune, f"base={other}")
+    assert wrong.code == 1 and "holds another run: parent was" in wrong.err
+    unnamed = main(*tune)
+    assert unnamed.code == 1 and "say where it is in base=" in unnamed.err
+
+
+def test_a_chain_finds_its_way_when_the_lowest_has_moved(adapted, tuned, fork, main, tuning_on, tmp_path):
+    """base, an adapter on it, an adapter on that: `base=` may name the lowest; a base named at training is kept."""
+    base = tmp_path / "base"
+    shutil.copytree(tuned, base)
+    for name, start in (("one", base), ("two", tmp_path / "one")):
+        done = fork(*tuning_on(tmp_path, name, f"init_from={start}", "trainer.max_steps=2")).done()
+        assert done.returncode == 0, done.err
+    wanted = load_artifact(str(tmp_path / "two")).model(None)[0]
+    base.rename(tmp_path / "moved")
+    ask = ("phase=generate", f"init_from={tmp_path / 'two'}", "prompt=x", f"runs={tmp_path}", "name=said")
+    assert main(*ask).code == 1
+    assert main(*ask, f"base={tmp_path / 'moved'}").code == 0
+    found = load_artifact(str(tmp_path / "two"), str(tmp_path / "moved")).model(None)[0]
+    assert all(found.get_parameter(n).equal(p) for n, p in wanted.named_parameters())
+    folder = alone(adapted, tmp_path / "pf")
+    on = fork(*tuning_on(tmp_path, "onpf", f"init_from={folder}", f"base={tuned}", "trainer.max_steps=2")).done()
+    assert on.returncode == 0, on.err
+    assert load_artifact(str(tmp_path / "onpf")).model(None)[0].adapters is not None
+
+
+def test_a_rollback_of_a_preference_under_fsdp_asks_a_whole_reference(fork, preferring, tmp_path):
+    more = ("adapter=lora", "adapter.also=[embed]", "batch.micro_size=2", "trainer.devices=2", "trainer.strategy=fsdp",
+            "trainer.accelerator=cpu", "checkpoint.every_steps=2", "trainer.max_steps=6", "guard.policy=rollback",
+            "guard.spike_sigma=1e-4", "guard.window=3", "guard.patience=100")  # fmt: skip
+    done = fork(*preferring(tmp_path, "run", *more)).done()
+    assert done.returncode in (0, 1) and "fault of the program" not in done.err, done.err
+    assert "back to step-" in done.out
+
+
+def test_settings_beside_a_new_template_are_not_blamed_on_the_reference(main, preferring, tmp_path):
+    """A template without new tokens writes otherwise, in the same tokens: the start is still its own reference."""
+    path = tmp_path / "mine.jinja"
+    path.write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    done = main(*preferring(tmp_path, "run", f"tokenizer.chat_template={path}", "trainer.max_steps=1"))
+    assert done.code == 0, done.err
+    new = main(*preferring(tmp_path, "new", "tokenizer.chat_template=chatml", "trainer.max_steps=1"))
+    assert new.code == 2 and "knows no tokenizer.add_tokens; tune a model with them first" in new.err
 
 
 @pytest.mark.parametrize(

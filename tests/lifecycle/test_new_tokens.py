@@ -57,6 +57,21 @@ def test_a_base_model_learns_to_talk_by_another_template(main, tuned, tuning_on,
     assert said.code == 0, said.err
 
 
+def test_new_tokens_reach_every_way_to_a_tokenizer(main, distilling, pretraining, tmp_path):
+    """Trained alone, then taken by a model that starts anew; a teacher that does not know them is refused."""
+    corpus = [o for o in pretraining(tmp_path, "tok") if o.startswith(("domain", "data", "runs", "name", "tokenizer"))]
+    done = main("phase=tokenizer", *corpus, MORE)
+    assert done.code == 0, done.err
+    alone = load_artifact(str(tmp_path / "tok")).tokenizer
+    assert alone.vocab_size == 322 and alone.decode([320, 321], special=True) == "<|think|><|tool|>"
+    one = "tokenizer.add_tokens=['<|more|>']"
+    done = main(*pretraining(tmp_path, "run", f"init_from={tmp_path / 'tok'}", one, "trainer.max_steps=1"))
+    assert done.code == 0, done.err
+    assert load_artifact(str(tmp_path / "run")).model(None)[0].vocab_size == 323
+    refused = main(*distilling(tmp_path, "student", MORE))
+    assert refused.code == 2 and "has another tokenizer than this run" in refused.err
+
+
 def test_a_template_of_ones_own(main, tuning_on, tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text(

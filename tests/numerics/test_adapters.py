@@ -10,8 +10,7 @@ from torch import nn
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models import adapters
 from trivium.models.adapters import attach, dequantise, detach, merge, parts, quantise, unmerge, use, without
-from trivium.models.config import DoraConfig, Gemma2Config, LlamaConfig, LoraConfig, QLoraConfig, RsLoraConfig
-from trivium.models.gemma2 import Gemma2
+from trivium.models.config import DoraConfig, LlamaConfig, LoraConfig, QLoraConfig, RsLoraConfig
 from trivium.models.llama import Llama
 from trivium.models.quantised import quantiser
 
@@ -67,6 +66,13 @@ def test_dora_by_hand():
     found, lora = layer_of_two(DoraConfig(rank=1, alpha=1.0))
     assert lora.magnitude.tolist() == pytest.approx([math.sqrt(5), 5.0])
     assert found == pytest.approx([10 + math.sqrt(5) / 3 * 9, 20 + 5 / 5 * 15], rel=1e-6)
+
+
+def test_update_is_in_fp32_under_autocast():
+    """The norms of DoRA in training are those that a merge takes."""
+    _, lora = layer_of_two(DoraConfig(rank=1, alpha=1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora.update.dtype == torch.float32
 
 
 def test_gradient_of_dora_takes_the_norm_as_fixed():
@@ -213,8 +219,6 @@ def test_merging_takes_a_dequantised_base(base):
 
 def test_dropout_is_of_what_a_reads_and_of_training_only():
     """In eval mode none; in training the base's own part of the output is never dropped."""
-    model = adapted("lora")
-    model.adapters.configs.clear()
     model = small()
     attach(LoraConfig(rank=4, dropout=0.5), model)
     before = said(model.train())
@@ -231,9 +235,9 @@ def test_dropout_is_of_what_a_reads_and_of_training_only():
     ("made", "settings", "told"),
     [
         (small, {"targets": ["*.attn.query"]}, r"'\*\.attn\.query' matches no linear layer; there are blocks\.0\.attn"),
-        (small, {"targets": ["head"]}, "the head shares the embedding's weight"),
+        (small, {"targets": ["*"]}, "no adapter can stand on the head; adapter.also="),
         (small, {"also": ["lm_head"]}, "adapter.also: 'lm_head' matches no module"),
-        (lambda: Gemma2(Gemma2Config(**SIZES, head_dim=4, tied=False), 61), {"targets": ["head"]}, "caps its logits"),
+        (lambda: small(tied=False), {"targets": ["head"]}, "no adapter can stand on the head"),
     ],
 )
 def test_what_cannot_be_is_refused(made, settings, told):
@@ -246,6 +250,8 @@ def test_what_cannot_be_is_refused(made, settings, told):
     [
         ({"rank": 0}, "adapter.rank=0 must be greater than 0"),
         ({"alpha": -1.0}, "adapter.alpha=-1.0 must be greater than 0"),
+        ({"alpha": float("nan")}, "adapter.alpha=nan must be greater than 0, and a number"),
+        ({"alpha": float("inf")}, "adapter.alpha=inf must be greater than 0, and a number"),
         ({"dropout": 1.0}, "adapter.dropout=1.0 must be at least 0 and less than 1"),
         ({"targets": []}, r"adapter.targets=\[\] leaves"),
     ],

@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models.config import LoraConfig
-from trivium.models.layers import Head
 from trivium.models.names import few
 from trivium.models.protocol import CausalLM
 from trivium.models.weights import check_names, check_tensor
@@ -50,7 +49,8 @@ class Lora(nn.Module):
     @property
     def update(self) -> Tensor:
         """(out, in): scaling * B A, in fp32."""
-        return self.scaling * (self.b.weight.float() @ self.a.weight.float())
+        with torch.autocast(self.a.weight.device.type, enabled=False):
+            return self.scaling * (self.b.weight.float() @ self.a.weight.float())
 
     def forward(self, x: Tensor, output: Tensor, layer: Any) -> Tensor:
         """What the layer says with this adapter. x: (..., in). output: (..., out), what it said without."""
@@ -96,14 +96,15 @@ def _hear(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
 def attach(config: LoraConfig, model: CausalLM, seed: int = 0, name: str = DEFAULT) -> None:
     """Put an adapter on every linear layer that a pattern of `config.targets` matches, and use it alone.
 
-    Everything else stops being trained, except what `config.also` names and a reward model's head. Raises ConfigError
+    Everything else stops being trained, except what `config.also` names (which gets no adapter) and a reward model's
+    head. Raises ConfigError
     for a pattern that matches no linear layer, and for layers that an adapter cannot stand on.
     """
     standing = standing_on(model)
     if name in standing.configs:
         raise ConfigError(f"there is an adapter called {name} already: {few(standing.configs)}")
-    layers = _targets(model, config)
     extra = _whole(model, config)
+    layers = {n: layer for n, layer in _targets(model, config).items() if f"{n}.weight" not in extra}
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers.values():
@@ -277,7 +278,6 @@ def _device_of(layer: Any) -> torch.device:
 
 
 def _targets(model: CausalLM, config: LoraConfig) -> dict[str, Any]:
-    tied = model.head.weight is model.embed.weight
     linear = {
         name: layer
         for name, layer in model.named_modules()
@@ -289,9 +289,8 @@ def _targets(model: CausalLM, config: LoraConfig) -> dict[str, Any]:
         if not matched:
             raise ConfigError(f"adapter.targets: {pattern!r} matches no linear layer; there are {few(linear)}")
         found |= matched
-    if "head" in found and (tied or (isinstance(model.head, Head) and model.head.cap)):
-        why = "shares the embedding's weight" if tied else "caps its logits"
-        raise ConfigError(f"adapter.targets: the head {why}, so no adapter can stand on it; adapter.also=[head] can")
+    if "head" in found:  # losses meet it chunk by chunk, with a backward pass of their own (objectives.logprobs)
+        raise ConfigError("adapter.targets: no adapter can stand on the head; adapter.also=[head] trains it whole")
     return found
 
 

@@ -213,12 +213,12 @@ class LoraConfig:
     alpha: float = 32.0  # how loudly it is heard; with another rank the same alpha keeps about the same rate
     dropout: float = 0.0  # of what A reads
     targets: list[str] = field(default_factory=lambda: ["blocks.*"])  # linear layers, by pattern over their names
-    also: list[str] = field(default_factory=list)  # modules that are trained whole, such as embed or head
+    also: list[str] = field(default_factory=list)  # modules that are trained whole instead, such as embed or head
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"adapter.{name}={getattr(self, name)} must be greater than 0")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"adapter.{name}={getattr(self, name)} must be greater than 0, and a number")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"adapter.dropout={self.dropout} must be at least 0 and less than 1")
         if not self.targets:

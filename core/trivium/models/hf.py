@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +21,12 @@ from trivium.models.attention import visible
 from trivium.models.cache import KVCache
 from trivium.models.config import HFConfig
 from trivium.models.huggingface import Reader
+from trivium.models.names import few
 from trivium.models.protocol import CausalLM
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 CLOSE = 1e-4  # of the largest logit where that is above 1: `confirm`
 
 
@@ -48,6 +51,11 @@ class HuggingFace(CausalLM):
         self.blocks, self.embed, self.head = blocks, inner.get_input_embeddings(), inner.get_output_embeddings()
         self.inner = inner
         self._kinds = _kinds(self.settings)
+        if any((getattr(self.settings, name, 0) or 0) > 1 for name in EXPERTS):
+            self.untrainable = (
+                f"model_type={raw['model_type']!r} has experts, whose balance is not learnt through model=hf; mixtral "
+                "and qwen3_moe are native"
+            )
         given = inspect.signature(inner.base_model.forward).parameters
         self._cache_name = "cache" if "cache" in given else "past_key_values"
         if "position_ids" not in given:
@@ -135,7 +143,12 @@ class HuggingFace(CausalLM):
 
     def hf_names(self) -> dict[str, str]:
         theirs = {parameter: name for name, parameter in self.inner.named_parameters()}
-        return {name: theirs[parameter] for name, parameter in self.named_parameters() if parameter in theirs}
+        found = {name: theirs[parameter] for name, parameter in self.named_parameters() if parameter in theirs}
+        modules = {module: name for name, module in self.inner.named_modules()}
+        for name, module in self.named_modules():  # weights in few bits are no parameters
+            if hasattr(module, "restored"):
+                found[f"{name}.weight"] = f"{modules[module]}.weight"
+        return found
 
     @classmethod
     def settings_from_hf(cls, config: Reader) -> dict[str, Any]:
@@ -147,16 +160,23 @@ class HuggingFace(CausalLM):
     @torch.no_grad()
     def confirm(self) -> None:
         """Compare with transformers' own logits: in one pass, packed, and through the cache. Raises CheckpointError."""
+        try:
+            self._confirm()
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            told = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"model_type={self.settings.model_type!r} cannot be run here: {told}") from error
+
+    def _confirm(self) -> None:
         was_training = self.training
         self.eval()
-        length = min(12, self.context)
+        length = min(40, self.context)
         device = self.embed.weight.device
         tokens = (torch.arange(2 * length, device=device) * 7 % self.vocab_size).view(2, length)
         places, cut = torch.arange(length, device=device).expand(2, -1), length // 3
         wanted = self.inner(tokens, use_cache=False).logits
         packed = torch.cat([tokens[:1], tokens[1:]], 1)
         documents = torch.tensor([[1] * length + [2] * length], device=device)
-        cache = self.new_cache(2, length + 3)
+        cache = self.new_cache(2, length + 25)
         steps = [self(tokens[:, p], places[:, p], cache=cache) for p in (slice(0, cut), slice(cut, length))]
         ways = {
             "in one pass": self(tokens, places),
@@ -188,6 +208,25 @@ def settings_of(config: HFConfig) -> dict[str, Any]:
     return raw
 
 
+def read_folder(path: Path) -> dict[str, Tensor]:
+    """The weights of a folder by the names that transformers has in memory, which are not those of every file."""
+    _built({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 8})  # or say how to install it
+    import transformers
+
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # its own code raises anything for a folder that is wrong
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read by transformers {transformers.__version__}: {said}") from error
+    model, told = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := told.get(kind):
+            raise CheckpointError(f"{path} is of another architecture: {kind} {few(map(str, found))}")
+    return dict(model.named_parameters())
+
+
 def _built(raw: Mapping[str, Any]) -> Any:
     try:
         import transformers
@@ -208,6 +247,12 @@ def _built(raw: Mapping[str, Any]) -> Any:
 def _kinds(settings: Any) -> set[str]:
     """What its layers see. Raises ConfigError for layers that are no attention over a mask."""
     window = getattr(settings, "sliding_window", None)
+    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None) or {}
+    kinds = [rope, *(v for v in rope.values() if isinstance(v, Mapping))]
+    turned = {kind.get("rope_type") for kind in kinds} & {"longrope", "dynamic"}
+    if turned or any(getattr(settings, name, None) for name in ("attention_types", "attention_layers", "alibi")):
+        told = f"positions of kind {turned.pop()}" if turned else "attention that no mask describes"
+        raise ConfigError(f"model_type={settings.model_type!r} has {told}, which cannot be run here")
     found = set(getattr(settings, "layer_types", None) or [SLIDING if window else FULL])
     if odd := found - {FULL, SLIDING}:
         raise ConfigError(

@@ -55,7 +55,7 @@ def peft_names(model: CausalLM) -> dict[str, str]:
 def to_peft(model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under peft's names. A whole embedding that the head shares is said twice: peft ties neither."""
     names = peft_names(model)
-    found = {names[name]: tensor for name, tensor in tensors.items()}
+    found = {names[name]: _turned(model, name, tensor) for name, tensor in tensors.items()}
     head = f"{PREFIX}lm_head.weight"
     if model.head.weight is model.embed.weight and "embed.weight" in tensors and head not in found:
         found[head] = tensors["embed.weight"].clone()
@@ -73,8 +73,14 @@ def from_peft(model: CausalLM, tensors: Mapping[str, Tensor], origin: str) -> di
             if embedding is None or (type(embedding) is type(tensor) and not embedding.equal(tensor)):
                 raise CheckpointError(f"{origin}: its head differs from its embedding, which this model shares")
             continue
-        found[ours.get(name, name)] = tensor
+        found[ours.get(name, name)] = _turned(model, ours.get(name, name), tensor)
     return found
+
+
+def _turned(model: CausalLM, name: str, tensor: Tensor) -> Tensor:
+    """A weight that is trained whole, as the other side holds it: of some families transposed."""
+    whole = ".lora." not in name and name.endswith(model.hf_transposed or ("\0",))
+    return tensor.t().contiguous() if whole and tensor.dim() == 2 else tensor
 
 
 def peft_config(model: CausalLM, base: str) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def peft_config(model: CausalLM, base: str) -> dict[str, Any]:
         whole.append("lm_head")
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if model.score is None else "SEQ_CLS",
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha if root == config.root else config.scaling * config.rank,

@@ -33,6 +33,9 @@ class CausalLM(nn.Module, ABC):
     outputs are shared out) or "rows" (its inputs are, and the outputs summed). Where the module that holds a layer has
     a `width`, cuts fall on multiples of it: heads stay whole. Without a plan they cannot."""
 
+    untrainable: str = ""
+    """Why it cannot be trained, where it cannot."""
+
     hf_prefix: ClassVar[str] = ""
     """Of Hugging Face's names; files that leave it out are read too."""
     hf_buffers: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)

@@ -7,6 +7,7 @@ attention is not fused.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -91,8 +92,7 @@ class _Server:
     """A GGUF file in llama.cpp's server, on a port of this machine that nobody else is told."""
 
     def __init__(self, file: str, length: int) -> None:
-        import xllamacpp  # type: ignore[reportMissingImports]
-
+        xllamacpp: Any = importlib.import_module("xllamacpp")  # its types are not told
         settings = xllamacpp.CommonParams()
         settings.model.path = file
         settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = length, 1, 0

@@ -58,7 +58,8 @@ class Run:
             if getattr(config, name).init_from:
                 if config.phase not in (*TRAINING_PHASES, *USED_BY[name]):
                     raise ConfigError(f"phase={config.phase} has no use for a {name}; leave {name}.init_from away")
-                self.companions[name] = load_artifact(getattr(config, name).init_from)
+                chosen = getattr(config, name)
+                self.companions[name] = load_artifact(chosen.init_from, chosen.base)
         self.averaged = [load_artifact(path) for path in config.average]
         self.folder = make_folder(Path(config.runs) / self.name)
         there = read_manifest(self.folder).get("phase", config.phase)

@@ -71,7 +71,8 @@ def run_tokenizer(this: Run) -> int:
     if this.config.tokenizer.config.path:
         raise ConfigError("phase=tokenizer trains one; tokenizer.path= is for the phases that use one")
     source = this.source()
-    tokenizer = train_tokenizer(this.config.tokenizer, source)
+    settings = this.config.tokenizer.config
+    tokenizer = train_tokenizer(this.config.tokenizer, source).extended(settings.add_tokens, settings.chat_template)
     tokenizer.save(this.folder)
     said = [source[i] for i in range(0, len(source), max(1, len(source) // 200))]
     texts = [e["text"] for e in said if "text" in e] or [m["content"] for e in said for m in e.get("messages", ())]
@@ -212,12 +213,21 @@ def _companion(
     """A companion's model: the trained one with its adapter off, where that is what the adapter stands on."""
     if role == COLUMN and _is_base(this, artifact):
         return AdapterOff(model)  # type: ignore[return-value]
+    if this.parent is not None and artifact.sha256 == this.parent.sha256:
+        if tokenizer.vocab_size > artifact.tokenizer.vocab_size:
+            raise ConfigError(
+                f"the {role} is what this run starts from, and knows no tokenizer.add_tokens; tune a model with them "
+                "first, and start from that"
+            )
+        tokenizer = artifact.tokenizer  # another template writes otherwise, in the same tokens
     return build_companion(role, artifact, tokenizer, longest)
 
 
 def _is_base(this: Run, artifact: Artifact) -> bool:
     """Whether a new adapter stands on this very model."""
-    return this.config.adapter is not None and this.parent is not None and artifact.sha256 == this.parent.sha256
+    if this.config.adapter is None or this.parent is None or this.config.trainer.strategy == "fsdp":
+        return False  # of weights that are shared out, one process alone could not ask
+    return artifact.sha256 == this.parent.sha256
 
 
 def _held_as(this: Run) -> str:
@@ -373,6 +383,8 @@ def _from_samples(
 
 def _model_and_tokenizer(this: Run, source: Source, objective: Objective) -> tuple[CausalLM, dict[str, Any], Tokenizer]:
     model, record, tokenizer = _start(this, source)
+    if model.untrainable:
+        raise ConfigError(f"phase={this.config.phase}: {model.untrainable}")
     if objective.scores:
         if model.score is None:
             model.add_score_head()
@@ -388,6 +400,7 @@ def _model_and_tokenizer(this: Run, source: Source, objective: Objective) -> tup
 
 def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokenizer]:
     config, parent = this.config, this.parent
+    settings = config.tokenizer.config
     if parent is not None and parent.record is not None:
         if (
             config.tokenizer.config.path
@@ -416,11 +429,11 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
     if parent is not None:
         if config.tokenizer.config.path:
             raise ConfigError("init_from= names a tokenizer already; leave tokenizer.path= away")
-        tokenizer = parent.tokenizer
+        tokenizer = parent.tokenizer.extended(settings.add_tokens, settings.chat_template)
         this.say(f"tokenizer from {parent.path}")
     elif this.companions and not config.tokenizer.config.path:
         companion = next(iter(this.companions.values()))
-        tokenizer = companion.tokenizer  # no other would do
+        tokenizer = companion.tokenizer.extended(settings.add_tokens, settings.chat_template)  # refused if it differs
         this.say(f"tokenizer from {companion.path}")
     else:
         with this.world.first():
