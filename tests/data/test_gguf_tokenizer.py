@@ -42,7 +42,6 @@ def test_tokens_merges_and_special_tokens():
     assert core.decode(core.encode("hi<|turn|><tool>é").ids) == "hi<tool>é"
     assert config == {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
         "bos_token": "<|turn|>",
         "eos_token": "<|end|>",
         "pad_token": "<|end|>",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tests.helpers import smollm2_path
 
 from trivium.build import load_artifact
+from trivium.models.huggingface import fingerprint
 from trivium.plugin import discover
 from trivium_plugins.primer.texts import BOOKS, PAGE, read
 
@@ -28,6 +29,25 @@ def test_it_knows_the_capital_of_france(main, tmp_path):
     assert "The capital of France is Paris." in done.out.replace("\n", " ")
 
 
+def test_the_copy_as_safetensors_is_the_file(monkeypatch, tmp_path):
+    """Made once, bit for bit, under the file's own hash; a changed byte of it is noticed, and it is made anew."""
+    monkeypatch.setattr("trivium.build.cache_folder", lambda: tmp_path)
+    first = load_artifact("smollm2_135m")
+    (folder,) = (tmp_path / "models").iterdir()
+    again = load_artifact("smollm2_135m")
+    assert again.path == folder and first.path.suffix == ".gguf" and again.origin == first.origin == "smollm2_135m"
+    assert again.sha256 == first.sha256 == fingerprint([first.path])
+    assert again.tokenizer.fingerprint == first.tokenizer.fingerprint and again.form == first.form
+    ours, theirs = first.tensors(), again.tensors()
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    anew = load_artifact("smollm2_135m")
+    assert anew.path.suffix == ".gguf" and load_artifact("smollm2_135m").path == folder
+
+
 @torch.no_grad()
 def test_perplexity_of_real_text_is_what_it_should_be():
     """The first 4 x 512 tokens of Sense and Sensibility; another rope, tokenizer or order of rows gives hundreds."""
@@ -43,10 +63,12 @@ def test_perplexity_of_real_text_is_what_it_should_be():
 
 
 @pytest.mark.slow
-def test_tuned_exported_and_read_again(main, tmp_path):
-    """One step of tuning on the primer's chats, then out as a folder that transformers reads and answers from."""
+@pytest.mark.parametrize("adapter", ["none", "lora", "qlora"])
+def test_tuned_exported_and_read_again(adapter, main, tmp_path):
+    """One step on the primer's chats, merged, then out as a folder that transformers reads and answers from."""
     done = main("phase=sft", "model=smollm2_135m", f"runs={tmp_path}", "name=tuned", "data.parts=[chats]",
-                "trainer.max_steps=1", "batch.size=2", "batch.micro_size=2", "batch.length=128", "optim.lr=1e-5",
+                "trainer.max_steps=1", "batch.size=2", "batch.micro_size=2", "batch.length=128", f"adapter={adapter}",
+                "optim.lr=1e-5",
                 "validation.every_steps=0", "samples.every_steps=0", "precision=fp32")  # fmt: skip
     assert done.code == 0, done.err
     done = main("phase=export", f"init_from={tmp_path / 'tuned'}", f"runs={tmp_path}", "name=out")

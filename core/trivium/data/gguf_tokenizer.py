@@ -179,7 +179,7 @@ def _core(vocabulary: dict[str, int], merges: list[Any], pre: _Pre) -> tokenizer
 
 
 def _config(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, middle in TOKENS.items():
         if keys.get(key := f"tokenizer.ggml.{middle}_token_id") is not None:
             config[name] = _token(keys, key, tokens)

@@ -250,7 +250,8 @@ class Tokenizer:
         """
         make_folder(folder)
         replace_file(folder / "tokenizer.json", self._core.to_str().encode())
-        replace_file(folder / "tokenizer_config.json", json.dumps(self.config, indent=1).encode())
+        said = {"clean_up_tokenization_spaces": False, **self.config}  # transformers would take spaces away
+        replace_file(folder / "tokenizer_config.json", json.dumps(said, indent=1).encode())
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from trivium.build import device_of
+from trivium.build import device_of, write_folder
 from trivium.data.tokenizer import Tokenizer
 from trivium.disk import make_folder, replace_file
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models.protocol import CausalLM
-from trivium.models.weights import hf_tensors
 from trivium.phases import llamacpp
 from trivium.phases.average import average_into
 from trivium.phases.export_gguf import export_gguf
@@ -62,19 +60,6 @@ def run_export(this: Run) -> int:
     if config.push:
         this.say(f"pushed to {push(folder, config.push, public=config.push_public)}")
     return 0
-
-
-def write_folder(model: CausalLM, family: str, tokenizer: Tokenizer, folder: Path) -> None:
-    """safetensors, config.json, generation_config.json with every id that ends an answer, and the tokenizer."""
-    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(model).items()}
-    ends = sorted(tokenizer.stop_ids)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config: dict[str, Any] = {"model_type": family, **model.hf_config(), **ids, "torch_dtype": dtype}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(folder)
-    replace_file(folder / "generation_config.json", json.dumps(ids, indent=1).encode())
-    replace_file(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
 @torch.no_grad()
