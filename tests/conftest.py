@@ -110,6 +110,7 @@ def pretraining(corpus):
 
     def overrides(runs, name, *changes):
         fixed = ("phase=pretrain", "domain=files", f"data.path={corpus}", "data.validation_share=0.2")
+        fixed += ("tokenizer.rules=gguf",)  # so that what is trained can leave in every form
         return overridden(fixed, TINY, (f"runs={runs}", f"name={name}"), changes)
 
     return overrides

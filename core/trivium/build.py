@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from trivium.compose import Component, component
 from trivium.data.config import BPEConfig
 from trivium.data.fetch import CATALOGUE, fetch
-from trivium.data.gguf_tokenizer import OWN_DIGITS, tokenizer_of
+from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.packing import pair_sides
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ def _cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str
         return load_tokenizer(settings.path, settings.encoding), f"tokenizer from {settings.path}"
     aside = ("encoding", "add_tokens", "chat_template")
     trained = {k: v for k, v in dataclasses.asdict(settings).items() if k not in aside}
-    key = manifest.digest_of([chosen.name, trained, OWN_DIGITS, source.fingerprint])  # others were cut otherwise
+    key = manifest.digest_of([chosen.name, trained, source.fingerprint])
     folder = cache_folder() / "tokenizers" / key
     if (folder / "tokenizer_config.json").is_file():  # written last
         return Tokenizer.load(folder), f"tokenizer trained earlier on this data ({folder})"

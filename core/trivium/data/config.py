@@ -67,6 +67,7 @@ class BPEConfig:
     vocab_size: int = 4096  # more makes texts shorter and the embedding larger
     path: str = ""  # use this instead: a folder, a tokenizer.json, tiktoken ranks or a SentencePiece .model
     encoding: str = ""  # of tiktoken ranks: gpt2, cl100k_base, ...; empty is by the file's name
+    rules: str = "own"  # own | gguf: how text is cut into words first; a GGUF file has names for the second only
     split_digits: bool = True  # one token a digit: numbers of any length read the same way
     max_bytes: int = 20_000_000  # of text read for training; more changes little and takes longer
     add_tokens: list[str] = field(default_factory=list)  # further special tokens; a model that is there grows with them
@@ -78,6 +79,7 @@ class BPEConfig:
                 f"tokenizer.vocab_size={self.vocab_size} must be at least 300 (256 bytes and special tokens)"
             )
         positive(self, "max_bytes")
+        one_of(self, "rules", ("own", "gguf"))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ PRE: Mapping[str, _Pre] = {
     "stablelm2": _Pre(lambda: _split(r"\p{N}")),
 }
 OWN_DIGITS, OWN_NUMBERS = "stablelm2", "gpt-2"
-"""The rules of tokenizers that are trained here: of those that GGUF has names for, and keep every byte."""
+"""The rules of tokenizers that are trained with rules=gguf: of those that GGUF has names for, and keep every byte."""
 
 
 def pieces_of(name: str) -> pre_tokenizers.PreTokenizer:
@@ -222,7 +222,7 @@ def _name_of(state: Mapping[str, Any]) -> str:
             return name
     raise DataError(
         f"GGUF has no name for how this tokenizer cuts text, so llama.cpp would read other tokens; it has names for "
-        f"the rules of {', '.join(PRE)}, and tokenizers that are trained here cut by {OWN_DIGITS}'s"
+        f"the rules of {', '.join(PRE)}; tokenizer.rules=gguf trains one that cuts by {OWN_DIGITS}'s"
     )
 
 

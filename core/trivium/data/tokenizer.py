@@ -39,7 +39,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Of the unigram: words carry their leading space; numbers are single digits; line breaks stay apart from words.
+# Words carry their leading space; numbers are single digits; line breaks stay apart from words.
 PIECES = r"""[^\S\r\n]?\p{L}+|\p{N}|[^\S\r\n]?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s"""
 WHOLE_NUMBERS = PIECES.replace(r"\p{N}|", r"[^\S\r\n]?\p{N}+|")
 
@@ -276,11 +276,16 @@ class Tokenizer:
 def train_bpe(config: BPEConfig, texts: Iterable[str]) -> Tokenizer:
     """Train byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) on `texts`.
 
-    Text is cut by rules that llama.cpp has too (words carry their leading space, digits are single), so that the model
-    can leave as a GGUF file.
+    rules=gguf cuts text as other models do whose rules llama.cpp has a name for, so that the model can leave as a GGUF
+    file; what the primer's recipes are measured with are our own.
     """
     core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer = pieces_of(OWN_DIGITS if config.split_digits else OWN_NUMBERS)
+    if config.rules == "gguf":
+        core.pre_tokenizer = pieces_of(OWN_DIGITS if config.split_digits else OWN_NUMBERS)
+    else:
+        pieces = pre_tokenizers.Split(Regex(PIECES if config.split_digits else WHOLE_NUMBERS), behavior="isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_])
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
