@@ -93,3 +93,14 @@ def test_a_rate_that_ruins_it_is_warned_of(changes, warned, main, tmp_path):
                 "validation.every_steps=0", "samples.every_steps=0", "data.num_chats=40", *changes)  # fmt: skip
     assert done.code == 0, done.err
     assert ("ruins what it knows" in done.out.replace("\n", " ")) == warned, done.out
+
+
+@pytest.mark.gpu
+def test_qlora_tunes_on_a_gpu_by_the_same_command(main, tmp_path):
+    done = main("phase=sft", "model=smollm2_135m", f"runs={tmp_path}", "name=tuned", "data.parts=[chats]",
+                "trainer.max_steps=4", "batch.size=2", "batch.micro_size=2", "batch.length=128", "optim.lr=2e-4",
+                "validation.every_steps=0", "samples.every_steps=0", "adapter=qlora", "optim=paged_adamw8bit",
+                "trainer.accelerator=gpu")  # fmt: skip
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] < 3

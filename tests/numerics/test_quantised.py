@@ -90,3 +90,18 @@ def test_products_are_in_the_precision_of_autocast():
         found = quantised(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, x.bfloat16() @ quantised.restored().bfloat16().t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_gpu_computes_with_the_values_of_a_cpu(kind):
+    """Quantised here and there, moved there, and back: the same values; the product to rounding."""
+    torch.manual_seed(0)
+    layer, x = linear(torch.randn(96, 128), torch.randn(96)), torch.randn(4, 128)
+    here = quantiser(kind, False)(layer)
+    wanted, values = here(x), here.restored()
+    there = quantiser(kind, False)(layer.cuda())
+    torch.testing.assert_close(there.restored().cpu(), values, rtol=1e-6, atol=1e-7)
+    moved = here.cuda()
+    torch.testing.assert_close(moved(x.cuda()).cpu(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved.cpu().restored(), values, rtol=1e-6, atol=1e-7)
