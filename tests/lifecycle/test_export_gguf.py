@@ -211,10 +211,14 @@ def test_settings_that_do_not_go_together(trained, main, tmp_path):
     assert done.code == 2 and "quantize=f16 is for format=gguf" in done.err
 
 
-def test_tokenizers_trained_here_can_always_be_said(tokenizer):
+def test_tokenizers_of_rules_gguf_can_be_said_and_others_say_what_to_set():
+    texts = ["a (b) 12 don't\n\n"] * 3
     for digits in (True, False):
-        own = train_bpe(BPEConfig(vocab_size=300, split_digits=digits), ["a (b) 12 don't\n\n"] * 3)
-        assert own.gguf_keys(0)["tokenizer.ggml.pre"] == ("stablelm2" if digits else "gpt-2")
+        made = train_bpe(BPEConfig(vocab_size=300, rules="gguf", split_digits=digits), texts)
+        assert made.gguf_keys(0)["tokenizer.ggml.pre"] == ("stablelm2" if digits else "gpt-2")
+        own = train_bpe(BPEConfig(vocab_size=300, split_digits=digits), texts)
+        with pytest.raises(TriviumError, match=r"tokenizer\.rules=gguf trains one that cuts by stablelm2's"):
+            own.gguf_keys(0)
 
 
 @pytest.mark.slow  # a minute, and 2.5 GB
