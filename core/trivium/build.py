@@ -488,7 +488,7 @@ def _peft(path: Path, base: str, family: str) -> Artifact:
     form = "chat" if tokenizer.has_template else under.form
 
     def both() -> str:  # it says nothing without its base
-        return manifest.digest_of([files(), under.sha256])
+        return manifest.digest_of([files(), under.sha256, tokenizer.fingerprint])
 
     return Artifact(path, both, tokenizer, path, {}, form, record, lambda: tensors, under)
 
@@ -499,8 +499,13 @@ def _folder(path: Path, family: str) -> Artifact:
     if reader.get("quantization_config", None):
         raise CheckpointError(f"{path} is quantised; take the checkpoint that it was made from")
     files = Tensors(path)
-    digest = _beside(lambda: fingerprint([path / "config.json", *files.paths]))
-    return _foreign(path, reader, files, digest, Tokenizer.load(path), family)
+    hashed = _beside(lambda: fingerprint([path / "config.json", *files.paths]))
+    tokenizer = Tokenizer.load(path)
+
+    def digest() -> str:  # the same weights with another tokenizer answer otherwise
+        return manifest.digest_of([hashed(), tokenizer.fingerprint])
+
+    return _foreign(path, reader, files, digest, tokenizer, family)
 
 
 def _gguf(path: Path) -> Artifact:
@@ -523,12 +528,12 @@ def _by_name(name: str) -> Artifact:
     if mark.is_file():
         try:
             found = _folder(folder, "")
-            sound = mark.read_text() == found.sha256
-        except (CheckpointError, DataError):
+            sound = mark.read_bytes() == found.sha256.encode()
+        except (CheckpointError, DataError, OSError):
             sound = False
         if sound:
             return dataclasses.replace(found, digest=lambda: digest, origin=name)
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     found = dataclasses.replace(_gguf(path), origin=name)
     model, record = found.model(None)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")

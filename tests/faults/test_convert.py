@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.helpers import folder_of
 
 from trivium.build import load_artifact
@@ -140,3 +140,33 @@ def test_wrong_usage(tmp_path):
     ):
         with pytest.raises(TriviumError, match=sentence):
             convert(args)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            {"model": {"w": torch.ones(2)}, "head.weight": torch.ones(2)},
+            "tensors beside 'model', which would be lost",
+        ),
+        ({"state_dict": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}}, "which would be lost: ema"),
+        ({None: torch.ones(2), "a": torch.ones(2)}, "'None' is no tensor but a Tensor"),
+        ({"__metadata__": torch.ones(3)}, "'__metadata__' is no tensor"),
+        ({"a": torch.ones(3).to_sparse()}, "'a' is no plain tensor"),
+        ({"a": torch.ones(3, device="meta")}, "'a' is no plain tensor"),
+    ],
+)
+def test_what_would_be_lost_or_unreadable_is_refused(content, told, main, tmp_path):
+    torch.save(content, tmp_path / "a.bin")
+    done = main("convert", tmp_path / "a.bin", tmp_path / "out.safetensors")
+    assert done.code == 1 and told in done.err and "fault of the program" not in done.err, done.err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_folder_of_both_forms_is_refused(main, tmp_path):
+    """What lies there as safetensors would take the place of what is converted."""
+    (tmp_path / "in").mkdir()
+    torch.save({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "in/pytorch_model.bin")
+    save_file({"a": torch.full((2,), 7.0)}, tmp_path / "in/model.safetensors")
+    done = main("convert", tmp_path / "in", tmp_path / "out")
+    assert done.code == 1 and "has model.safetensors already" in done.err and not (tmp_path / "out").exists()

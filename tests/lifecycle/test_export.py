@@ -244,3 +244,15 @@ else:
     added = float(subprocess.run([*run, "read"], check=True, capture_output=True, text=True).stdout)
     assert 80 < size < 120
     assert 0.9 * size < added < 1.1 * size
+
+
+def test_a_folder_with_another_tokenizer_is_another(tokenizer, tmp_path):
+    """Its hash stands for what it answers: an evaluation of the one is not taken for the other's."""
+    folder_of("llama", tokenizer, tmp_path / "in")
+    before = load_artifact(str(tmp_path / "in")).sha256
+    assert load_artifact(str(tmp_path / "in")).sha256 == before
+    path = tmp_path / "in/tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:5]
+    path.write_text(json.dumps(content))
+    assert load_artifact(str(tmp_path / "in")).sha256 != before

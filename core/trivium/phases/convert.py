@@ -20,6 +20,7 @@ from torch import Tensor
 from trivium.disk import make_folder, replace_file
 from trivium.errors import CheckpointError, ConfigError, TrainingError
 from trivium.models.huggingface import INDEX, SINGLE, read_json
+from trivium.models.names import few
 from trivium.training.tensorfile import write_tensors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -60,6 +61,8 @@ def _folder(source: Path, out: Path) -> int:
         files, named = [PICKLED], {}
     else:
         raise CheckpointError(f"{source} has neither {PICKLED} nor {PICKLED_INDEX}; name a file in it instead")
+    if there := sorted(p.name for p in source.iterdir() if p.suffix == ".safetensors" or p.name == INDEX):
+        raise CheckpointError(f"{source} has {there[0]} already; take it out of the folder, or use that one")
     make_folder(out)
     try:
         places: dict[str, str] = {}
@@ -98,9 +101,9 @@ def _file(source: Path, out: Path) -> int:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         write_tensors(path, tensors)
-    except (TrainingError, CheckpointError) as error:
+    except (TrainingError, CheckpointError, RuntimeError, NotImplementedError) as error:
         path.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} is not written: {error}") from error
+        raise CheckpointError(f"{path} is not written: {str(error).splitlines()[0][:200]}") from error
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -139,10 +142,19 @@ def _load(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} cannot be read as torch.save writes it ({str(error)[:200]})") from error
     while isinstance(content, dict) and (key := next((k for k in INSIDE if isinstance(content.get(k), dict)), None)):
+        lost = [str(k) for k, v in content.items() if k != key and (isinstance(v, Tensor) or _holds_tensors(v))]
+        if lost:
+            raise CheckpointError(f"{path} has tensors beside {key!r}, which would be lost: {few(lost)}")
         content = content[key]
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds no tensors by name, but a {type(content).__name__}")
-    wrong = next((k for k, v in content.items() if not isinstance(k, str) or not isinstance(v, Tensor)), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {str(wrong)[:80]!r} is no tensor but a {type(content[wrong]).__name__}")
-    return content
+    for key, value in content.items():
+        if not isinstance(key, str) or key == "__metadata__" or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {str(key)[:80]!r} is no tensor but a {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested or value.device.type == "meta":
+            raise CheckpointError(f"{path}: {key[:80]!r} is no plain tensor ({value.layout}, {value.device.type})")
+    return {key: value.resolve_neg() for key, value in content.items()}
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values())
