@@ -12,7 +12,7 @@ import torch
 
 from trivium.build import device_of, write_folder
 from trivium.data.tokenizer import Tokenizer
-from trivium.disk import make_folder, replace_file
+from trivium.disk import make_folder, replace_file, sweep
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models.protocol import CausalLM
 from trivium.phases import llamacpp
@@ -42,6 +42,7 @@ def run_export(this: Run) -> int:
         this.say(f"the mean of {1 + len(this.averaged)} models' weights")
     model.eval()
     folder = make_folder(this.folder / config.format)
+    sweep(folder)  # what a killed export left
     (folder / VERIFIED).unlink(missing_ok=True)  # until the gate has passed again
     this.begin(model={"name": record["name"], "parameters": model.num_parameters})
     if config.format == "hf":
