@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from trivium.compose import Component, component
 from trivium.data.config import BPEConfig
@@ -41,8 +39,9 @@ from trivium.models.sizes import sized
 from trivium.models.weights import fill_weights, hf_tensors, keep_layers, load_weights, read_tensors, spread_layers
 from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra, load
-from trivium.training.checkpoint import RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
+from trivium.training.checkpoint import MODEL, RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
 from trivium.training.schedule import Schedule
+from trivium.training.tensorfile import write_tensors
 
 
 def build(registry: Registry, chosen: Component, *args: Any, **kwargs: Any) -> Any:
@@ -261,9 +260,7 @@ class Artifact:
         if self.base is not None:
             return self.base._empty()
         assert self.record is not None
-        here = component("model", {"name": self.record["name"], **self.record["config"]})
-        assert here is not None
-        return _without_memory(here, self.record["vocab_size"], self.origin)
+        return _without_memory(_described(self.record), self.record["vocab_size"], self.origin)
 
     def _plain(
         self, wanted: Component | None, kept_layers: int = 0, quantiser: Any = None
@@ -271,8 +268,7 @@ class Artifact:
         record = self.record
         if record is None:
             raise CheckpointError(f"{self.path} holds a tokenizer and no model; name a trained run in init_from=")
-        here = component("model", {"name": record["name"], **record["config"]})
-        assert here is not None
+        here = _described(record)
         if wanted is not None:
             here = self._agreeing(sized_for(wanted, record["vocab_size"]), here)
         tensors = self.tensors()
@@ -306,6 +302,13 @@ def model_record(chosen: Component, vocab_size: int) -> dict[str, Any]:
     return {"name": chosen.name, "config": dataclasses.asdict(chosen.config), "vocab_size": vocab_size}
 
 
+def _described(record: Mapping[str, Any]) -> Component:
+    """The inverse of `model_record`."""
+    found = component("model", {"name": record["name"], **record["config"]})
+    assert found is not None
+    return found
+
+
 def adapter_record(chosen: Component, base: Artifact) -> dict[str, Any]:
     """What a checkpoint says of its adapter, and of what that stands on."""
     on = {"path": base.origin, "sha256": base.sha256, "family": (base.record or {}).get("name", "")}
@@ -325,8 +328,7 @@ def model_of(
     record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], origin: str = "a model", quantiser: Any = None
 ) -> CausalLM:
     """The model that a record describes, with these weights. quantiser: of the linear layers in blocks, one by one."""
-    chosen = component("model", {"name": record["name"], **record["config"]})
-    assert chosen is not None
+    chosen = _described(record)
     model = _without_memory(chosen, record["vocab_size"], origin)
     made = any(True for _ in model.buffers())  # values that no file holds: the constructor must make them
     if made:
@@ -541,19 +543,19 @@ def _by_name(name: str) -> Artifact:
         write_folder(model, record["name"], found.tokenizer, make_folder(temporary))
         (temporary / mark.name).write_text(_folder(temporary, "").sha256)
         temporary.rename(folder)
-    except (OSError, SafetensorError, TriviumError):  # no room, or another process was quicker: it works without
+    except (OSError, TriviumError):  # no room, or another process was quicker: it works without
         shutil.rmtree(temporary, ignore_errors=True)
     return found
 
 
 def write_folder(model: CausalLM, family: str, tokenizer: Tokenizer, folder: Path) -> None:
     """safetensors, config.json, generation_config.json with every id that ends an answer, and the tokenizer."""
-    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(model).items()}
+    tensors = hf_tensors(model)
     ends = sorted(tokenizer.stop_ids)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config: dict[str, Any] = {"model_type": family, **model.hf_config(), **ids, "torch_dtype": dtype}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / MODEL, tensors)
     tokenizer.save(folder)
     replace_file(folder / "generation_config.json", json.dumps(ids, indent=1).encode())
     replace_file(folder / "config.json", json.dumps(config, indent=1).encode())

@@ -1,7 +1,9 @@
 """Text to ids and back: every string survives, and nothing a person writes becomes a special token."""
 
 import json
+import os
 import random
+import signal
 
 import pytest
 
@@ -173,3 +175,15 @@ def test_end_of_turn_is_not_the_pad(tokenizer):
     """pad == eos is how end tokens come to be masked elsewhere; here they are three tokens."""
     assert len({tokenizer.pad_id, tokenizer.eos_id, tokenizer.eot_id}) == 3
     assert tokenizer.config["eot_token"] == END
+
+
+def test_a_child_encodes_whatever_its_parent_was_doing():
+    """A thread may hold the lock while another forks; the child has no such thread, and must not wait for it."""
+    made = train_bpe(BPEConfig(vocab_size=300), ["the heron waits"] * 9)
+    with made._reading(special=True):
+        child = os.fork()
+        if not child:
+            signal.alarm(5)
+            os._exit(0 if made.encode("the heron<|end|>") else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert made.decode(made.encode("the heron<|end|>")) == "the heron<|end|>"

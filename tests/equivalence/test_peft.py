@@ -37,19 +37,22 @@ def said(model):
     return model.head(model(TOKENS, torch.arange(16).expand(2, -1)))
 
 
+def read_by_peft(ours, theirs, folder):
+    """peft's model, from our adapter's files, on `theirs`; it says what ours says."""
+    save_file(form.to_peft(ours, {n: p.detach().clone() for n, p in parts(ours).items()}), folder / form.WEIGHTS)
+    (folder / form.CONFIG).write_text(json.dumps(form.peft_config(ours, "somewhere")))
+    wrapped = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(TOKENS).logits, said(ours), rtol=0, atol=2e-5)
+    return wrapped
+
+
 @pytest.mark.parametrize(("case", "kind", "also"), CASES, ids=lambda v: str(v))
 def test_peft_reads_ours_and_we_read_peft_s(case, kind, also, tmp_path):
     family, config = families.CONFIGS[case]
     ours, theirs = families.both(family, config)
     attach(KINDS[kind](rank=4, alpha=12.0, also=also), ours)
-    stirred(ours)
-    plain = {n: p.detach().clone() for n, p in parts(ours).items()}
-    save_file(form.to_peft(ours, plain), tmp_path / form.WEIGHTS)
-    (tmp_path / form.CONFIG).write_text(json.dumps(form.peft_config(ours, "somewhere")))
-    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
-    with torch.no_grad():
-        found = wrapped(TOKENS).logits
-    torch.testing.assert_close(found, said(ours), rtol=0, atol=2e-5)
+    wrapped = read_by_peft(stirred(ours), theirs, tmp_path)
     # and back: peft's own file, on the same base
     wrapped.save_pretrained(tmp_path / "theirs")
     settings, tensors = form.read_peft(tmp_path / "theirs")
@@ -75,13 +78,7 @@ def test_peft_reads_adapters_of_experts(case, kind, tmp_path):
     family, config = families.CONFIGS[case]
     ours, theirs = families.both(family, config)
     attach(KINDS[kind](rank=4, alpha=12.0), ours)
-    stirred(ours)
-    save_file(form.to_peft(ours, {n: p.detach() for n, p in parts(ours).items()}), tmp_path / form.WEIGHTS)
-    (tmp_path / form.CONFIG).write_text(json.dumps(form.peft_config(ours, "somewhere")))
-    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
-    with torch.no_grad():
-        found = wrapped(TOKENS).logits
-    torch.testing.assert_close(found, said(ours), rtol=0, atol=2e-5)
+    wrapped = read_by_peft(stirred(ours), theirs, tmp_path)
     wrapped.save_pretrained(tmp_path / "theirs")
     with pytest.raises(CheckpointError, match="uses what is not known here: .*target_parameters"):
         form.read_peft(tmp_path / "theirs")

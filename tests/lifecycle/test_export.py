@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from trivium.plugin import discover
 transformers = pytest.importorskip("transformers")
 
 discover()
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +260,14 @@ def test_a_folder_with_another_tokenizer_is_another(tokenizer, tmp_path):
     content["model"]["merges"] = content["model"]["merges"][:5]
     path.write_text(json.dumps(content))
     assert load_artifact(str(tmp_path / "in")).sha256 != before
+
+
+def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_called_good(trained, tmp_path):
+    """A limit on the size of files stands in for a disk that takes no more."""
+    code = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv[0] = 'launch.py'; "
+    code += "runpy.run_path('launch.py', run_name='__main__')"
+    asked = ["phase=export", f"init_from={trained}", f"runs={tmp_path}", "name=out"]
+    done = subprocess.run([sys.executable, "-c", code, *asked], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "fault of the program" not in done.stderr, done.stderr
+    assert "model.safetensors" in done.stderr and not (tmp_path / "out/hf/VERIFIED.json").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,14 @@ MOST_HOLES = 4096
 """Ids without a token, beyond as many as there are tokens, before a vocabulary is refused."""
 
 _LOCK = threading.Lock()  # of the module: a tokenizer that holds one could not be sent to another process
+
+
+def _own_lock() -> None:
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_own_lock)  # the thread that held the parent's is not there
 
 PROBE = "Probe 12,\n\n  caf\u00e9 \U0001f600!"
 

@@ -21,7 +21,7 @@ from trivium.errors import CheckpointError, ConfigError
 from trivium.models.config import LoraConfig
 from trivium.models.names import few
 from trivium.models.protocol import CausalLM
-from trivium.models.weights import check_names, check_tensor
+from trivium.models.weights import copy_weights
 
 DEFAULT = "default"
 
@@ -97,8 +97,7 @@ def attach(config: LoraConfig, model: CausalLM, seed: int = 0, name: str = DEFAU
     """Put an adapter on every linear layer that a pattern of `config.targets` matches, and use it alone.
 
     Everything else stops being trained, except what `config.also` names (which gets no adapter) and a reward model's
-    head. Raises ConfigError
-    for a pattern that matches no linear layer, and for layers that an adapter cannot stand on.
+    head. Raises ConfigError for a pattern that matches no linear layer, and for the head.
     """
     standing = standing_on(model)
     if name in standing.configs:
@@ -177,15 +176,9 @@ def _parts(model: CausalLM, name: str) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if f".lora.{name}." in n or n in whole or n.startswith("score.")}
 
 
-@torch.no_grad()
 def load_parts(model: CausalLM, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Put an adapter's tensors into the one in use; missing, unknown, misshapen and non-finite ones are refused."""
-    held = parts(model)
-    check_names(held, tensors, origin)
-    for name, parameter in held.items():
-        check_tensor(name, tensors[name], parameter.shape, origin)
-    for name, parameter in held.items():
-        parameter.copy_(tensors[name])
+    """Put a checkpoint's tensors into what it holds of this model, with the checks of `copy_weights`."""
+    copy_weights(parts(model), tensors, origin)
 
 
 @torch.no_grad()
@@ -312,6 +305,8 @@ def _whole(model: CausalLM, config: LoraConfig) -> dict[str, nn.Parameter]:
 def _swap(model: CausalLM, names: Any) -> None:
     """Give modules that are trained whole the values they have under these adapters; keep those they have now."""
     standing = standing_on(model)
+    if not any(standing.whole.values()):  # a reference asks often
+        return
     parameters = dict(model.named_parameters())
     for label, held in standing.whole.items():
         was, will = label in standing.heard, label in names

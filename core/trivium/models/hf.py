@@ -174,13 +174,12 @@ class HuggingFace(CausalLM):
         tokens = (torch.arange(2 * length, device=device) * 7 % self.vocab_size).view(2, length)
         places, cut = torch.arange(length, device=device).expand(2, -1), length // 3
         wanted = self.inner(tokens, use_cache=False).logits
-        packed = torch.cat([tokens[:1], tokens[1:]], 1)
         documents = torch.tensor([[1] * length + [2] * length], device=device)
         cache = self.new_cache(2, length + 25)
         steps = [self(tokens[:, p], places[:, p], cache=cache) for p in (slice(0, cut), slice(cut, length))]
         ways = {
             "in one pass": self(tokens, places),
-            "packed": self(packed, torch.cat([places[:1], places[1:]], 1), documents).view(2, length, -1),
+            "packed": self(tokens.view(1, -1), places.reshape(1, -1), documents).view(2, length, -1),
             "through the cache": torch.cat(steps, 1),
         }
         for way, hidden in ways.items():
@@ -210,9 +209,7 @@ def settings_of(config: HFConfig) -> dict[str, Any]:
 
 def read_folder(path: Path) -> dict[str, Tensor]:
     """The weights of a folder by the names that transformers has in memory, which are not those of every file."""
-    _built({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 8})  # or say how to install it
-    import transformers
-
+    transformers = _transformers()
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -227,11 +224,16 @@ def read_folder(path: Path) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def _built(raw: Mapping[str, Any]) -> Any:
+def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
         raise ConfigError("model=hf needs transformers, which is not installed: pip install trivium-llm[hf]") from error
+    return transformers
+
+
+def _built(raw: Mapping[str, Any]) -> Any:
+    transformers = _transformers()
     settings = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype", "transformers_version")}
     kind = settings.pop("model_type")
     try:

@@ -37,10 +37,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": 
 
 def peft_names(model: CausalLM) -> dict[str, str]:
     """Our names of what an adapter's checkpoint holds -> peft's. A family without Hugging Face names keeps ours."""
-    try:
-        theirs = model.hf_names()
-    except (CheckpointError, NotImplementedError):
-        theirs = {}
+    theirs = _hf_names(model)
     found = {}
     for name in parts(model):
         layer, _, end = name.partition(f".lora.{standing_on(model).heard[-1]}.")
@@ -50,6 +47,14 @@ def peft_names(model: CausalLM) -> dict[str, str]:
         else:
             found[name] = PREFIX + theirs.get(name, name)
     return found
+
+
+def _hf_names(model: CausalLM) -> dict[str, str]:
+    """None for a family, of a plugin perhaps, that has no Hugging Face form."""
+    try:
+        return model.hf_names()
+    except (CheckpointError, NotImplementedError):
+        return {}
 
 
 def to_peft(model: CausalLM, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,10 +137,7 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def settings_of(said: Mapping[str, Any], tensors: Mapping[str, Tensor], model: CausalLM, origin: str) -> dict[str, Any]:
     """{name, ...}: the adapter group's settings that fit a file; `model` is the one it is to stand on."""
-    try:
-        theirs = model.hf_names()
-    except (CheckpointError, NotImplementedError):
-        theirs = {}
+    theirs = _hf_names(model)
     ours = {t.removesuffix(".weight"): o.removesuffix(".weight") for o, t in theirs.items()}
 
     def here(name: str) -> str:

@@ -56,7 +56,7 @@ def sized(config: Any, count: Callable[[Any], int]) -> Any:
             f"leave model.{given[0]}={getattr(config, given[0])} away, or choose a family that sets none (model=llama)"
         )
     wanted = parameters_of(config.size)
-    near: list[tuple[float, Any, int]] = []
+    near: list[tuple[float, Any]] = []
     closest = None
     for width in WIDTHS:
         low = count(_shape(config, width, 1))
@@ -64,9 +64,9 @@ def sized(config: Any, count: Callable[[Any], int]) -> Any:
         layers = max(1, round((wanted - low) / each) + 1)
         off = (low + (layers - 1) * each) / wanted - 1
         made = _shape(config, width, layers)
-        ratio = abs(_log(width / layers / RATIO))
+        ratio = width / layers / RATIO
         if abs(off) <= TOLERANCE:
-            near.append((ratio, made, layers))
+            near.append((max(ratio, 1 / ratio), made))
         if closest is None or abs(off) < abs(closest[0]):
             closest = (off, made)
         if low > 2 * wanted:
@@ -76,10 +76,6 @@ def sized(config: Any, count: Callable[[Any], int]) -> Any:
         told = f"the nearest has {count(closest[1]):,}"
         raise ConfigError(f"model.size={config.size}: with this vocabulary no shape has so few or many; {told}")
     return min(near, key=lambda found: found[0])[1]
-
-
-def _log(value: float) -> float:
-    return max(value, 1 / value)
 
 
 def _shape(config: Any, width: int, layers: int) -> Any:

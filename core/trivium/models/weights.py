@@ -144,8 +144,13 @@ def resize_vocabulary(model: CausalLM, new_size: int, used: int | None = None) -
 
 @torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Put `tensors` into `model`; missing, unknown, wrongly shaped and non-finite ones are refused before any copy."""
-    parameters = dict(model.named_parameters())
+    """Put `tensors` into all of `model`."""
+    copy_weights(dict(model.named_parameters()), tensors, origin)
+
+
+@torch.no_grad()
+def copy_weights(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Put `tensors` into `parameters`; missing, unknown, misshapen and non-finite ones are refused before any copy."""
     check_names(parameters, tensors, origin)
     for name, parameter in parameters.items():
         check_tensor(name, tensors[name], parameter.shape, origin)
