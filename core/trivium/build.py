@@ -27,7 +27,7 @@ from trivium.data.packing import pair_sides
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.vocabularies import load_tokenizer
-from trivium.disk import cache_folder, make_folder, replace_file
+from trivium.disk import cache_folder, lock_folder, make_folder, replace_file, sweep
 from trivium.errors import CheckpointError, ConfigError, DataError, TriviumError
 from trivium.inference.protocol import Backend
 from trivium.lineage import manifest
@@ -539,26 +539,37 @@ def _by_name(name: str) -> Artifact:
     found = dataclasses.replace(_gguf(path), origin=name)
     model, record = found.model(None)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    lock = None
     try:
-        write_folder(model, record["name"], found.tokenizer, make_folder(temporary))
-        (temporary / mark.name).write_text(_folder(temporary, "").sha256)
-        temporary.rename(folder)
-    except (OSError, TriviumError):  # no room, or another process was quicker: it works without
+        if lock := lock_folder(make_folder(folder.parent)):  # else another process writes it
+            sweep(folder.parent)  # what a killed one left
+            write_folder(model, record["name"], found.tokenizer, make_folder(temporary))
+            (temporary / mark.name).write_text(_folder(temporary, "").sha256)
+            temporary.rename(folder)
+    except (OSError, TriviumError):  # no room, a cache that may not be written: it works without
         shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        if lock:
+            lock.close()
     return found
 
 
-def write_folder(model: CausalLM, family: str, tokenizer: Tokenizer, folder: Path) -> None:
-    """safetensors, config.json, generation_config.json with every id that ends an answer, and the tokenizer."""
+def write_folder(model: CausalLM, family: str, tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """safetensors, config.json, generation_config.json with every id that ends an answer, and the tokenizer.
+
+    Returns the names of the files.
+    """
     tensors = hf_tensors(model)
     ends = sorted(tokenizer.stop_ids)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config: dict[str, Any] = {"model_type": family, **model.hf_config(), **ids, "torch_dtype": dtype}
     write_tensors(folder / MODEL, tensors)
-    tokenizer.save(folder)
-    replace_file(folder / "generation_config.json", json.dumps(ids, indent=1).encode())
-    replace_file(folder / "config.json", json.dumps(config, indent=1).encode())
+    written = tokenizer.save(folder)
+    for name, content in (("generation_config.json", ids), ("config.json", config)):
+        replace_file(folder / name, json.dumps(content, indent=1).encode())
+        written.append(name)
+    return [MODEL, *written]
 
 
 def _beside(work: Callable[[], str]) -> Callable[[], str]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import smollm2, smollm2_path
 
-from trivium.errors import CheckpointError, ConfigError
+from trivium.data.gguf_tokenizer import tokenizer_of
+from trivium.errors import CheckpointError, ConfigError, DataError
 from trivium.models.gguf import ROPE_FREQS, by_halves, by_pairs, llama3_factors, read_gguf
 from trivium.models.gguf_file import TYPES, read_header
 from trivium.models.gguf_write import write_gguf
@@ -326,6 +327,23 @@ def test_refusals_name_file_and_reason(file, case):
     with pytest.raises(CheckpointError, match=f"tiny.gguf.*({message})") as told:
         dict(read_gguf(file).tensors)
     assert "\n" not in str(told.value) and len(str(told.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"llama.attention.causal": False}, CheckpointError, "reads its text in both directions"),
+        ({"tokenizer.ggml.add_eos_token": True}, DataError, "ends every text with its end-of-text token"),
+    ],
+)
+def test_files_for_another_use_are_refused(tmp_path, more, error, message):
+    write_gguf(tmp_path / "a.gguf", CONFIG, tiny(), TOKENIZER | more, "F32")
+    with pytest.raises(error, match=message):
+        tokenizer_of(read_gguf(tmp_path / "a.gguf").tokenizer)
+    plain = {key: not value for key, value in more.items()}  # what a model like ours says changes nothing
+    write_gguf(tmp_path / "b.gguf", CONFIG, tiny(), TOKENIZER | plain, "F32")
+    with pytest.raises(DataError, match="merges is not a list of texts"):  # the next thing that is looked at
+        tokenizer_of(read_gguf(tmp_path / "b.gguf").tokenizer)
 
 
 def test_cut_off_files_are_refused(file):

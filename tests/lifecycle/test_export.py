@@ -4,16 +4,21 @@ import json
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tests.helpers import FAMILIES, folder_of
 
 from trivium.build import load_artifact
-from trivium.errors import TriviumError
+from trivium.compose import compose, run_config
+from trivium.errors import ConfigError, TriviumError
 from trivium.models.weights import weights_of
+from trivium.phases.start import run
+from trivium.phases.verified import verified_files
 from trivium.plugin import discover
 
 transformers = pytest.importorskip("transformers")
@@ -271,3 +276,32 @@ def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_called_good(trained,
     done = subprocess.run([sys.executable, "-c", code, *asked], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "fault of the program" not in done.stderr, done.stderr
     assert "model.safetensors" in done.stderr and not (tmp_path / "out/hf/VERIFIED.json").exists()
+
+
+def test_a_stage_that_exported_is_left_only_while_its_files_are_as_they_were(trained, tmp_path):
+    """As a pipeline runs it: a second time nothing is done, unless a file has changed or push= is new."""
+    start = [f"init_from={trained}", f"runs={tmp_path}", "name=out", "phase=export"]
+
+    def again(*more):
+        out = StringIO()
+        assert run(run_config(compose([*start, *more])), Console(file=out, width=500), skip_done=True) == 0
+        return "done already" in out.getvalue()
+
+    assert [again(), again()] == [False, True]
+    file = tmp_path / "out/hf/config.json"
+    file.write_text(file.read_text().replace("}", ' ,"x": 1}', 1))
+    assert [again(), again()] == [False, True]
+    (tmp_path / "out/hf/tokenizer.json").unlink()
+    assert [again(), again()] == [False, True]
+    (tmp_path / "out/hf/VERIFIED.json").write_text("{}")
+    assert [again(), again()] == [False, True]
+    with pytest.raises(ConfigError, match="push=me/mine needs"):
+        again("push=me/mine")
+
+
+def test_a_refused_export_is_no_longer_called_good(trained, main, tmp_path, monkeypatch):
+    start = ("phase=export", f"init_from={trained}", f"runs={tmp_path}", "name=out")
+    assert main(*start).code == 0 and verified_files(tmp_path / "out/hf")
+    monkeypatch.setattr("trivium.phases.export.TOLERANCE", -1.0)
+    assert main(*start).code == 1
+    assert not (tmp_path / "out/hf/VERIFIED.json").exists() and verified_files(tmp_path / "out/hf") == []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -78,6 +79,24 @@ def test_an_adapter_counts_with_what_it_makes_of_its_base(tuned, preferring, mai
         torch.testing.assert_close(tensor, (ours[name] + merged[name]) / 2, rtol=1e-6, atol=1e-7)
         moved += not ours[name].equal(merged[name])
     assert moved > 0
+
+
+def test_an_adapter_to_average_finds_its_base_where_base_says(tuned, preferring, main, tmp_path):
+    """An adapter whose base has moved away from where it says."""
+    base, away = tmp_path / "base", tmp_path / "away"
+    shutil.copytree(tuned, base)
+    done = main(*preferring(tmp_path, "adapter", "adapter=lora", "trainer.max_steps=1", f"init_from={base}"))
+    assert done.code == 0, done.err
+    start = ("phase=export", f"init_from={tuned}", f"average=[{tmp_path}/adapter]", f"runs={tmp_path}")
+    assert main(*start, "name=before").code == 0
+    base.rename(away)
+    done = main(*start, "name=lost")
+    assert done.code == 1 and "say where it is in base=" in done.err, done.err
+    assert main(*start, "name=found", f"base={away}").code == 0
+    one, two = ((tmp_path / name / "hf/model.safetensors").read_bytes() for name in ("before", "found"))
+    assert one == two
+    done = main("phase=export", f"init_from={tuned}", f"average=[{tuned}]", f"base={away}", f"runs={tmp_path}")
+    assert done.code == 2 and f"base={away} is for an adapter" in done.err
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,11 @@ def tokenizer_of(keys: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[st
     if (kind := keys.get("tokenizer.ggml.model")) != "gpt2":
         raise DataError(f"the GGUF file's tokenizer is of the kind {kind!r}; byte-level BPE ('gpt2') is read")
     pre = _known(keys.get("tokenizer.ggml.pre"))
+    if keys.get("tokenizer.ggml.add_eos_token"):
+        raise DataError(
+            "the GGUF file's tokenizer ends every text with its end-of-text token (tokenizer.ggml.add_eos_token), "
+            "prompts too; such models are not read"
+        )
     tokens = _texts(keys, "tokenizer.ggml.tokens")
     types = keys.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):

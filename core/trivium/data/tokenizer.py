@@ -252,15 +252,17 @@ class Tokenizer:
         ends = [self._core.id_to_token(i) for i in self.stop_ids]
         return keys_of(self._core, {**self.config, **said, "stop_tokens": ends}, size)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[str]:
         """Write tokenizer.json, then tokenizer_config.json; a folder that has the second is complete.
 
-        transformers' AutoTokenizer loads it with the same ids.
+        transformers' AutoTokenizer loads it with the same ids. Returns the names of the files.
         """
         make_folder(folder)
-        replace_file(folder / "tokenizer.json", self._core.to_str().encode())
         said = {"clean_up_tokenization_spaces": False, **self.config}  # transformers would take spaces away
-        replace_file(folder / "tokenizer_config.json", json.dumps(said, indent=1).encode())
+        files = {"tokenizer.json": self._core.to_str(), "tokenizer_config.json": json.dumps(said, indent=1)}
+        for name, content in files.items():
+            replace_file(folder / name, content.encode())
+        return [*files]
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:

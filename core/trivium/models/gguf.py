@@ -132,6 +132,8 @@ def read_gguf(path: Path) -> GGUF:
     kind = header.text("general.architecture")
     if kind not in FAMILIES:
         raise CheckpointError(f"{path} is of the architecture {kind!r}; read are {', '.join(FAMILIES)}")
+    if header.values.get(f"{kind}.attention.causal", True) is not True:
+        raise CheckpointError(f"{path} reads its text in both directions ({kind}.attention.causal is not true)")
     config = _config_of_gpt2(header) if kind == "gpt2" else _config_of(header, kind)
     parts = parts_of(config, len(header.tensors), str(path))
     _agree(header, parts, free={ROPE_FREQS} if kind == "llama" else set())

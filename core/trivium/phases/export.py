@@ -4,7 +4,6 @@ folder, checked with transformers, or a GGUF file, checked with llama.cpp (expor
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from trivium.build import device_of, write_folder
 from trivium.data.tokenizer import Tokenizer
-from trivium.disk import make_folder, replace_file, sweep
+from trivium.disk import make_folder, sweep
 from trivium.errors import CheckpointError, ConfigError
 from trivium.models.protocol import CausalLM
 from trivium.phases import llamacpp
@@ -21,11 +20,9 @@ from trivium.phases.export_gguf import export_gguf
 from trivium.phases.probe import ANSWER, PROBE, chat_prompt, greedy
 from trivium.phases.push import push, ready
 from trivium.phases.run import Run
+from trivium.phases.verified import VERIFIED, note_verified
 
 TOLERANCE = 1e-4  # of logits in fp32, of the largest where that is above 1: the two sum in other orders
-
-
-VERIFIED = "VERIFIED.json"
 
 
 def run_export(this: Run) -> int:
@@ -46,7 +43,7 @@ def run_export(this: Run) -> int:
     (folder / VERIFIED).unlink(missing_ok=True)  # until the gate has passed again
     this.begin(model={"name": record["name"], "parameters": model.num_parameters})
     if config.format == "hf":
-        write_folder(model, record["name"], parent.tokenizer, folder)
+        written = write_folder(model, record["name"], parent.tokenizer, folder)
         found = verify_folder(model, parent.tokenizer, folder, transformers)
         told = (
             f"{folder}: transformers {found['transformers']} reads it; logits differ by at most "
@@ -54,12 +51,13 @@ def run_export(this: Run) -> int:
         )
     else:
         config_json = {"model_type": record["name"], **model.hf_config()}
-        found, told = export_gguf(model, config_json, parent.tokenizer, folder / "model.gguf", config.quantize)
-    replace_file(folder / VERIFIED, json.dumps(found, indent=1).encode())
+        written = ["model.gguf"]
+        found, told = export_gguf(model, config_json, parent.tokenizer, folder / written[0], config.quantize)
+    note_verified(folder, found, written)
     this.manifest.update(results=found)
     this.say(told)
     if config.push:
-        this.say(f"pushed to {push(folder, config.push, public=config.push_public)}")
+        this.say(f"pushed to {push(folder, [*written, VERIFIED], config.push, public=config.push_public)}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ def ready(repo: str) -> None:
         raise ConfigError(f"push={repo} needs a token with the right to write: run `hf auth login`, or set HF_TOKEN")
 
 
-def push(folder: Path, repo: str, *, public: bool) -> str:
-    """Upload all files of a folder in one commit; returns its address. A repository that is not there is made, private
-    unless `public`; one that is there is written to only if it is as private as that. Raises CheckpointError.
+CARD = "README.md"
+"""A model card, which people write themselves."""
+
+
+def push(folder: Path, names: Sequence[str], repo: str, *, public: bool) -> str:
+    """Upload these files of a folder, and a model card beside them, in one commit; returns its address.
+
+    A repository that is not there is made, private unless `public`; one that is there is written to only if it is as
+    private as that. Raises CheckpointError.
     """
     hub = _hub()
     api = hub.HfApi()
@@ -24,7 +31,10 @@ def push(folder: Path, repo: str, *, public: bool) -> str:
         api.create_repo(repo, private=not public, exist_ok=True)
         if not public and not api.repo_info(repo).private:
             raise ConfigError(f"push={repo} is public already; name another, or set push_public=true")
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by Trivium").commit_url)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=[*names, CARD], commit_message="Exported by Trivium"
+        )
+        return str(commit.commit_url)
     except ConfigError:
         raise
     except Exception as error:  # of the package, of the HTTP client under it, of the network

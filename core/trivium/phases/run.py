@@ -18,6 +18,7 @@ from trivium.disk import append_file, make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.manifest import read as read_manifest
+from trivium.phases.verified import verified_files
 from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig
 from trivium.training.parallel import ALONE, World
 
@@ -32,7 +33,7 @@ RESULTS_OF = {
     "evaluate": ("data", "evaluation", "inference", "system", "phase", "domain"),
     "generate": ("prompt", "prompts", "prompt_format", "system", "inference", "phase"),
     "chat": ("prompts", "system", "inference", "phase"),
-    "export": ("format", "quantize", "average", "phase"),
+    "export": ("format", "quantize", "average", "push", "push_public", "phase"),
 }
 
 
@@ -49,7 +50,8 @@ class Run:
         # loaded before the folder is made: a wrong one leaves none
         family = config.model.name if config.model is not None else ""
         self.parent = load_artifact(config.init_from, config.base, family) if config.init_from else None
-        if config.base and (self.parent is None or self.parent.base is None):
+        self.averaged = [load_artifact(path, config.base, family) for path in config.average]
+        if config.base and not any(a is not None and a.base is not None for a in (self.parent, *self.averaged)):
             raise ConfigError(
                 f"base={config.base} is for an adapter, and init_from={config.init_from or '(none)'} is none"
             )
@@ -60,7 +62,6 @@ class Run:
                     raise ConfigError(f"phase={config.phase} has no use for a {name}; leave {name}.init_from away")
                 chosen = getattr(config, name)
                 self.companions[name] = load_artifact(chosen.init_from, chosen.base)
-        self.averaged = [load_artifact(path) for path in config.average]
         self.folder = make_folder(Path(config.runs) / self.name)
         there = read_manifest(self.folder).get("phase", config.phase)
         if there != config.phase:
@@ -101,7 +102,9 @@ class Run:
         return self._sources[split]
 
     def same_content(self) -> bool:
-        """Whether the data holds what it held when the run was done."""
+        """Whether the data, or what was exported, holds what it held when the run was done."""
+        if self.config.phase == "export":
+            return bool(verified_files(self.folder / self.config.format))
         if self.config.phase not in DATA_PHASES:
             return True
         return self.manifest.facts.get("source") == self.source().fingerprint

@@ -44,7 +44,7 @@ class Contents:
 
     tensors: dict[str, dict[str, Tensor | Share]]
     json: dict[str, Any]
-    writers: dict[str, Callable[[Path], None]]
+    writers: dict[str, Callable[[Path], object]]
 
     def held(self) -> Contents:
         """A copy in host memory, as large as the checkpoint: training may go on while it is written."""
