@@ -12,7 +12,8 @@ from trivium.data.collate import collate
 from trivium.data.config import BPEConfig
 from trivium.data.datamodule import StepDataset, validation_batches
 from trivium.data.loader import StepLoader
-from trivium.data.packing import WINDOW, TokenTable, pack, plan, tokenise
+from trivium.data.packing import WINDOW, pack, plan, tokenise
+from trivium.data.table import TokenTable
 from trivium.data.tokenizer import train_bpe
 from trivium.errors import DataError
 

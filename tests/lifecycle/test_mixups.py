@@ -8,7 +8,7 @@ import pytest
 from trivium.cli import as_typed
 from trivium.compose import compose, run_config
 from trivium.data.datamodule import validation_batches
-from trivium.data.packing import TokenTable
+from trivium.data.table import TokenTable
 from trivium.disk import lock_folder, read_lines
 from trivium.errors import ConfigError, DataError
 from trivium.pipeline import plan_stages, with_checkpoint_model

@@ -24,10 +24,10 @@ from trivium.build import (
     train_tokenizer,
 )
 from trivium.compose import as_dict
-from trivium.data.cache import cached_table
+from trivium.data.cache import cached_plan, cached_table
 from trivium.data.datamodule import PromptDataset, StepDataset, Steps, validation_batches
-from trivium.data.packing import TokenTable
 from trivium.data.source import Source
+from trivium.data.table import TokenTable
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.vocabularies import load_tokenizer
 from trivium.errors import ConfigError
@@ -262,7 +262,11 @@ def _from_data(
         )
     sizes: dict[str, Any] = {"micro_size": config.batch.micro_size, "length": length, "pad_id": tokenizer.pad_id}
     place = {"rank": this.world.share, "world": this.world.shares}
-    steps = StepDataset(table, size=config.batch.size, seed=config.seed, batch=objective.batch, **sizes, **place)
+    with this.world.first():
+        rows = cached_plan(table, length, config.seed)
+    steps = StepDataset(
+        table, size=config.batch.size, seed=config.seed, batch=objective.batch, rows=rows, **sizes, **place
+    )
     tables = {"train": table}
     if config.validation.every_steps:
         tables["validation"] = table_of(this.source("validation"))
@@ -312,9 +316,8 @@ def _from_data(
     )
     if table.truncated:
         about += f"; {table.truncated} documents cut at {longest} tokens, {table.lost_ends} of them without their end"
-    talks = any("text" not in e and "prompt" not in e for e in map(source.__getitem__, range(len(source))))
     data = {name: t.fingerprint for name, t in tables.items()}
-    return Ready(module, steps, "chat" if talks else "text", data, about, validation,
+    return Ready(module, steps, "chat" if table.talks else "text", data, about, validation,
                  foresee=lambda num_steps: ask(steps, num_steps * steps.size, planned))  # fmt: skip
 
 
