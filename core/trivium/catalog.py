@@ -29,6 +29,7 @@ CATALOG = Plugin(
     },
     sources={
         "files": Entry("trivium.data.files:Files", "trivium.data.config:FilesConfig", "your own text, chats and pairs"),
+        "mixture": Entry("trivium.data.mixture:Mixture", "trivium.data.config:MixtureConfig", "several domains"),
     },
     objectives={
         "next_token": Entry(

@@ -56,7 +56,7 @@ def cached_table(
 
 def cached_plan(table: TokenTable, capacity: int, seed: int) -> Rows:
     """`plan`, from the cache where the same documents were packed in the same way before."""
-    folder = _folder("plans", [VERSION, table.fingerprint, table.group, capacity, seed])
+    folder = _folder("plans", [VERSION, table.fingerprint, table.group, table.ends, capacity, seed])
     if (found := _mapped(folder)) is None:
         _write(folder, lambda here: _write_plan(here, plan_windows(table, capacity, seed)))
         found = _mapped(folder)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from trivium.errors import ConfigError
 from trivium.registry import near_misses
@@ -58,6 +61,57 @@ class FilesConfig(SourceConfig):
                 )
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"data.validation_share={self.validation_share} must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """One part of a mixture. weights: (step, weight) in order of steps, empty for its size's own.
+
+    epochs, tokens: the most that is read of it, repeats counted; 0 is no limit. settings: of its data.
+    """
+
+    domain: str
+    weights: tuple[tuple[int, float], ...]
+    epochs: float
+    tokens: int
+    settings: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class MixtureConfig(SourceConfig):
+    """Several domains in one run, in chosen shares of its tokens."""
+
+    # NAME: {domain (else NAME), weight (a number, or {step: number}; else by size), epochs, tokens (the most of it),
+    # and settings of its data, such as path}
+    parts: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0  # of parts without a weight: 1 takes them by their size, more takes them more alike
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "temperature")
+        for name in self.parts:
+            self.part(name)
+
+    def part(self, name: str) -> PartConfig:
+        """A part's settings. Raises ConfigError naming what is wrong."""
+        given = {} if self.parts[name] is None else self.parts[name]
+        at = f"data.parts.{name}"
+        if not re.fullmatch(r"[\w.-]+", name) or not isinstance(given, dict):
+            raise ConfigError(f"{at}={given!r}: a part is NAME: {{weight: 1, ...}}, NAME of letters, digits, _ . -")
+        settings = dict(given)
+        domain = settings.pop("domain", name)
+        weight, epochs, tokens = settings.pop("weight", None), settings.pop("epochs", 0), settings.pop("tokens", 0)
+        for key, value in (("epochs", epochs), ("tokens", tokens)):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ConfigError(f"{at}.{key}={value!r} must be a number, 0 (no limit) or more")
+        points = weight if isinstance(weight, dict) else {} if weight is None else {0: weight}
+        try:
+            weights = tuple(sorted((int(step), float(value)) for step, value in points.items()))
+        except (TypeError, ValueError):
+            weights = ((-1, 0.0),)
+        if any(step < 0 or not 0 <= value < math.inf for step, value in weights):
+            raise ConfigError(f"{at}.weight={weight!r} must be a number, 0 or more, or such by step: {{0: 1, 500: 2}}")
+        return PartConfig(str(domain), weights, float(epochs), int(tokens), tuple(settings.items()))
 
 
 @dataclass(frozen=True)

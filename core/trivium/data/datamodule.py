@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 
 from trivium.data.chat import Chat
 from trivium.data.collate import collate
+from trivium.data.config import MixtureConfig
+from trivium.data.mixture import MixedOrder, Mixture, shares_of
 from trivium.data.packing import Rows, plan
 from trivium.data.position import Order
 from trivium.data.source import Example, Source, form_of
@@ -38,6 +40,10 @@ class Steps(Dataset):
     def sample_id(self, step: int) -> str:
         """Id of the first example of a step: what a resume compares."""
 
+    def figures(self, step: int) -> dict[str, float]:
+        """What has been read before `step`, for the run's figures."""
+        return {}
+
 
 class StepDataset(Steps):
     """step -> its micro-batches."""
@@ -55,8 +61,9 @@ class StepDataset(Steps):
         rank: int = 0,
         world: int = 1,
         rows: Rows | None = None,
+        shares: MixtureConfig | None = None,
     ) -> None:
-        """rows: the table's plan, where it is there already.
+        """rows: the table's plan, where it is there already. shares: of a mixture's parts, where it is one's table.
 
         rank, world: this process takes the micro-batches rank, rank + world, ... of a step; the rows of a step are
         the same for any number of processes."""
@@ -64,7 +71,10 @@ class StepDataset(Steps):
         self.table, self.length, self.pad_id, self.batch = table, length, pad_id, batch
         self.size, self.micro_size = size, micro_size
         self.rows = plan(table, length, seed) if rows is None else rows
-        self.order = Order(len(self.rows), seed, table.fingerprint)
+        self.order: Order | MixedOrder = Order(len(self.rows), seed, table.fingerprint)
+        if shares is not None:
+            counts = dict(zip(shares.parts, self.rows.counts(table.ends), strict=True))
+            self.order = MixedOrder(shares_of(shares, counts, length), size, seed, table.fingerprint)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: arrays it can share, and no list of ids, which may be longer than the tokens."""
@@ -83,7 +93,7 @@ class StepDataset(Steps):
 
     def first_rows(self, count: int) -> np.ndarray:
         """The numbers of the rows among the first `count` that are read, each once."""
-        return np.unique(self.order.rows(0, min(count, len(self.rows))))
+        return self.order.first(count)
 
     def per_document(
         self, figures: Callable[[TokenBatch], Tensor], device: torch.device, rows: np.ndarray | None = None
@@ -104,6 +114,9 @@ class StepDataset(Steps):
 
     def sample_id(self, step: int) -> str:
         return self.table.ids[int(self.rows[self.order.rows(step * self.size, 1)[0]][0])]
+
+    def figures(self, step: int) -> dict[str, float]:
+        return self.order.figures(step, self.length) if isinstance(self.order, MixedOrder) else {}
 
     @property
     def utilisation(self) -> float:
@@ -129,7 +142,10 @@ class PromptDataset(Steps):
                 raise DataError(f"example {example['id']} has no answer to score against; phase=rlhf needs one")
         self.prompts = [Prompt(e, tuple(chat.prompt_ids(e["messages"][:-1]))) for e in examples]
         self.size, self.updates = size, updates
-        self.order = Order(len(examples), seed, source.fingerprint)
+        self.order: Order | MixedOrder = Order(len(examples), seed, source.fingerprint)
+        if isinstance(source, Mixture):
+            counts = {name: len(part) for name, part in source.parts.items()}
+            self.order = MixedOrder(shares_of(source.config, counts, 1), size, seed, source.fingerprint)
 
     def __getitem__(self, step: int) -> list[Prompt]:
         return [self.prompts[i] for i in self.order.rows(step // self.updates * self.size, self.size)]

@@ -265,6 +265,11 @@ class Rows(Sequence):
             raise IndexError(row)
         return self.documents[self.ends[row] : self.ends[row + 1]] if row >= 0 else self[len(self) + row]
 
+    def counts(self, ends: Sequence[int]) -> list[int]:
+        """How many rows are of each part, whose documents end there."""
+        firsts = self.documents[self.ends[:-1]]
+        return np.diff([0, *(int((firsts < end).sum()) for end in ends)]).tolist()
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Rows):
             return False
@@ -286,11 +291,13 @@ def plan(table: TokenTable, capacity: int, seed: int) -> Rows:
 
 
 def plan_windows(table: TokenTable, capacity: int, seed: int) -> Iterator[list[np.ndarray]]:
-    """The rows of a plan, a window at a time: no more than a window is held."""
-    group, key = table.group, key_of("plan", seed, table.fingerprint)
-    count = (len(table.offsets) - 1) // group
-    for start in range(0, count, WINDOW):
-        window = permute(np.arange(start, min(start + WINDOW, count)), count, key)
-        sizes = table.offsets[(window + 1) * group] - table.offsets[window * group]
-        inside = np.arange(group)
-        yield [(window[row][:, None] * group + inside).flatten() for row in pack(sizes, capacity)]
+    """The rows of a plan, a window at a time: no more than a window is held. Parts of a mixture share no row."""
+    group, key, first = table.group, key_of("plan", seed, table.fingerprint), 0
+    for last in (end // group for end in table.ends or (len(table.offsets) - 1,)):
+        count = last - first
+        for start in range(0, count, WINDOW):
+            window = first + permute(np.arange(start, min(start + WINDOW, count)), count, key)
+            sizes = table.offsets[(window + 1) * group] - table.offsets[window * group]
+            inside = np.arange(group)
+            yield [(window[row][:, None] * group + inside).flatten() for row in pack(sizes, capacity)]
+        first = last

@@ -37,6 +37,10 @@ class Ids(Sequence):
         """The id of an example, by its number in the source."""
         return self._ids[self._ends[number] : self._ends[number + 1]].tobytes().decode()
 
+    def documents_before(self, example: int) -> int:
+        """How many documents are of examples before this one."""
+        return int(np.searchsorted(self._example, example))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
@@ -66,6 +70,7 @@ class TokenTable:
     origin: np.ndarray | None = None  # int64 (documents,)
     talks: bool = False  # whether any example is a conversation
     fingerprint: str = ""
+    ends: tuple[int, ...] = ()  # of a mixture, where each part's documents end: they are packed apart
 
     def __post_init__(self) -> None:
         if not self.fingerprint:
