@@ -186,8 +186,9 @@ def pair_sides(example: Example) -> list[dict[str, Any]]:
     sides = []
     for side in ("chosen", "rejected"):
         name, said = f"{example['id']}#{side}", example[side]
+        tools = {"tools": example["tools"]} if "tools" in example else {}
         talk = {"messages": said} if "prompt" not in example else {"prompt": example["prompt"], "completion": said}
-        sides.append({"id": name, **talk})
+        sides.append({"id": name, **talk, **tools})
     return sides
 
 
@@ -214,12 +215,12 @@ def _encode_labels(examples: Sequence[Example], tokenizer: Tokenizer, _train_on:
         while prompts[other] == prompts[i]:
             other -= 1
         before = examples[other]
-        answer = before["messages"][-1]["content"] if "messages" in before else before["completion"]
+        answer = before["messages"][-1] if "messages" in before else {"content": before["completion"]}
         if "messages" in example:
-            told = {"messages": [*example["messages"][:-1], {**example["messages"][-1], "content": answer}]}
+            told = {**example, "messages": [*example["messages"][:-1], {"role": "assistant", **answer}]}
         else:
-            told = {"prompt": example["prompt"], "completion": answer}
-        mixed += [example, {"id": f"{example['id']}#mismatched", **told}]
+            told = {"prompt": example["prompt"], "completion": answer["content"]}
+        mixed += [example, {**told, "id": f"{example['id']}#mismatched"}]
     encoded = encode_examples(mixed, tokenizer, "last_turn")
     return [encoded[i : i + 2] for i in range(0, len(encoded), 2)]
 
