@@ -134,7 +134,7 @@ class Adapted(Source):
                 seen, said = True, self._written(table, row, example)
             except RowError as error:
                 if self.config.bad_rows == "fail":
-                    raise
+                    raise _with_way_out(error) from error
                 seen = True
                 self._first_bad = self._first_bad or error
                 self._skipped[error.reason] += 1
@@ -162,7 +162,7 @@ class Adapted(Source):
                     values = rows[row]
                 except RowError as error:
                     if self.config.bad_rows == "fail":
-                        raise
+                        raise _with_way_out(error) from error
                     self._first_bad = self._first_bad or error
                     continue
                 if isinstance(values, str):
@@ -200,7 +200,7 @@ class Adapted(Source):
         except KeyError as error:  # a line that lacks a column of the others
             raise misfit(f"{rows.at(row)}: it has no {error.args[0]}; data.schema={schema} needs one") from error
         if "answer" in found:
-            found["task"] = found["task"] or rows.path.name.split(".")[0]
+            found["task"] = found["task"] or rows.title
             if READERS[self.config.checker](found["answer"], self.config.pattern) is None:
                 raise misfit(
                     f"{rows.at(row)}: data.checker={self.config.checker} finds no answer in {found['answer'][-60:]!r}"
@@ -242,6 +242,10 @@ class Adapted(Source):
             f"no row of {self._where} is held out at data.validation_share={share}: raise it, set "
             "data.validation_path, or validation.every_steps=0 to train without validation"
         )
+
+
+def _with_way_out(error: RowError) -> RowError:
+    return RowError(error.reason, f"{error}; data.bad_rows=skip leaves such rows out and counts them")
 
 
 def _characters(value: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,15 @@ BROKEN = (pa.ArrowException, OSError, ValueError, TypeError, MemoryError, Overfl
 
 
 class ArrowRows(Rows):
-    """Record batches, of a file or a stream (what `datasets` writes)."""
+    """Record batches, whose columns may differ. mapping: what they lie in, whose pages are let go of now and then."""
 
-    def __init__(self, path: Path, max_chars: int, held: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, max_chars: int, batches: Sequence[pa.RecordBatch], mapping: mmap.mmap | None = None
+    ) -> None:
         super().__init__(path, max_chars)
-        try:
-            with open(held or path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._batches = _batches(pa.py_buffer(self._map))
-        except BROKEN as error:
-            raise DataError(f"{path} cannot be read as arrow: {_first_line(error)}") from error
-        self._ends = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self.columns = self._batches[0].schema.names if self._batches else []
+        self.batches, self._map = batches, mapping
+        self._ends = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
+        self.columns = list(dict.fromkeys(name for batch in self.batches for name in batch.schema.names))
         self._block: tuple[int, int, list[Any]] = (0, 0, [])
         self._read = 0
 
@@ -56,7 +53,7 @@ class ArrowRows(Rows):
         number = int(np.searchsorted(self._ends, row, side="right")) - 1
         first = int(self._ends[number])
         start = (row - first) // TOGETHER * TOGETHER
-        block = self._batches[number].slice(start, TOGETHER)
+        block = self.batches[number].slice(start, TOGETHER)
         found: list[Any] = []
         try:
             self._count(block.nbytes)
@@ -80,9 +77,19 @@ class ArrowRows(Rows):
 
     def _count(self, size: int) -> None:
         self._read += size
-        if self._read > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+        if self._map is not None and self._read > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._read = 0
+
+
+def open_arrow(path: Path, max_chars: int, held: Path | None = None) -> ArrowRows:
+    """The rows of an Arrow file, or of a stream in one (as `datasets` writes). held: it, or a copy in the cache."""
+    try:
+        with open(held or path, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return ArrowRows(path, max_chars, _batches(pa.py_buffer(mapping)), mapping)
+    except BROKEN as error:
+        raise DataError(f"{path} cannot be read as arrow: {_first_line(error)}") from error
 
 
 def _batches(buffer: pa.Buffer) -> list[pa.RecordBatch]:

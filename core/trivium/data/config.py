@@ -133,7 +133,9 @@ class BPEConfig:
     split_digits: bool = True  # one token a digit: numbers of any length read the same way
     max_bytes: int = 20_000_000  # of text read for training; more changes little and takes longer
     add_tokens: list[str] = field(default_factory=list)  # further special tokens; a model that is there grows with them
-    chat_template: str = ""  # how conversations are written: chatml, or a .jinja file; empty is the tokenizer's own
+    chat_template: str = (
+        ""  # chatml, chatml_tools (with calls of functions) or a .jinja file; empty is the tokenizer's own
+    )
 
     def __post_init__(self) -> None:
         if self.vocab_size < 300:

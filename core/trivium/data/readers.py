@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trivium.data.arrow import ArrowRows, arrow_of_parquet
+from trivium.data.arrow import arrow_of_parquet, open_arrow
 from trivium.data.converted import PACKED, listed_as_lines, unpacked
 from trivium.data.rows import BLOCK, RowError, Rows, Slices, after_mark, blocks
 from trivium.errors import DataError
@@ -52,9 +52,9 @@ def open_rows(path: Path, max_chars: int, max_unpacked: int) -> Rows:
             raise DataError(f"{path} is empty")
         kind = kind_of(path)
         if kind == "parquet":
-            return ArrowRows(path, max_chars, arrow_of_parquet(path, held, max_unpacked))
+            return open_arrow(path, max_chars, arrow_of_parquet(path, held, max_unpacked))
         if kind == "arrow":
-            return ArrowRows(path, max_chars, held)
+            return open_arrow(path, max_chars, held)
         if kind == "json" and _is_list(held):
             held = listed_as_lines(path, held, max_chars)
         kinds = {"text": Documents, "csv": CsvRecords, "json": JsonLines, "jsonl": JsonLines}

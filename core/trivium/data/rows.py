@@ -40,6 +40,11 @@ class Rows(ABC):
     def __getitem__(self, row: int) -> str | Mapping[str, Any] | None:
         """A text, or columns and their values; None where there is nothing. Raises RowError."""
 
+    @property
+    def title(self) -> str:
+        """A short name of the whole, for tasks that have none of their own."""
+        return self.path.name.split(".")[0]
+
     def name(self, row: int) -> str:
         """The id of its example."""
         return f"{self.path.as_posix()}:{row + 1}"
@@ -52,8 +57,7 @@ class Rows(ABC):
         """The refusal of a row over the limit."""
         return RowError(
             "too long",
-            f"{self.name(row)} has {size:,} {unit}, more than data.max_chars={self.max_chars} allows; raise it, or set "
-            "data.bad_rows=skip to leave such rows out",
+            f"{self.name(row)} has {size:,} {unit}, more than data.max_chars={self.max_chars} allows",
         )
 
 
