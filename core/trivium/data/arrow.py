@@ -17,7 +17,7 @@ from trivium.errors import DataError
 
 TOGETHER = 64
 """Rows that become Python objects at once: a row alone takes nearly as long."""
-RESIDENT = 32_000_000
+RESIDENT = 8_000_000
 """Bytes that are read before the mapping lets go of its pages; the system keeps them as long as it has room."""
 BROKEN = (pa.ArrowException, OSError, ValueError, TypeError, MemoryError, OverflowError)
 """What the library raises for a file that is no Arrow or Parquet."""
@@ -68,7 +68,7 @@ class ArrowRows(Rows):
 
     def _single(self, one: pa.RecordBatch, row: int) -> Any:
         try:
-            if one.nbytes > 6 * self.max_chars + 65_536:
+            if one.nbytes > self.max_bytes:
                 return self.too_long(row, one.nbytes, "bytes")
             one.validate(full=True)
             return one.to_pylist()[0]
@@ -111,7 +111,7 @@ def arrow_of_parquet(path: Path, held: Path, most: int) -> Path:
                 made += batch.nbytes
                 check_size(path, made, most)
                 waiting.append(batch)
-                if made - checked >= SMALL // 8:
+                if made - checked >= RESIDENT // 2:
                     check_room(path, temporary.parent)
                     writer.write_table(pa.Table.from_batches(waiting).combine_chunks())
                     waiting, checked = [], made

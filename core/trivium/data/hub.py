@@ -46,7 +46,9 @@ class Hub(Adapted):
     def _open(self) -> list[list[str]]:
         config = self.config
         if not config.dataset:
-            raise DataError("domain=hub needs data.dataset=OWNER/NAME or a folder, or one of the known, such as dataset=gsm8k")
+            raise DataError(
+                "domain=hub needs data.dataset=OWNER/NAME or a folder, or one of the known, such as dataset=gsm8k"
+            )
         for name in ("datasets", "huggingface_hub", "fsspec"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what is wrong is said once, by us
         datasets.disable_progress_bars()

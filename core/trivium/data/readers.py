@@ -124,9 +124,9 @@ class CsvRecords(Slices):
             nonlocal at
             with open(self.held, "rb") as file:
                 file.seek(start)
-                while line := file.readline(6 * self.max_chars + 65_536):
+                while line := file.readline(self.max_bytes):
                     at += len(line)
-                    if at - begins > 6 * self.max_chars + 65_536:
+                    if at - begins > self.max_bytes:
                         return
                     yield line.decode("latin-1")  # a letter a byte: only quotes and commas matter here
 
@@ -220,9 +220,10 @@ class Sources(Rows):
 
     def __getitem__(self, row: int) -> str | None:
         try:
-            whole = Slices(self.files[row], self.max_chars)
             size = self.files[row].stat().st_size
-            raw = whole.bytes_at(row, 0, size)
+            if size > self.max_bytes:
+                raise self.too_long(row, size, "bytes")
+            raw = self.files[row].read_bytes()
         except OSError as error:
             raise DataError(f"{self.files[row]} cannot be read: {error.strerror or error}") from error
         try:

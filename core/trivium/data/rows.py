@@ -31,6 +31,7 @@ class Rows(ABC):
 
     def __init__(self, path: Path, max_chars: int) -> None:
         self.path, self.max_chars = path, max_chars
+        self.max_bytes = 6 * max_chars + 65_536  # of the file: \\u00e9 is one character in six bytes
 
     @abstractmethod
     def __len__(self) -> int:
@@ -71,7 +72,7 @@ class Slices(Rows):
 
     def bytes_at(self, row: int, start: int, end: int) -> bytes:
         """A stretch that is a row's; refused by its size before it is read."""
-        if end - start > 6 * self.max_chars + 65_536:  # \\u00e9 is one character in six bytes
+        if end - start > self.max_bytes:
             raise self.too_long(row, end - start, "bytes")
         return self._read(start, end)
 

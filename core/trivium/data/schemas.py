@@ -47,13 +47,15 @@ def schemas_of(named: str, columns: Sequence[str], file: str) -> list[str]:
     fitting = [name for name in wanted if any(set(needed) <= set(columns) for needed in COLUMNS[name])]
     if fitting:
         return fitting
-    known = "; ".join(f"{name}: {' or '.join(', '.join(c) for c in COLUMNS[name])}" for name in wanted)
+    each = "; ".join(f"{name}: {' or '.join(', '.join(c) for c in COLUMNS[name])}" for name in wanted)
+    some = "; ".join(f"{name}: {', '.join(COLUMNS[name][0])}" for name in wanted)
+    known = each if len(wanted) == 1 else some
     words = list(dict.fromkeys(c for name in wanted for needed in COLUMNS[name] for c in needed))
-    near = "".join(near_misses(c, words) for c in columns[:8])
-    shown = ", ".join(columns[:20]) or "(none)"
+    near = next(filter(None, (near_misses(c, words) for c in columns if c not in words)), "")
+    shown = ", ".join(columns[:12]) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "")
     raise DataError(
-        f"{file} has the columns {shown}; known are {known}.{near} data.columns=[KNOWN=FOUND] renames a column, "
-        "data.text_column=NAME reads one as text"
+        f"{file} has the columns {shown}; known are {known}.{near} Set data.columns=[KNOWN=FOUND] to rename, or "
+        "data.text_column"
     )
 
 
