@@ -210,7 +210,10 @@ class Adapted(Source):
     def _written(self, table: Table, row: int, example: Mapping[str, Any]) -> bytes:
         """An example as `fingerprint_of` reads it; refused where it is too long, or no Unicode text."""
         said = json.dumps(example, sort_keys=True, ensure_ascii=False)
-        if len(said) > self.config.max_chars and (size := _characters(example)) > self.config.max_chars:
+        if (
+            len(said) > self.config.max_chars
+            and (size := _characters(example) - len(example["id"])) > self.config.max_chars
+        ):
             raise table.rows.too_long(row, size)
         try:
             return said.encode() + b"\n"

@@ -56,8 +56,8 @@ class ArrowRows(Rows):
         block = self.batches[number].slice(start, TOGETHER)
         found: list[Any] = []
         try:
+            block.validate(full=True)  # first of all: the sizes of a broken one are read out of anywhere
             self._count(block.nbytes)
-            block.validate(full=True)
             if block.nbytes <= 2 * SMALL:
                 found = block.to_pylist()
         except (*BROKEN, UnicodeDecodeError):  # each by itself, below
@@ -68,9 +68,9 @@ class ArrowRows(Rows):
 
     def _single(self, one: pa.RecordBatch, row: int) -> Any:
         try:
+            one.validate(full=True)
             if one.nbytes > self.max_bytes:
                 return self.too_long(row, one.nbytes, "bytes")
-            one.validate(full=True)
             return one.to_pylist()[0]
         except (*BROKEN, UnicodeDecodeError) as error:
             return RowError("broken", f"{self.at(row)} is broken: {_first_line(error)}")

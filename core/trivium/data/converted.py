@@ -60,18 +60,18 @@ def unpacked(path: Path, most: int) -> Path:
 
     try:
         return converted(path, path.stem, write)
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path} is broken: it cannot be unpacked as {path.suffix} ({error})") from error
 
 
-def _watched(path: Path, folder: Path, pieces: Iterator[bytes], most: int) -> Iterator[bytes]:
-    made, packed, checked = 0, path.stat().st_size, 0
-    for piece in pieces:
+def _watched(path: Path, folder: Path, pieces: Iterator[tuple[bytes, int]], most: int) -> Iterator[bytes]:
+    made = checked = 0
+    for piece, packed in pieces:
         made += len(piece)
-        if made > max(SMALL, MOST_TIMES * packed):
+        if made > SMALL + MOST_TIMES * packed:
             raise DataError(
-                f"{path} has {packed:,} bytes and unpacks to more than {made:,}, over {MOST_TIMES} times as many: no "
-                "text does that, so it is not unpacked"
+                f"{path}: its first {packed:,} bytes unpack to {made:,}, over {MOST_TIMES} times as many: no text does "
+                "that, so it is not unpacked"
             )
         check_size(path, made, most)
         if made - checked >= SMALL:
@@ -97,20 +97,24 @@ def check_room(path: Path, folder: Path) -> None:
         )
 
 
-def _gunzip(path: Path) -> Iterator[bytes]:
-    with gzip.open(path) as file:
-        while piece := file.read(PIECE):
-            yield piece
+def _gunzip(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Pieces, each with the packed bytes that were read until then."""
+    with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as file:
+        try:
+            while piece := file.read(PIECE):
+                yield piece, packed.tell()
+        except gzip.BadGzipFile as error:  # an OSError, which here would be one of the disk
+            raise EOFError(str(error)) from error
 
 
-def _unzstd(path: Path) -> Iterator[bytes]:
-    """Frame by frame; its own reader would take a file that ends in the middle for a whole one."""
+def _unzstd(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The same, frame by frame; its own reader would take a file that ends in the middle for a whole one."""
     reader = zstandard.ZstdDecompressor(max_window_size=2**27)
     frame, begun = reader.decompressobj(), False
     with open(path, "rb") as file:
         while piece := file.read(4096):  # one of zeros makes 100 MB of so few bytes
             while piece:
-                yield frame.decompress(piece)
+                yield frame.decompress(piece), file.tell()
                 begun = not frame.eof
                 piece = frame.unused_data if frame.eof else b""
                 if frame.eof:
@@ -178,9 +182,10 @@ def _elements(path: Path, held: Path, max_chars: int) -> Iterator[bytes]:
                     if mark == "]":
                         break
                     if mark != ",":
-                        raise _broken(path, number, f"{mark!r} stands where a comma should")
+                        why = f"{mark!r} stands behind it, where a comma should" if mark else "the list ends behind it"
+                        raise _broken(path, number - 1, why)
             if blank():
-                raise _broken(path, number, "something follows the list")
+                raise _broken(path, number - 1, "something follows the list")
         except UnicodeDecodeError as error:
             raise RowError("not UTF-8", f"{path} is not UTF-8 after row {number + 1}: {error.reason}") from error
 

@@ -189,7 +189,7 @@ class Documents(Slices):
             while line := file.readline(BLOCK):
                 at += len(line)
                 before, ending = ending, line.endswith(b"\n") + line.endswith(b"\r\n")
-                size += (len(line) if line.isascii() else len(line.decode(errors="ignore"))) - (ending == 2)
+                size += (len(line) if line.isascii() else len(line.decode(errors="replace"))) - (ending == 2)
                 said = said or not line.isspace()
                 blank = len(line) == ending > 0 and size >= DOCUMENT
                 if said and (blank or (ending and size >= PATIENCE * DOCUMENT)):
