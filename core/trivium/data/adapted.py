@@ -105,7 +105,7 @@ class Adapted(Source):
         if phase in READS and form_of(self[0]) == "steps":
             raise DataError(
                 f"example {self[0]['id']} has verdicts on steps (prompt, completions, labels), which no objective "
-                "reads yet; a plugin's may, with reads='steps'"
+                "reads yet"
             )
         super().expect(phase)
 

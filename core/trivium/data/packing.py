@@ -24,6 +24,9 @@ from trivium.errors import DataError
 WINDOW = 8192
 """Documents packed together: enough for full rows, few enough that a plan never needs the whole corpus."""
 
+TOGETHER = 4096
+"""Examples that are in memory at once while they are tokenised; of the others only ids and tokens are."""
+
 MOST_ORIGINS = 32
 """Names under which losses are counted apart; where examples have more, none is."""
 
@@ -92,8 +95,62 @@ def tokenise(
     if not len(source):
         split = f" (split={source.config.split})" if isinstance(source, Source) else ""
         raise DataError(f"the data set is empty{split}")
-    examples = [source[i] for i in range(len(source))]
+    if form not in _ENCODERS:
+        raise DataError(f"this objective reads {FORM_WORDS.get(form, form)}, and nothing makes tokens of that yet")
+    together = len(source) if form == "labels" else TOGETHER  # a verdict's neighbour may be anywhere
     seen: set[str] = set()
+    parts = [
+        _tokenised(source, range(start, min(start + together, len(source))), tokenizer, length, form, train_on, seen)
+        for start in range(0, len(source), together)
+    ]
+    if not any(part.learns for part in parts):
+        raise DataError(
+            f"no token of {len(source)} examples would be trained on; raise batch.length={length} or look at the data"
+        )
+    columns = {}
+    if form == "labels":
+        columns["desirable"] = np.concatenate([part.desirable for part in parts])
+    facts: dict[str, Any] = {"group": parts[0].group, "columns": columns}
+    facts |= {name: sum(getattr(part, name) for part in parts) for name in ("num_bytes", "truncated", "lost_ends")}
+    if isinstance(source, Source):
+        names = [name for part in parts for name in part.names]
+        origins = tuple(sorted(set(names) - {""}))
+        if len(set(names)) > 1 and len(origins) <= MOST_ORIGINS:
+            found = {name: i for i, name in enumerate(origins)}
+            numbered = np.array([found.get(name, len(origins)) for name in names], np.int64)
+            shown = numbered[np.concatenate([part.examples for part in parts])]
+            facts |= {"origins": origins, "origin": shown}
+    lengths = np.concatenate([part.lengths for part in parts])
+    arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "trained")]
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    return TokenTable(*arrays, offsets, [i for part in parts for i in part.ids], **facts)
+
+
+@dataclass
+class _Part:
+    """The documents of some examples as arrays. examples: which of all examples each is of. names: of the examples'
+    origins."""
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    ids: list[str]
+    examples: np.ndarray
+    names: list[str]
+    desirable: np.ndarray
+    group: int
+    num_bytes: int
+    truncated: int
+    lost_ends: int
+    learns: bool
+
+
+def _tokenised(
+    source: Source | Sequence[Example], chosen: range, tokenizer: Tokenizer, length: int, form: str, train_on: str,
+    seen: set[str],
+) -> _Part:  # fmt: skip
+    """The chosen examples, read now and forgotten after. seen: ids until then."""
+    examples = [source[i] for i in chosen]
     for example in examples:
         if example["id"] in seen:
             raise DataError(f"two examples have the id {example['id']!r}; a source must give each its own")
@@ -122,23 +179,21 @@ def tokenise(
         documents += pieces
         ids += [example["id"]] * len(pieces)
         numbers += [number] * len(pieces)
-    if not any(any(d.trained[1:]) for d in documents):
-        raise DataError(
-            f"no token of {len(examples)} examples would be trained on; raise batch.length={length} or look at the data"
-        )
-    columns = {}
-    if form == "labels":
-        columns["desirable"] = np.array([float(examples[n]["label"]) for n in numbers], np.float32)
-    num_bytes = sum(len(e["text"].encode()) for e in examples if "text" in e)
-    facts = {"num_bytes": num_bytes, "truncated": truncated, "lost_ends": lost_ends, "group": group}
-    if isinstance(source, Source):
-        names = [source.origin(example) for example in examples]
-        origins = tuple(sorted(set(names) - {""}))
-        if len(set(names)) > 1 and len(origins) <= MOST_ORIGINS:
-            found = {name: i for i, name in enumerate(origins)}
-            numbered = np.array([found.get(names[n], len(origins)) for n in numbers], np.int64)
-            facts |= {"origins": origins, "origin": numbered}
-    return table_of(documents, ids, columns=columns, **facts)
+    lengths = np.array([len(d.ids) for d in documents], np.int64)
+    return _Part(
+        tokens=np.fromiter((i for d in documents for i in d.ids), np.int32, lengths.sum()),
+        trained=np.fromiter((t for d in documents for t in d.trained), bool, lengths.sum()),
+        lengths=lengths,
+        ids=ids,
+        examples=np.array(numbers, np.int64) + chosen.start,
+        names=[source.origin(example) for example in examples] if isinstance(source, Source) else [],
+        desirable=np.array([float(examples[n].get("label", 0)) for n in numbers], np.float32),
+        group=group,
+        num_bytes=sum(len(e["text"].encode()) for e in examples if "text" in e),
+        truncated=truncated,
+        lost_ends=lost_ends,
+        learns=any(any(d.trained[1:]) for d in documents),
+    )
 
 
 def _split(document: Encoded, length: int) -> list[Encoded]:

@@ -77,7 +77,11 @@ class Slices(Rows):
         return self._read(start, end)
 
     def _read(self, start: int, end: int) -> bytes:
-        return os.pread(_opened(self.held, self._identity).descriptor, end - start, start)
+        descriptor, pieces = _opened(self.held, self._identity).descriptor, []
+        while start < end and (piece := os.pread(descriptor, end - start, start)):  # 2 GB at most in one call
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def text_at(self, row: int, start: int, end: int) -> str:
         """The same as text."""
