@@ -1,6 +1,6 @@
 """The rows of a file: their places are found once, their content is read when it is asked for.
 
-So memory holds a number a row and never the text, however large a file is.
+So memory holds a few numbers a row and never the text, however large a file is.
 """
 
 from __future__ import annotations
