@@ -168,6 +168,8 @@ def _said(example: Any) -> str:
         return "\n".join(m.get("content") or "" for m in example["messages"])
     if "chosen" in example:
         return "\n".join(map(_said, pair_sides(example)))
+    if "completions" in example:
+        return "\n".join([example["prompt"], *example["completions"]])
     return example["prompt"] + example["completion"]
 
 

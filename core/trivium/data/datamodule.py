@@ -140,7 +140,9 @@ class PromptDataset(Steps):
         for example in examples:
             if form_of(example) != "answers":
                 raise DataError(f"example {example['id']} has no answer to score against; phase=rlhf needs one")
-        self.prompts = [Prompt(e, tuple(chat.prompt_ids(e["messages"][:-1]))) for e in examples]
+        self.prompts = [
+            Prompt(e, tuple(chat.prompt_ids(e["messages"][:-1], tools=e.get("tools") or ()))) for e in examples
+        ]
         self.size, self.updates = size, updates
         self.order: Order | MixedOrder = Order(len(examples), seed, source.fingerprint)
         if isinstance(source, Mixture):

@@ -62,6 +62,8 @@ class Chunks(Sequence):
         if not len(source):
             split = f" (split={source.config.split})" if isinstance(source, Source) else ""
             raise DataError(f"the data set is empty{split}")
+        if form not in _ENCODERS:
+            raise DataError(f"this objective reads {FORM_WORDS.get(form, form)}, and nothing makes tokens of that yet")
         self.source, self.tokenizer, self.length, self.form, self.train_on = source, tokenizer, length, form, train_on
         # a judged answer is told apart from others' answers, so that all labels must be seen at once
         self.size = len(source) if form == "labels" else CHUNK
@@ -175,8 +177,9 @@ def pair_sides(example: Example) -> list[dict[str, Any]]:
     sides = []
     for side in ("chosen", "rejected"):
         name, said = f"{example['id']}#{side}", example[side]
+        tools = {"tools": example["tools"]} if "tools" in example else {}
         talk = {"messages": said} if "prompt" not in example else {"prompt": example["prompt"], "completion": said}
-        sides.append({"id": name, **talk})
+        sides.append({"id": name, **talk, **tools})
     return sides
 
 
@@ -203,12 +206,12 @@ def _encode_labels(examples: Sequence[Example], tokenizer: Tokenizer, _train_on:
         while prompts[other] == prompts[i]:
             other -= 1
         before = examples[other]
-        answer = before["messages"][-1]["content"] if "messages" in before else before["completion"]
+        answer = before["messages"][-1] if "messages" in before else {"content": before["completion"]}
         if "messages" in example:
-            told = {"messages": [*example["messages"][:-1], {**example["messages"][-1], "content": answer}]}
+            told = {**example, "messages": [*example["messages"][:-1], {"role": "assistant", **answer}]}
         else:
-            told = {"prompt": example["prompt"], "completion": answer}
-        mixed += [example, {"id": f"{example['id']}#mismatched", **told}]
+            told = {"prompt": example["prompt"], "completion": answer["content"]}
+        mixed += [example, {**told, "id": f"{example['id']}#mismatched"}]
     encoded = encode_examples(mixed, tokenizer, "last_turn")
     return [encoded[i : i + 2] for i in range(0, len(encoded), 2)]
 

@@ -101,7 +101,9 @@ class Sample(AfterStep):
 class Record(AfterStep):
     """Figures to every logger and to the console, once they are here."""
 
-    def __init__(self, loggers: Sequence[Logger], show: Show, read: Callable[[int], dict[str, float]]) -> None:
+    def __init__(
+        self, loggers: Sequence[Logger], show: Show, read: Callable[[int], dict[str, float]] = lambda step: {}
+    ) -> None:
         """read: what has been read of the data after a step."""
         self.loggers, self.show, self.data_read = loggers, show, read
 
