@@ -197,6 +197,7 @@ def test_memory_stays_as_it_is_when_data_grows(tmp_path):
     for count in (600, 6000):
         place = tmp_path / str(count)
         environment = {**os.environ, "TRIVIUM_CACHE": str(place), "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}  # what threads keep is noise
         command = [sys.executable, "-c", MEMORY, str(count), str(place)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
@@ -204,7 +205,7 @@ def test_memory_stays_as_it_is_when_data_grows(tmp_path):
         held.append(kilobytes * 1024)
         sizes.append((tokens, size))
     assert sizes[1][0] > 9 * sizes[0][0] and sizes[1][1] > 20e6
-    assert held[1] - held[0] < 0.15 * (sizes[1][1] - sizes[0][1]), (held, sizes)
+    assert held[1] - held[0] < 0.05 * (sizes[1][1] - sizes[0][1]), (held, sizes)
 
 
 def test_kept_bytes_come_back_whole_or_not_at_all(tmp_path):
