@@ -1,0 +1,116 @@
+"""What can be wrong with data before anything is learnt from it: the doctor's rules, by name.
+
+The rules look at what training itself makes (`Chat`, `packing`, `collate`), and check it by another way than it was
+made by.
+Those about one example are in `lint_examples`, those about batches and data sets in `lint_sets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from trivium.errors import ConfigError
+from trivium.registry import near_misses
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What must hold, in a few words. fatal: whether a finding stops a run, unless `doctor.ignore` names the rule."""
+
+    holds: str
+    fatal: bool = True
+
+
+RULES: dict[str, Rule] = {
+    # the examples as they come
+    "form": Rule("every example has the fields that its phase reads, of the right type"),
+    "same_id": Rule("no two examples have one id"),
+    "empty_turn": Rule("no answer, completion or text is empty or only white space"),
+    "no_answer": Rule("every conversation has an assistant turn"),
+    "assistant_first": Rule("no conversation begins with the assistant"),
+    "unanswered": Rule("every conversation ends with the assistant", fatal=False),
+    "none_text": Rule("no prompt is, or ends in, the word None or nan"),
+    "special_spelling": Rule("no text spells a special token (fatal where it is trained on)"),
+    # the template and the tokenizer
+    "template": Rule("the chat template can write every conversation"),
+    "rewrites_history": Rule("each turn of the rendered conversation begins with the turns before it"),
+    "generation_marks": Rule("generation blocks hold what the assistant writes, and nothing else"),
+    "message_dropped": Rule("every message, and every tool, is in the rendered text"),
+    "content_altered": Rule("answers are written as they are (but for white space around them)"),
+    "double_bos": Rule("the token that begins a text is there once"),
+    "double_end": Rule("no end-of-turn or end-of-text token follows itself"),
+    "border": Rule("a prompt's tokens are those that it has when it is asked alone"),
+    "unknown_tokens": Rule("no trained token is the unknown token"),
+    "round_trip": Rule("trained text can be read back from its tokens"),
+    "vocabulary": Rule("the model has a row for every token"),
+    # the mask
+    "end_of_turn": Rule("every trained turn ends with its end-of-turn token, which is trained"),
+    "tool_trained": Rule("no tool's result is trained on"),
+    "nothing_trained": Rule("every row has a token to learn"),
+    "cut_end": Rule("few conversations are longer than a row (fatal above one in ten)"),
+    "prompt_room": Rule("prompt and answer fit the model's context"),
+    # pairs, verdicts, answers
+    "pair_identical": Rule("chosen and rejected differ in what is kept of them"),
+    "one_sided": Rule("verdicts are of both kinds"),
+    "answer_scores": Rule("the right answer of an example is scored as right"),
+    # batches
+    "label_vocabulary": Rule("labels are -100 or tokens of the model"),
+    "label_place": Rule("a label stands at its own token"),
+    "pad_by_mask": Rule("every trained token has a label, whatever its id"),
+    "first_label": Rule("the first token of a document is no target"),
+    "segments": Rule("positions restart where a document begins, and nowhere else"),
+    # train against held-out data
+    "held_out_seen": Rule("no held-out example is trained on"),
+    "same_prompt": Rule("no held-out prompt is trained on with another answer", fatal=False),
+}
+"""In the order in which they are shown."""
+
+MOST_CUT = 0.1
+"""The share of conversations that may be cut at a row's end before it is no longer a matter of a few."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. example_id: empty where it is not one example's."""
+
+    rule: str
+    fatal: bool
+    example_id: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"example {self.example_id}: {self.message}" if self.example_id else self.message
+
+
+def found(rule: str, example_id: str, message: str, fatal: bool | None = None) -> Finding:
+    """A finding, as fatal as its rule unless told otherwise."""
+    return Finding(rule, RULES[rule].fatal if fatal is None else fatal, str(example_id), message)
+
+
+def judged(findings: Iterable[Finding], ignore: Sequence[str]) -> list[Finding]:
+    """The findings in the order of the rules, each once; those of ignored rules as warnings.
+
+    Raises ConfigError for a rule that there is not.
+    """
+    for name in ignore:
+        if name not in RULES:
+            raise ConfigError(
+                f"doctor.ignore={list(ignore)} has {name!r}, which is no rule.{near_misses(name, RULES)} "
+                f"Rules: {', '.join(RULES)}"
+            )
+    place = {name: i for i, name in enumerate(RULES)}
+    kept = sorted(dict.fromkeys(findings), key=lambda f: place[f.rule])  # stable: examples stay in their order
+    return [replace(f, fatal=False) if f.rule in ignore else f for f in kept]
+
+
+def verdict(findings: Sequence[Finding], command: str = "python launch.py doctor ...") -> str:
+    """The sentence that stops a run: the first fatal finding, how many more, and what to do. Empty if there is none."""
+    fatal = [f for f in findings if f.fatal]
+    if not fatal:
+        return ""
+    first, more = fatal[0], len(fatal) - 1
+    others = f" ({more} more finding{'s' * (more > 1)})" if more else ""
+    return (
+        f"{first} [{first.rule}]{others}; `{command}` shows all, and doctor.ignore=[{first.rule}] trains all the same"
+    )
