@@ -19,6 +19,7 @@ from trivium.registry import load, near_misses, registries
 
 VERBS = {
     "plugins": "trivium.cli:plugins",
+    "doctor": "trivium.phases.doctor:doctor",
     "explain": "trivium.explain:explain",
     "report": "trivium.cli:report",
     "watch": "trivium.lineage.watch:watch",

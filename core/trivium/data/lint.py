@@ -1,7 +1,6 @@
 """What can be wrong with data before anything is learnt from it: the doctor's rules, by name.
 
-The rules look at what training itself makes (`Chat`, `packing`, `collate`), and check it by another way than it was
-made by.
+They look at what training itself makes (`Chat`, `packing`, `collate`), and check it by another way than it was made by.
 Those about one example are in `lint_examples`, those about batches and data sets in `lint_sets`.
 """
 
@@ -14,11 +13,21 @@ from trivium.errors import ConfigError
 from trivium.registry import near_misses
 
 
+ALL = ("text", "chat", "any", "pairs", "labels", "answers")
+LEARNT = ALL[:-1]  # of answers to score against, only prompts are read
+TALKS = ALL[1:]
+ANSWERED = ALL[1:-1]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """What must hold, in a few words. fatal: whether a finding stops a run, unless `doctor.ignore` names the rule."""
+    """What must hold, in a few words. fatal: whether a finding stops a run, unless `doctor.ignore` names the rule.
+
+    forms: what an objective may read (`Objective.reads`) for the rule to be asked.
+    """
 
     holds: str
+    forms: tuple[str, ...] = ALL
     fatal: bool = True
 
 
@@ -27,42 +36,42 @@ RULES: dict[str, Rule] = {
     "form": Rule("every example has the fields that its phase reads, of the right type"),
     "same_id": Rule("no two examples have one id"),
     "empty_turn": Rule("no answer, completion or text is empty or only white space"),
-    "no_answer": Rule("every conversation has an assistant turn"),
-    "assistant_first": Rule("no conversation begins with the assistant"),
-    "unanswered": Rule("every conversation ends with the assistant", fatal=False),
-    "none_text": Rule("no prompt is, or ends in, the word None or nan"),
+    "no_answer": Rule("every conversation has an assistant turn", TALKS),
+    "assistant_first": Rule("no conversation begins with the assistant", TALKS),
+    "unanswered": Rule("every conversation ends with the assistant", TALKS, fatal=False),
+    "none_text": Rule("no prompt is, or ends in, the word None or nan", TALKS),
     "special_spelling": Rule("no text spells a special token (fatal where it is trained on)"),
     # the template and the tokenizer
-    "template": Rule("the chat template can write every conversation"),
-    "rewrites_history": Rule("each turn of the rendered conversation begins with the turns before it"),
-    "generation_marks": Rule("generation blocks hold what the assistant writes, and nothing else"),
-    "message_dropped": Rule("every message, and every tool, is in the rendered text"),
-    "content_altered": Rule("answers are written as they are (but for white space around them)"),
-    "double_bos": Rule("the token that begins a text is there once"),
-    "double_end": Rule("no end-of-turn or end-of-text token follows itself"),
-    "border": Rule("a prompt's tokens are those that it has when it is asked alone"),
-    "unknown_tokens": Rule("no trained token is the unknown token"),
-    "round_trip": Rule("trained text can be read back from its tokens"),
+    "template": Rule("the chat template can write every conversation", TALKS),
+    "rewrites_history": Rule("each turn of the rendered conversation begins with the turns before it", ANSWERED),
+    "generation_marks": Rule("generation blocks hold what the assistant writes, and nothing else", ANSWERED),
+    "message_dropped": Rule("every message, and every tool, is in the rendered text", TALKS),
+    "content_altered": Rule("answers are written as they are (but for white space around them)", TALKS),
+    "double_bos": Rule("the token that begins a text is there once", LEARNT),
+    "double_end": Rule("no end-of-turn or end-of-text token follows itself", LEARNT),
+    "border": Rule("a prompt's tokens are those that it has when it is asked alone", ANSWERED),
+    "unknown_tokens": Rule("no trained token is the unknown token", LEARNT),
+    "round_trip": Rule("trained text can be read back from its tokens", LEARNT),
     "vocabulary": Rule("the model has a row for every token"),
     # the mask
-    "end_of_turn": Rule("every trained turn ends with its end-of-turn token, which is trained"),
-    "tool_trained": Rule("no tool's result is trained on"),
-    "nothing_trained": Rule("every row has a token to learn"),
-    "cut_end": Rule("few conversations are longer than a row (fatal above one in ten)"),
-    "prompt_room": Rule("prompt and answer fit the model's context"),
+    "end_of_turn": Rule("every trained turn ends with its end-of-turn token, which is trained", LEARNT),
+    "tool_trained": Rule("no tool's result is trained on", ANSWERED),
+    "nothing_trained": Rule("every row has a token to learn", LEARNT),
+    "cut_end": Rule("few conversations are longer than a row (fatal above one in ten)", ANSWERED),
+    "prompt_room": Rule("prompt and answer fit the model's context", ("answers",)),
     # pairs, verdicts, answers
-    "pair_identical": Rule("chosen and rejected differ in what is kept of them"),
-    "one_sided": Rule("verdicts are of both kinds"),
-    "answer_scores": Rule("the right answer of an example is scored as right"),
+    "pair_identical": Rule("chosen and rejected differ in what is kept of them", ("pairs",)),
+    "one_sided": Rule("verdicts are of both kinds", ("labels",)),
+    "answer_scores": Rule("the right answer of an example is scored as right", ("answers",)),
     # batches
-    "label_vocabulary": Rule("labels are -100 or tokens of the model"),
-    "label_place": Rule("a label stands at its own token"),
-    "pad_by_mask": Rule("every trained token has a label, whatever its id"),
-    "first_label": Rule("the first token of a document is no target"),
-    "segments": Rule("positions restart where a document begins, and nowhere else"),
+    "label_vocabulary": Rule("labels are -100 or tokens of the model", LEARNT),
+    "label_place": Rule("a label stands at its own token", LEARNT),
+    "pad_by_mask": Rule("every trained token has a label, whatever its id", LEARNT),
+    "first_label": Rule("the first token of a document is no target", LEARNT),
+    "segments": Rule("positions restart where a document begins, and nowhere else", LEARNT),
     # train against held-out data
-    "held_out_seen": Rule("no held-out example is trained on"),
-    "same_prompt": Rule("no held-out prompt is trained on with another answer", fatal=False),
+    "held_out_seen": Rule("no held-out example is trained on", LEARNT),
+    "same_prompt": Rule("no held-out prompt is trained on with another answer", ANSWERED, fatal=False),
 }
 """In the order in which they are shown."""
 

@@ -54,7 +54,7 @@ class Seen:
     """An example, its answers as examples of their own (two of a pair), and what each is encoded to."""
 
     example: Example
-    sides: list[Example]
+    sides: Sequence[Example]
     documents: list[Encoded]
 
 
@@ -199,9 +199,9 @@ def check_document(example: Example, document: Encoded, how: How) -> Iterator[Fi
     id_, ids, tokenizer = example["id"], document.ids, how.tokenizer
     bos = tokenizer.config.get("bos_token")
     bos_id = tokenizer._core.token_to_id(bos) if bos is not None else None
-    count = ids.count(bos_id) if bos_id is not None and bos_id not in tokenizer.stop_ids else 0
-    if count > 1 or (len(ids) > 1 and ids[0] == ids[1] == bos_id):
-        yield found("double_bos", id_, f"{bos} is there {ids.count(bos_id)} times; the template must write it once")
+    begins = sum(i == bos_id for i in ids)
+    if (begins > 1 and bos_id not in tokenizer.stop_ids) or (begins > 1 and ids[0] == ids[1] == bos_id):
+        yield found("double_bos", id_, f"{bos} is there {begins} times; the template must write it once")
     twice = next((a for a, b in zip(ids, ids[1:], strict=False) if a == b and a in tokenizer.stop_ids), None)
     if twice is not None:
         shown = tokenizer.decode([twice], special=True)

@@ -129,13 +129,14 @@ def preflight(
     seen = examine(this, objective, source, tokenizer, model, count=settings.examples)
     stop = verdict(seen.findings)
     if stop:
-        raise DataError(f"{stop}")
+        raise DataError(stop)
     for rule, number in seen.counts.items():
         first = next(f for f in seen.findings if f.rule == rule)
         more = f" ({number - 1} more)" if number > 1 else ""
         this.say(f"warning: {first} [{rule}]{more}")
+    asked = sum(seen.how.form in rule.forms for rule in RULES.values())
     outcome = "nothing found" if not seen.findings else f"{len(seen.findings)} warnings"
-    this.say(f"doctor: {seen.looked:,} of {seen.of:,} examples, {len(RULES)} rules, {seen.seconds:.2f} s: {outcome}")
+    this.say(f"doctor: {seen.looked:,} of {seen.of:,} examples, {asked} rules, {seen.seconds:.2f} s: {outcome}")
     return record_of(seen, settings.ignore)
 
 
