@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from trivium.errors import ConfigError
 from trivium.registry import near_misses
 
-
 ALL = ("text", "chat", "any", "pairs", "labels", "answers")
 LEARNT = ALL[:-1]  # of answers to score against, only prompts are read
 TALKS = ALL[1:]

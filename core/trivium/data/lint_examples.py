@@ -79,7 +79,10 @@ def look(examples: Sequence[Example], how: How) -> tuple[list[Seen], list[Findin
                 findings.append(found(error.rule or "form", example["id"], said))
     for one in seen:
         for side, document in zip(one.sides, one.documents, strict=True):
-            findings += check_document(side, document, how)
+            try:
+                findings += check_document(side, document, how)
+            except DataError as error:
+                findings.append(found(error.rule or "form", side["id"], str(error)))
         if how.form == "pairs":
             findings += check_pair(one, how)
     return seen, [*findings, *check_lengths(seen, how)]
@@ -197,11 +200,11 @@ def spans(document: Encoded) -> list[tuple[int, int]]:
 def check_document(example: Example, document: Encoded, how: How) -> Iterator[Finding]:
     """A document as it is encoded, before it is cut to a row."""
     id_, ids, tokenizer = example["id"], document.ids, how.tokenizer
-    bos = tokenizer.config.get("bos_token")
-    bos_id = tokenizer._core.token_to_id(bos) if bos is not None else None
-    begins = sum(i == bos_id for i in ids)
-    if (begins > 1 and bos_id not in tokenizer.stop_ids) or (begins > 1 and ids[0] == ids[1] == bos_id):
-        yield found("double_bos", id_, f"{bos} is there {begins} times; the template must write it once")
+    again = _begins_again(ids, tokenizer)
+    if again:
+        bos = tokenizer.decode([ids[again]], special=True)
+        message = f"{bos} begins the text and is there again as token {again}; the template must write it once"
+        yield found("double_bos", id_, message)
     twice = next((a for a, b in zip(ids, ids[1:], strict=False) if a == b and a in tokenizer.stop_ids), None)
     if twice is not None:
         shown = tokenizer.decode([twice], special=True)
@@ -216,6 +219,20 @@ def check_document(example: Example, document: Encoded, how: How) -> Iterator[Fi
         yield from _check_talk(example, document, how)
     else:
         yield from _check_plain(example, document, how)
+
+
+def _begins_again(ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """Where the token that begins a text follows itself, or begins another turn's mark; 0 if it does not.
+
+    Alone it may be a mark of turns itself, as in ChatML and Llama 2; as the end of text, too, it may end one.
+    """
+    name = tokenizer.config.get("bos_token")
+    bos = tokenizer._core.token_to_id(name) if name is not None else None
+    if bos in tokenizer.stop_ids:
+        return int(ids[:2] == [bos, bos])
+    special = {i for i, token in tokenizer._core.get_added_tokens_decoder().items() if token.special}
+    places = [i for i in range(1, len(ids)) if ids[i] == bos]
+    return next((i for i in places if ids[i - 1] == bos or (i + 1 < len(ids) and ids[i + 1] in special)), 0)
 
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:
@@ -278,8 +295,8 @@ def _check_talk(example: Example, document: Encoded, how: How) -> Iterator[Findi
     if len(trained) != len(wanted):
         yield found("end_of_turn", id_, f"{len(trained)} stretches are trained on, and {len(wanted)} answers are there")
         return
-    asked = chat.prompt_ids(messages[: wanted[0]], tools=tools)
-    if how.train_on == "assistant" and document.ids[: trained[0][0]] != asked:
+    asked = chat.prompt_ids(messages[: wanted[0]], tools=tools) if wanted[0] else None
+    if asked is not None and how.train_on == "assistant" and document.ids[: trained[0][0]] != asked:
         yield found("border", id_, "the tokens before the first answer are not those that a chat asks with")
     for (start, stop), number in zip(trained, wanted, strict=True):
         yield from _check_answer(id_, messages[number], document.ids[start:stop], how.tokenizer)
@@ -300,7 +317,8 @@ def _check_rendered(id_: str, messages: Sequence[Mapping], tools: Any, text: str
             message = f"the template leaves out, or rewrites, a turn of {m['role']} ({m['content'][:40]!r})"
             yield found("message_dropped", id_, message)
     for tool in tools:
-        name = (tool.get("function") or tool).get("name", "")
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name", "") if isinstance(function, Mapping) else ""
         if name and name not in text:
             yield found("message_dropped", id_, f"the template leaves out the tool {name}; choose one that knows tools")
 

@@ -57,7 +57,7 @@ def check_set(examples: Sequence[Example]) -> Iterator[Finding]:
         if example["id"] in seen:
             yield found("same_id", example["id"], "another example has this id; a source must give each its own")
         seen.add(example["id"])
-    labels = [bool(e["label"]) for e in examples if form_of(e) == "labels"]
+    labels = [bool(e["label"]) for e in examples if form_of(e) == "labels" and isinstance(e["label"], int)]
     if labels and len(set(labels)) == 1:
         kind = "desirable" if labels[0] else "undesirable"
         yield found("one_sided", "", f"all {len(labels)} verdicts are {kind}; KTO learns from both kinds")
