@@ -1,6 +1,7 @@
 """The doctor: every animal of the zoo is caught by its rule and by no other, and nothing good is taken for one."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,8 @@ from trivium.lineage.report import write_report
 from trivium.phases.preflight import examine
 from trivium.schema import TRAINING_PHASES
 from trivium.types import IGNORE, Score
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +206,7 @@ def test_sample_has_the_first_the_longest_and_an_even_spread():
     rows = [{"id": str(i), "text": "a" * (100 if i == 77 else 1)} for i in range(100)]
     chosen, read = sample(Listed(rows), 9)
     assert len(read) == 100
-    assert [e["id"] for e in chosen] == ["0", "12", "25", "37", "50", "62", "75", "77", "87"]
+    assert [e["id"] for e in chosen] == ["0", "12", "24", "37", "49", "61", "74", "77", "87"]
     assert [e["id"] for e in sample(Listed(rows), 3, among=4)[1]] == ["0", "25", "50", "75"]
     assert spread(3, 3) == [0, 1, 2]
 
@@ -225,6 +228,11 @@ def test_every_rule_has_an_animal_or_a_test_here():
     here = {"held_out_seen", "same_prompt", "vocabulary", "label_vocabulary", "label_place", "pad_by_mask", "segments",
             "first_label", "answer_scores", "prompt_room"}  # fmt: skip
     assert {a.rule for a in ZOO.values()} | here == set(RULES)
+
+
+def test_the_page_has_a_line_for_every_rule():
+    page = (ROOT / "docs/doctor.md").read_text()
+    assert [n for n, r in RULES.items() if f"| `{n}`{'' if r.fatal else ' *warns*'} | {r.holds} |" not in page] == []
 
 
 # ---- what is shown
@@ -312,6 +320,40 @@ def test_preflight_stops_a_run_and_says_how_to_go_on(main, rows, tmp_path):
     told = json.loads((tmp_path / "r" / "MANIFEST.json").read_text())["doctor"]
     assert told["counts"] == {"empty_turn": 1}
     assert told["ignored"] == ["empty_turn"] and told["examples"] == told["of"] == 61
+
+
+def test_a_run_that_nobody_looks_at_says_so(main, rows, tmp_path):
+    said = main(*settings(rows(CHATS), f"runs={tmp_path}", "name=r", "doctor.preflight=false"))
+    assert said.code == 0 and "doctor.preflight=false" in said.out
+    assert json.loads((tmp_path / "r" / "MANIFEST.json").read_text())["doctor"] is None
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--shw", "2"], "there is no --shw"),
+        (["--show", "all"], "--show=all is not a number"),
+        (["data"], "'data' is no setting"),
+        (["phase=chat"], "phase=chat trains nothing"),
+        (["doctor.ignore=[bordr]"], "no rule. Did you mean border"),
+    ],
+)
+def test_doctor_refuses_what_it_does_not_know(main, args, said):
+    done = main("doctor", *args)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+
+
+def test_doctor_leaves_no_run_behind(main, rows, tmp_path):
+    assert main("doctor", *settings(rows(CHATS), f"runs={tmp_path / 'runs'}")).code == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_reads_the_tokenizer_of_a_checkpoint(main, tuned, tuning, tmp_path):
+    """`tuned` has a vocabulary of 320; the data alone would give another."""
+    asked = [o for o in tuning(tmp_path, "x") if not o.startswith(("model", "name=", "runs="))]
+    said = main("doctor", *asked, f"init_from={tuned}", "--show", "1", "--examples", "20", "--equivalence")
+    assert said.code == 0 and f"starts from {tuned}" in said.out and said.out.count("✓") == 2, said.out + said.err
+    assert "20 of 400 examples" in said.out
 
 
 def test_report_shows_examples_and_never_lets_them_be_markup(main, rows, tmp_path):

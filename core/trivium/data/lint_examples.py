@@ -44,9 +44,12 @@ class How:
     length: int
     room: int = 0  # for prompts that a policy answers: tokens of the longest prompt
     chat: Chat = field(init=False)
+    special: dict[int, str] = field(init=False)  # the special tokens' spelling, by id
 
     def __post_init__(self) -> None:
+        added = self.tokenizer._core.get_added_tokens_decoder().items()
         object.__setattr__(self, "chat", Chat(self.tokenizer))
+        object.__setattr__(self, "special", {i: token.content for i, token in added if token.special})
 
 
 @dataclass
@@ -127,6 +130,7 @@ def check_form(example: Example, how: How) -> Iterator[Finding]:
     needed = {
         "text": ["text"],
         "pairs": talks if len(talks) == 2 else ["prompt", "chosen", "rejected"],
+        "answers": talks or ["messages"],
     }.get(form, talks or ["prompt", "completion"])
     for key in needed:
         value = example.get(key)
@@ -155,7 +159,7 @@ def check_words(example: Example, how: How) -> Iterator[Finding]:
         if who in ("user", "system", "prompt") and NONE.search(text):
             said = text[-30:].replace("\n", "\\n")
             yield found("none_text", id_, f"a prompt ends in '{said}', which looks like a missing value; fill it in")
-        yield from _check_marks(id_, who, text, how.tokenizer)
+        yield from _check_marks(id_, who, text, how)
 
 
 def _check_turns(id_: str, messages: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
@@ -172,11 +176,10 @@ def _check_turns(id_: str, messages: Sequence[Mapping[str, Any]]) -> Iterator[Fi
         yield found("unanswered", id_, f"it ends with a turn of {roles[-1]}, which is read and never answered")
 
 
-def _check_marks(id_: str, who: str, text: str, tokenizer: Tokenizer) -> Iterator[Finding]:
+def _check_marks(id_: str, who: str, text: str, how: How) -> Iterator[Finding]:
     if "<" not in text and "[" not in text:
         return
-    own = [t.content for t in tokenizer._core.get_added_tokens_decoder().values() if t.special]
-    for mark in dict.fromkeys([*own, *FOREIGN]):
+    for mark in dict.fromkeys([*how.special.values(), *FOREIGN]):
         # of short ones, such as </s> and <s>, only those that begin or end a text: they are HTML, too
         if mark in text and (len(mark) > 4 or text.strip().startswith(mark) or text.strip().endswith(mark)):
             what = "it is trained as letters, not as that token" if who in ANSWERS else "it is read as letters"
@@ -200,7 +203,7 @@ def spans(document: Encoded) -> list[tuple[int, int]]:
 def check_document(example: Example, document: Encoded, how: How) -> Iterator[Finding]:
     """A document as it is encoded, before it is cut to a row."""
     id_, ids, tokenizer = example["id"], document.ids, how.tokenizer
-    again = _begins_again(ids, tokenizer)
+    again = _begins_again(ids, how)
     if again:
         bos = tokenizer.decode([ids[again]], special=True)
         message = f"{bos} begins the text and is there again as token {again}; the template must write it once"
@@ -221,18 +224,17 @@ def check_document(example: Example, document: Encoded, how: How) -> Iterator[Fi
         yield from _check_plain(example, document, how)
 
 
-def _begins_again(ids: Sequence[int], tokenizer: Tokenizer) -> int:
+def _begins_again(ids: Sequence[int], how: How) -> int:
     """Where the token that begins a text follows itself, or begins another turn's mark; 0 if it does not.
 
     Alone it may be a mark of turns itself, as in ChatML and Llama 2; as the end of text, too, it may end one.
     """
-    name = tokenizer.config.get("bos_token")
-    bos = tokenizer._core.token_to_id(name) if name is not None else None
-    if bos in tokenizer.stop_ids:
+    name = how.tokenizer.config.get("bos_token")
+    bos = how.tokenizer._core.token_to_id(name) if name is not None else None
+    if bos in how.tokenizer.stop_ids:
         return int(ids[:2] == [bos, bos])
-    special = {i for i, token in tokenizer._core.get_added_tokens_decoder().items() if token.special}
     places = [i for i in range(1, len(ids)) if ids[i] == bos]
-    return next((i for i in places if ids[i - 1] == bos or (i + 1 < len(ids) and ids[i + 1] in special)), 0)
+    return next((i for i in places if ids[i - 1] == bos or (i + 1 < len(ids) and ids[i + 1] in how.special)), 0)
 
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:

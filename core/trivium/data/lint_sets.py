@@ -18,6 +18,9 @@ from trivium.types import IGNORE, TokenBatch
 LOOKED_AT = 1000
 """Examples among which a bounded look searches the longest, and held-out examples that it compares with."""
 
+MOST_CHARACTERS = 2_000_000
+"""Read in a bounded look, about: longer texts leave fewer of them."""
+
 
 def sample(source: Source, count: int, among: int = 0) -> tuple[list[Example], list[Example]]:
     """`count` examples to look at closely, and all that were read to choose them.
@@ -30,8 +33,12 @@ def sample(source: Source, count: int, among: int = 0) -> tuple[list[Example], l
     examples = [source[i] for i in read]
     lengths = [sum(len(text) for _, text in _words(e)) for e in examples]
     long = sorted(range(len(examples)), key=lambda i: -lengths[i])[: max(1, count // 8)]
-    even = spread(len(examples), max(1, count - len(long)))
-    return [examples[i] for i in sorted({*long, *even})], examples
+    if among:
+        count = min(count, max(1, MOST_CHARACTERS * len(lengths) // max(1, sum(lengths))))
+        long = long[: max(1, count // 8)]
+    others = sorted({*range(len(examples))} - {*long})
+    even = [others[i] for i in spread(len(others), max(1, count - len(long)))]
+    return [examples[i] for i in sorted([*long, *even])], examples
 
 
 def _words(example: Example) -> Iterator[tuple[str, str]]:

@@ -98,11 +98,11 @@ def _examined(this: Run, options: dict[str, int]) -> int:
         show(console, seen, options["show"])
     console.print(rules_table(seen, config.doctor.ignore))
     _print_findings(console, seen.findings)
+    wrong = [f for f in seen.findings if f.fatal]
     if seen.how.form == "answers":
         _prompt_sizes(console, seen)
     else:
-        _sizes(console, this, objective, source, seen, model)
-    wrong = [f for f in seen.findings if f.fatal]
+        wrong += _sizes(console, this, objective, source, seen, model)
     if options["equivalence"]:
         wrong += _equivalence(console, this, seen, objective, model)
     looked = f"{seen.looked:,} of {seen.of:,} examples looked at in {seen.seconds:.1f} s"
@@ -186,14 +186,15 @@ def _prompt_sizes(console: Console, seen: Examination) -> None:
 
 def _sizes(
     console: Console, this: Run, objective: Objective, source: Source, seen: Examination, model: CausalLM | None
-) -> None:
-    """Lengths, rows, what is cut, and what the run would take; of the whole data set where all of it can be read."""
+) -> list[Finding]:
+    """Lengths, rows, what is cut, and what the run would take, of the whole data set; a finding if it makes no rows."""
     config, how = this.config, seen.how
     try:
         table = table_of_some([source[i] for i in range(len(source))], how, config.batch.length)
     except DataError as error:
-        console.print(Text(f"the whole data set cannot be made into rows: {error}", "red"))
-        return
+        console.print(Text(f"✗ the data set cannot be made into rows yet: {error}", "red"))
+        known = any(f.rule == error.rule for f in seen.findings)
+        return [] if known else [Finding(error.rule or "form", True, "", str(error))]
     sizes: dict[str, Any] = {"size": config.batch.size, "micro_size": config.batch.micro_size, "seed": config.seed}
     steps = StepDataset(
         table, length=config.batch.length, pad_id=how.tokenizer.pad_id, batch=objective.batch, **sizes
@@ -208,6 +209,7 @@ def _sizes(
     console.print(f"cut       {cut if table.truncated else 'nothing'}")
     if model is not None:
         console.print(f"the run   {_estimates(this, model, table, steps)}")
+    return []
 
 
 def _estimates(this: Run, model: CausalLM, table: TokenTable, steps: StepDataset) -> str:

@@ -13,7 +13,7 @@ from trivium.data.lint_examples import How, Seen, look, look_at_prompts
 from trivium.data.lint_sets import LOOKED_AT, check_batch, check_held_out, check_set, check_vocabulary, sample, spread
 from trivium.data.packing import TokenTable, plan, tokenise
 from trivium.data.shown import stretches
-from trivium.data.source import Example, Source
+from trivium.data.source import Example, Source, prompt_of
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 from trivium.models.protocol import CausalLM
@@ -82,7 +82,9 @@ def examine(
         seen, more = look_at_prompts(chosen, source, how)
     else:
         seen, more = look(chosen, how)
-        more += _check_batches(seen, objective, how, this, model)
+        bad = {f.example_id for f in more if f.fatal}
+        good = [one for one in seen if str(one.example["id"]) not in bad]
+        more += _check_batches(good, objective, how, this, model)
     findings += more
     if this.config.validation.every_steps and how.form != "answers":
         findings += check_held_out(read, _held_out(this, among))
@@ -99,9 +101,9 @@ def _check_batches(
     seen: list[Seen], objective: Objective, how: How, this: Run, model: CausalLM | None
 ) -> list[Finding]:
     """Some of the examples on the way that training takes: tokenised, packed, collated."""
-    examples = [one.example for one in seen[:COLLATED]]
-    if not examples:
-        return []
+    examples = [seen[i].example for i in spread(len(seen), COLLATED)]
+    if not examples or (how.form == "labels" and all(prompt_of(e) == prompt_of(examples[0]) for e in examples)):
+        return []  # of one prompt alone no verdict can be mismatched; whether all are of one, training says
     try:
         table = table_of_some(examples, how, this.config.batch.length)
     except DataError as error:
@@ -127,7 +129,8 @@ def preflight(
         this.say("warning: doctor.preflight=false, so nobody looks at the data before it is trained on")
         return None
     seen = examine(this, objective, source, tokenizer, model, count=settings.examples)
-    stop = verdict(seen.findings)
+    # whether prompts leave room is looked at for every one when they are made, and told by the settings to change
+    stop = verdict([f for f in seen.findings if f.rule != "prompt_room"])
     if stop:
         raise DataError(stop)
     for rule, number in seen.counts.items():
