@@ -14,7 +14,7 @@ from trivium.build import build_objective, build_source, load_artifact
 from trivium.compose import compose, run_config
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
-from trivium.data.lint import RULES, Finding, judged, verdict
+from trivium.data.lint import RULES, Finding, check_names, judged, verdict
 from trivium.data.lint_examples import How, look, look_at_prompts, spans
 from trivium.data.lint_sets import check_batch, check_held_out, check_set, check_vocabulary, sample, spread
 from trivium.data.packing import table_of
@@ -220,7 +220,7 @@ def test_ignored_rules_are_warnings_and_unknown_ones_are_refused():
     assert verdict(judged(fatal, ["border", "form"])) == ""
     assert verdict(judged(fatal, [])).startswith("example b: y [form] (1 more finding);")
     with pytest.raises(ConfigError, match="bordr.*border"):
-        judged(fatal, ["bordr"])
+        check_names(["bordr"])
 
 
 def test_every_rule_has_an_animal_or_a_test_here():

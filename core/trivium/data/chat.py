@@ -23,8 +23,8 @@ Tools = Sequence[Mapping[str, Any]]
 """JSON schemas of functions, as in `{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
 REWRITES = (
-    "the chat template rewrites earlier turns, so what is trained is not what is asked; make a conversation of its own of "
-    "each answer, or set tokenizer.chat_template= to one that keeps them"
+    "the chat template rewrites earlier turns, so what is trained is not what is asked; make of each answer a "
+    "conversation of its own, or set tokenizer.chat_template= to a template that keeps them"
 )
 
 

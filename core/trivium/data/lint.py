@@ -96,17 +96,18 @@ def found(rule: str, example_id: str, message: str, fatal: bool | None = None) -
     return Finding(rule, RULES[rule].fatal if fatal is None else fatal, str(example_id), message)
 
 
-def judged(findings: Iterable[Finding], ignore: Sequence[str]) -> list[Finding]:
-    """The findings in the order of the rules, each once; those of ignored rules as warnings.
-
-    Raises ConfigError for a rule that there is not.
-    """
+def check_names(ignore: Sequence[str]) -> None:
+    """Raise ConfigError for a rule that there is not."""
     for name in ignore:
         if name not in RULES:
             raise ConfigError(
                 f"doctor.ignore={list(ignore)} has {name!r}, which is no rule.{near_misses(name, RULES)} "
                 f"Rules: {', '.join(RULES)}"
             )
+
+
+def judged(findings: Iterable[Finding], ignore: Sequence[str]) -> list[Finding]:
+    """The findings in the order of the rules, each once; those of ignored rules as warnings."""
     place = {name: i for i, name in enumerate(RULES)}
     kept = sorted(dict.fromkeys(findings), key=lambda f: place[f.rule])  # stable: examples stay in their order
     return [replace(f, fatal=False) if f.rule in ignore else f for f in kept]

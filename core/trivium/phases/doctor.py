@@ -22,7 +22,7 @@ from trivium.build import build_objective, cached_tokenizer, device_of
 from trivium.compose import compose, run_config
 from trivium.data.collate import collate
 from trivium.data.datamodule import StepDataset
-from trivium.data.lint import RULES, Finding
+from trivium.data.lint import RULES, Finding, check_names
 from trivium.data.packing import TokenTable, plan
 from trivium.data.shown import Stretch, plain, stretches, visible
 from trivium.data.source import Source
@@ -51,6 +51,7 @@ def doctor(args: list[str]) -> int:
         config = run_config(compose(with_checkpoint_model(overrides)))
         if config.phase not in TRAINING_PHASES:
             raise ConfigError(f"phase={config.phase} trains nothing; the doctor is for {', '.join(TRAINING_PHASES)}")
+        check_names(config.doctor.ignore)
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
         one = dataclasses.replace(config.trainer, devices=1, nodes=1, strategy="auto", tensor_parallel=1)

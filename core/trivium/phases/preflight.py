@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trivium.data.collate import collate
-from trivium.data.lint import RULES, Finding, found, judged, verdict
+from trivium.data.lint import RULES, Finding, check_names, found, judged, verdict
 from trivium.data.lint_examples import How, Seen, look, look_at_prompts
 from trivium.data.lint_sets import LOOKED_AT, check_batch, check_held_out, check_set, check_vocabulary, sample, spread
 from trivium.data.packing import TokenTable, plan, tokenise
@@ -73,6 +73,7 @@ def examine(
     among: 0 is all of them, and all that is held out.
     """
     start = time.monotonic()
+    check_names(this.config.doctor.ignore)
     how = how_of(this, objective, tokenizer, model)
     chosen, read = sample(source, count, among)
     findings = list(check_set(read))
