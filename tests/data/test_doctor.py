@@ -8,17 +8,19 @@ import pytest
 import torch
 from tests.data import zoo
 from tests.data.zoo import ZOO, bot, talk, user
-from tests.helpers import Listed, smollm2_path
+from tests.helpers import Listed, smollm2
 
-from trivium.build import build_objective, build_source, load_artifact
+from trivium.build import build_objective, build_source
 from trivium.compose import compose, run_config
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
+from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.lint import RULES, Finding, check_names, judged, verdict
 from trivium.data.lint_examples import How, look, look_at_prompts, spans
 from trivium.data.lint_sets import check_batch, check_held_out, check_set, check_vocabulary, sample, spread
 from trivium.data.packing import table_of
 from trivium.data.shown import Stretch, plain, stretches, visible
+from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError
 from trivium.lineage.report import write_report
 from trivium.phases.preflight import examine
@@ -384,9 +386,9 @@ def test_the_shipped_pack_raises_no_alarm(phase, monkeypatch, cache, tokenizer):
     assert all(any(d.trained) for one in seen.seen for d in one.documents) == (phase != "rlhf")
 
 
-def test_the_real_template_raises_no_alarm(cache):
+def test_the_real_template_raises_no_alarm():
     """SmolLM2's own tokenizer and ChatML template, pad == eos: primer chats, with and without a system message."""
-    tokenizer = load_artifact(str(smollm2_path())).tokenizer
+    tokenizer = Tokenizer(*tokenizer_of(smollm2().tokenizer))
     assert tokenizer.pad_id == tokenizer.eot_id
     examples = [*(GOOD["chat"]), *GOOD["none"], *GOOD["spaces"]]
     examples = [{**e, "id": str(i)} for i, e in enumerate(examples)]

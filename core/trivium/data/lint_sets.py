@@ -18,6 +18,9 @@ from trivium.types import IGNORE, TokenBatch
 LOOKED_AT = 1000
 """Examples among which a bounded look searches the longest, and held-out examples that it compares with."""
 
+LONGEST = 4
+"""Of them: enough to see what does not fit, few enough that a share of what is looked at is one of the data."""
+
 MOST_CHARACTERS = 2_000_000
 """Read in a bounded look, about: longer texts leave fewer of them."""
 
@@ -25,17 +28,17 @@ MOST_CHARACTERS = 2_000_000
 def sample(source: Source, count: int, among: int = 0) -> tuple[list[Example], list[Example]]:
     """`count` examples to look at closely, and all that were read to choose them.
 
-    Evenly spread, the first and the longest (by characters, one in eight) included; the same at every call. among: how
+    Evenly spread, the first and the longest few (by characters) included; the same at every call. among: how
     many are read; 0 is all of them.
     """
     size = len(source)
     read = spread(size, among or size)
     examples = [source[i] for i in read]
     lengths = [sum(len(text) for _, text in _words(e)) for e in examples]
-    long = sorted(range(len(examples)), key=lambda i: -lengths[i])[: max(1, count // 8)]
+    long = sorted(range(len(examples)), key=lambda i: -lengths[i])[:LONGEST]
     if among:
         count = min(count, max(1, MOST_CHARACTERS * len(lengths) // max(1, sum(lengths))))
-        long = long[: max(1, count // 8)]
+    long = long[: max(1, count // 8)]
     others = sorted({*range(len(examples))} - {*long})
     even = [others[i] for i in spread(len(others), max(1, count - len(long)))]
     return [examples[i] for i in sorted([*long, *even])], examples

@@ -94,6 +94,8 @@ def run_training(this: Run) -> int:
     companions = _companions(this, objective)
     source = this.source()
     source.expect(config.phase)
+    if objective.reads == "pairs" and "label" in source[0]:
+        raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
     model, record, tokenizer = _model_and_tokenizer(this, source, objective)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
@@ -249,8 +251,6 @@ def _from_data(
     model, objective = parts[:2]
     length = config.batch.length
     form = objective.reads
-    if form == "pairs" and "label" in source[0]:
-        raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
 
     def table_of(split: Source) -> TokenTable:
         with this.world.first():
