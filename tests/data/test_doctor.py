@@ -23,6 +23,7 @@ from trivium.data.shown import Stretch, plain, stretches, visible
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError
 from trivium.lineage.report import write_report
+from trivium.phases.doctor import coloured
 from trivium.phases.preflight import examine
 from trivium.schema import TRAINING_PHASES
 from trivium.types import IGNORE, Score
@@ -251,6 +252,13 @@ def test_stretches_show_trained_text_and_special_tokens(tokenizer):
     assert visible("a\n  b \n") == "a⏎\n··b·⏎\n"
 
 
+def test_trained_text_is_green_and_special_tokens_are_bold():
+    parts = [Stretch("<|user|>", False, True), Stretch("hi\n", False, False), Stretch("no[/]", True, False)]
+    text = coloured([*parts, Stretch("<|end|>", True, True)])
+    assert text.plain == "<|user|>hi⏎\nno[/]<|end|>", "what looks like markup stays text"
+    assert [str(span.style) for span in text.spans] == ["bold dim", "dim", "green", "bold green"]
+
+
 def test_spans_are_the_trained_stretches():
     assert spans(Encoded([1] * 6, [True, False, True, True, False, True])) == [(0, 1), (2, 4), (5, 6)]
 
@@ -365,7 +373,9 @@ def test_report_shows_examples_and_never_lets_them_be_markup(main, rows, tmp_pat
     assert said.code == 0, said.err
     manifest = tmp_path / "r" / "MANIFEST.json"
     facts = json.loads(manifest.read_text())
-    assert [s["id"].rpartition(":")[2] for s in facts["doctor"]["shown"]] == ["1", "2", "3"]
+    assert [s["id"].rpartition(":")[2] for s in facts["doctor"]["shown"]] == ["1", "21", "41"]
+    shown = facts["doctor"]["shown"][1]
+    assert shown["parts"][-2:] == [["it is 21.", True, False], ["<|end|>", True, True]]
     facts["doctor"]["shown"][0]["parts"] = [["<b>bold</b>", False, False], ["<script>alert(1)</script>", True, False]]
     manifest.write_text(json.dumps(facts))
     page = write_report(tmp_path / "r").read_text()

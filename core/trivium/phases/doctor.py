@@ -23,6 +23,7 @@ from trivium.compose import compose, run_config
 from trivium.data.collate import collate
 from trivium.data.datamodule import StepDataset
 from trivium.data.lint import RULES, Finding, check_names
+from trivium.data.lint_sets import spread
 from trivium.data.packing import TokenTable, plan
 from trivium.data.shown import Stretch, plain, stretches, visible
 from trivium.data.source import Source
@@ -129,12 +130,14 @@ def _made(this: Run, source: Source, objective: Objective) -> tuple[CausalLM | N
 
 def show(console: Console, seen: Examination, number: int) -> None:
     """Examples as they are learnt: trained tokens green; in [brackets] where there are no colours."""
-    shown = [(s, d) for one in seen.seen for s, d in zip(one.sides, one.documents, strict=True)][:number]
+    chosen = [seen.seen[i] for i in spread(len(seen.seen), number)]
+    shown = [(s, d) for one in chosen for s, d in zip(one.sides, one.documents, strict=True)]
     for side, document in shown:
         trained = sum(document.trained)
         cut = f", cut at {seen.how.length}" if len(document.ids) > seen.how.length and "text" not in side else ""
         share = f"{trained} trained ({trained / max(1, len(document.ids)):.0%})"
-        console.rule(f"example {side['id']}: {len(document.ids)} tokens, {share}{cut}", align="left", style="dim")
+        title = Text(f"example {side['id']}: {len(document.ids)} tokens, {share}{cut}")  # an id may look like markup
+        console.rule(title, align="left", style="dim")
         parts = stretches(document, seen.how.tokenizer)
         console.print(coloured(parts) if console.is_terminal else Text(plain(parts)))
 

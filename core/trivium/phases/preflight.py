@@ -12,7 +12,7 @@ from trivium.data.lint import RULES, Finding, check_names, found, judged, verdic
 from trivium.data.lint_examples import How, Seen, look, look_at_prompts
 from trivium.data.lint_sets import LOOKED_AT, check_batch, check_held_out, check_set, check_vocabulary, sample, spread
 from trivium.data.packing import TokenTable, plan, tokenise
-from trivium.data.shown import stretches
+from trivium.data.shown import stretches, visible
 from trivium.data.source import Example, Source, prompt_of
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
@@ -158,9 +158,12 @@ def record_of(seen: Examination, ignored: list[str]) -> dict[str, Any]:
                 "id": str(side["id"]),
                 "tokens": len(document.ids),
                 "trained": sum(document.trained),
-                "parts": [list(part) for part in stretches(document, seen.how.tokenizer, SHOWN_TOKENS)],
+                "parts": [
+                    [visible(part.text), part.trained, part.special]
+                    for part in stretches(document, seen.how.tokenizer, SHOWN_TOKENS)
+                ],
             }
-            for one in seen.seen[:SHOWN]
+            for one in (seen.seen[i] for i in spread(len(seen.seen), SHOWN))
             for side, document in zip(one.sides, one.documents, strict=True)
-        ][:SHOWN],
+        ],
     }
