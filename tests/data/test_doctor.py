@@ -82,6 +82,13 @@ def test_good_generation_blocks_and_special_ends_raise_no_alarm(tokenizer):
     assert look(zoo.text("hello there"), How(like_gpt2, "text", "all", 128))[1] == []
 
 
+def test_short_marks_are_html_but_where_they_end_a_text(tokenizer):
+    how = How(tokenizer.add_tokens(["<s>", "</s>"]), "chat", "assistant", 128)
+    assert look(talk(user("what is <s>this</s> here?"), bot("is <s>struck</s> out.")), how)[1] == []
+    (finding,) = look(talk(user("what?"), bot("it is 4.</s>")), how)[1]
+    assert (finding.rule, finding.fatal) == ("special_spelling", True)
+
+
 def test_all_findings_are_told_at_once_with_their_examples(tokenizer):
     """A run stops at the first; the doctor goes on, past those that cannot be encoded."""
     bad = [

@@ -72,6 +72,7 @@ def turns(body, *, before="{{ bos_token }}", prompt="<|assistant|>"):
 
 
 WRITE = "<|{{ message.role }}|>{{ message.content }}<|end|>"
+LETTERS = "[{{ message.role }}]{{ message.content }}<|end|>"
 KNOWN = "{% if message.role in ('user', 'assistant') %}" + WRITE + "{% endif %}"
 THOUGHTLESS = (
     "<|{{ message.role }}|>{% if '</think>' in message.content and not loop.last %}"
@@ -153,6 +154,9 @@ ZOO = {
     # templates
     "a template that writes two beginnings": Broken(
         "double_bos", GOOD, with_template(turns(WRITE, before="{{ bos_token }}<|bos|>"))
+    ),
+    "a template in letters that writes two beginnings": Broken(
+        "double_bos", GOOD, with_template(turns(LETTERS, before="{{ bos_token }}<|bos|>", prompt="[assistant]"))
     ),
     "a template that begins each turn anew": Broken("double_bos", GOOD, with_template(turns(APART))),
     "a template that ends answers twice": Broken("double_end", GOOD, with_template(turns(TWICE))),
