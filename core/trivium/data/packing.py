@@ -124,9 +124,7 @@ def tokenise(
         numbers += [number] * len(pieces)
     if not any(any(d.trained[1:]) for d in documents):
         raise DataError(
-            f"no token of {len(examples)} examples would be trained on; raise batch.length={length} or look at the "
-            "data",
-            "nothing_trained",
+            f"no token of {len(examples)} examples would be trained on; raise batch.length={length} or look at the data"
         )
     columns = {}
     if form == "labels":
