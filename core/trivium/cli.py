@@ -19,6 +19,7 @@ from trivium.registry import load, near_misses, registries
 
 VERBS = {
     "plugins": "trivium.cli:plugins",
+    "doctor": "trivium.phases.doctor:doctor",
     "explain": "trivium.explain:explain",
     "report": "trivium.cli:report",
     "watch": "trivium.lineage.watch:watch",
@@ -37,6 +38,7 @@ Trivium: a language model learns, improves and speaks.
   python launch.py phase=sft domain=files data.path=my.jsonl init_from=runs/...
   python launch.py -m phase=pretrain optim.lr=1e-3,3e-3        one run for each value
   python launch.py phase=chat init_from=runs/...
+  python launch.py doctor phase=sft domain=files data.path=my.jsonl --show 5      see what it would learn
   python launch.py plugins list | explain optim.lr [overrides] | report runs/... | watch runs/...
   python launch.py convert pytorch_model.bin OUT.safetensors    pickled weights, or a folder with such, as safetensors
   python launch.py selftest faults [--quick]          kill, fill and break real runs on this disk; prints a table

@@ -20,7 +20,14 @@ class PluginError(TriviumError):
 
 
 class DataError(TriviumError):
-    """A file or example that is missing, empty, unreadable, malformed or of the wrong schema."""
+    """A file or example that is missing, empty, unreadable, malformed or of the wrong schema.
+
+    rule: the doctor's rule that it breaks, where there is one.
+    """
+
+    def __init__(self, message: str = "", rule: str = "") -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 class CheckpointError(TriviumError):

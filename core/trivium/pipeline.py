@@ -18,16 +18,13 @@ from trivium.disk import make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.report import summary_table, write_report
-from trivium.phases.start import run
+from trivium.phases.start import run, with_checkpoint_model
 from trivium.registry import near_misses
 from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig, StageConfig
-from trivium.training.checkpoint import RECORD
 from trivium.training.parallel import placed
 
 HELD_OUT = ("validation.", "stop.patience", "stop.min_delta", "checkpoint.keep_best=")
 """Settings of the held-out loss."""
-STARTS_MODEL = ("pretrain", "distill")
-"""Phases that bring a model of their own, unless init_from= names a trained one."""
 
 
 def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) -> int:
@@ -234,18 +231,6 @@ def stage_overrides_of(overrides: Sequence[str], phase: str, own: Sequence[str])
 def default_domain() -> str:
     """The domain where none is named."""
     return compose([]).domain
-
-
-def with_checkpoint_model(overrides: Sequence[str], *, trained: bool = False) -> list[str]:
-    """Overrides under which a checkpoint in init_from= brings its own model, unless one is chosen beside it.
-
-    trained: there will be a checkpoint, even if an earlier stage has not made it yet.
-    """
-    said = dict(o.split("=", 1) for o in overrides if "=" in o)
-    path = Path(said.get("init_from", "").strip("'\""))
-    trained = trained or (path / "checkpoints").is_dir() or (path / RECORD).is_file()
-    chosen = any(key == "model" or key.startswith("model.") for key in said)
-    return [*overrides, "~model"] if trained and not chosen and said.get("phase") in STARTS_MODEL else list(overrides)
 
 
 def next_commands(trained: str) -> list[str]:

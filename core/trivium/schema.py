@@ -190,6 +190,18 @@ class StopConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """What is looked at before a run trains; `python launch.py doctor` shows it all."""
+
+    preflight: bool = True  # look before training, and stop at what is wrong
+    examples: int = 200  # looked at before training; more finds rarer faults and takes longer
+    ignore: list[str] = field(default_factory=list)  # rules whose findings are warnings
+
+    def __post_init__(self) -> None:
+        _positive("doctor", self, "examples")
+
+
+@dataclass(frozen=True)
 class SamplesConfig:
     """Completions written while training, to look at."""
 
@@ -335,6 +347,7 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

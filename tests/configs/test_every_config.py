@@ -25,7 +25,7 @@ from trivium.compose import Component, compose, file_groups, groups, node_type, 
 from trivium.errors import ConfigError
 from trivium.explain import owner_of
 from trivium.models.adapters import parts
-from trivium.pipeline import STARTS_MODEL
+from trivium.phases.start import STARTS_MODEL
 from trivium.plugin import conf_folders
 from trivium.registry import extra
 from trivium.schema import PHASES, TRAINING_PHASES, RunConfig

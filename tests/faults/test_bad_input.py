@@ -50,7 +50,7 @@ def base(trained, tmp_path):
         (["phase=pretrain", "model=gpt5"], "unknown model=gpt5."),
         (
             ["pretrain"],
-            "unknown command 'pretrain'. Commands: plugins, explain, report, watch, convert, selftest; settings are ",
+            "unknown command 'pretrain'. Commands: plugins, doctor, explain, report, watch, convert, selftest; ",
         ),
         (["plugin"], "unknown command 'plugin'. Did you mean plugins"),
         (["plugins"], "write `plugins list`"),

@@ -87,9 +87,9 @@ def test_tuned_exported_and_read_again(adapter, main, tmp_path):
     ids=lambda changes: str(changes),
 )
 def test_a_rate_that_ruins_it_is_warned_of(changes, warned, main, tmp_path):
-    """The primer's recipe has 3e-3. One step, of two short rows."""
+    """The primer's recipe has 3e-3. One step, of one row."""
     done = main("phase=sft", "model=smollm2_135m", f"runs={tmp_path}", "name=tuned", "data.parts=[chats]",
-                "trainer.max_steps=1", "batch.size=1", "batch.micro_size=1", "batch.length=64", "precision=fp32",
+                "trainer.max_steps=1", "batch.size=1", "batch.micro_size=1", "batch.length=128", "precision=fp32",
                 "validation.every_steps=0", "samples.every_steps=0", "data.num_chats=40", *changes)  # fmt: skip
     assert done.code == 0, done.err
     assert ("ruins what it knows" in done.out.replace("\n", " ")) == warned, done.out

@@ -22,6 +22,11 @@ Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 """JSON schemas of functions, as in `{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
+REWRITES = (
+    "the chat template rewrites earlier turns, so what is trained is not what is asked; make of each answer a "
+    "conversation of its own, or set tokenizer.chat_template= to a template that keeps them"
+)
+
 
 @dataclass
 class Piece:
@@ -67,24 +72,27 @@ class Chat:
         messages = _checked(messages)
         for m in messages:
             if m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls"):
-                raise DataError("an assistant turn is empty")
+                raise DataError("an assistant turn is empty", "empty_turn")
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:
-            raise DataError("a conversation without an assistant turn has nothing to train on")
+            raise DataError("a conversation without an assistant turn has nothing to train on", "no_answer")
         messages, tools = self._protected(messages), self._protected(tools)
         pieces, done = [], ""
         for i in turns:
             before = self.render(messages[:i], prompt=True, tools=tools)
             after = self.render(messages[: i + 1], prompt=False, tools=tools)
             if not before.startswith(done) or not after.startswith(before):
-                raise DataError("the chat template rewrites earlier turns, so what is trained is not what is asked")
+                raise DataError(REWRITES, "rewrites_history")
             trained = train_on == "assistant" or i == turns[-1]
             pieces += [Piece(before[len(done) :], False), Piece(after[len(before) :], trained)]
             _ensure_written(_names(messages[i].get("tool_calls") or ()), pieces[-1].text, "tool_calls")
             done = after
         _ensure_written(_names(tools), pieces[0].text, "tools")
         if turns[-1] != len(messages) - 1:
-            pieces.append(Piece(self.render(messages, prompt=False, tools=tools)[len(done) :], False))
+            whole = self.render(messages, prompt=False, tools=tools)
+            if not whole.startswith(done):
+                raise DataError(REWRITES, "rewrites_history")
+            pieces.append(Piece(whole[len(done) :], False))
         if train_on == "all":
             return [Piece(p.text, True) for p in pieces]
         if has_generation(self.tokenizer.template_for(tools=bool(tools))):
@@ -137,7 +145,9 @@ class Chat:
         """True up to and including the end-of-turn token; what the template writes after it is not the assistant's."""
         end = self.tokenizer.eot_id
         if end not in tokens:
-            raise DataError("the chat template does not end an assistant turn with the end-of-turn token")
+            raise DataError(
+                "the chat template does not end an assistant turn with the end-of-turn token", "end_of_turn"
+            )
         if piece.exact:
             return [True] * len(tokens)
         last = len(tokens) - 1 - tokens[::-1].index(end)
@@ -194,7 +204,7 @@ def _naming(example: Mapping) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"example {example['id']}: {error}") from error
+        raise DataError(f"example {example['id']}: {error}", error.rule) from error
 
 
 def _cut_at_marks(pieces: Sequence[Piece], marked: str) -> list[Piece]:
@@ -206,7 +216,7 @@ def _cut_at_marks(pieces: Sequence[Piece], marked: str) -> list[Piece]:
         place += len(part)
     plain = "".join(p.text for p in pieces)
     if marked.replace(START, "").replace(END, "") != plain:
-        raise DataError("the chat template's generation blocks change what it writes")
+        raise DataError("the chat template's generation blocks change what it writes", "generation_marks")
     cut, place, answer = [], 0, iter(spans)
     for i, piece in enumerate(pieces):
         if i % 2:  # an answer: the pieces before it and after it are not
@@ -214,7 +224,8 @@ def _cut_at_marks(pieces: Sequence[Piece], marked: str) -> list[Piece]:
             if start != place or end > place + len(piece.text):
                 raise DataError(
                     "the chat template's generation blocks are not what the assistant writes: one must begin where "
-                    "add_generation_prompt ends and close with the turn"
+                    "add_generation_prompt ends and close with the turn",
+                    "generation_marks",
                 )
             inside = piece.text[: end - start]
             cut += [Piece(inside, piece.trained, exact=True), Piece(piece.text[len(inside) :], False)]
@@ -222,20 +233,22 @@ def _cut_at_marks(pieces: Sequence[Piece], marked: str) -> list[Piece]:
             cut.append(piece)
         place += len(piece.text)
     if next(answer, None) is not None:
-        raise DataError("the chat template has more generation blocks than the conversation has answers")
+        raise DataError(
+            "the chat template has more generation blocks than the conversation has answers", "generation_marks"
+        )
     return cut
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages without entries that are None, as many APIs and Arrow give them; a tool call may have no content."""
     if not messages:
-        raise DataError("a conversation needs at least one message")
+        raise DataError("a conversation needs at least one message", "form")
     found = []
     for message in messages:
         given = {key: value for key, value in message.items() if value is not None}
         if given.get("role") == "assistant" and isinstance(given.get("tool_calls"), (list, tuple)):
             given.setdefault("content", "")
         if not isinstance(given.get("content"), str) or not isinstance(given.get("role"), str):
-            raise DataError(f"a message needs a role and a content, both text; found {str(dict(message))[:80]}")
+            raise DataError(f"a message needs a role and a content, both text; found {str(dict(message))[:80]}", "form")
         found.append(given)
     return found

@@ -277,10 +277,10 @@ def render(source: str, variables: Mapping[str, Any], *, marked: bool = False) -
     try:
         return _compiled(source).render(**variables)
     except TooMuch as error:
-        raise DataError(f"the chat template is stopped: {error}") from error
+        raise DataError(f"the chat template is stopped: {error}", "template") from error
     except Exception as error:  # a foreign program: any exception may come out of it
         said = str(error) or type(error).__name__
-        raise DataError(f"the chat template refuses this conversation: {said}") from error
+        raise DataError(f"the chat template refuses this conversation: {said}", "template") from error
     finally:
         _spent.reset(spent)
         _marking.reset(marking)

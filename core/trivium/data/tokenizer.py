@@ -187,7 +187,8 @@ class Tokenizer:
         if not self.has_template:
             raise DataError(
                 "this tokenizer has no chat template, so it cannot write conversations; add one as chat_template.jinja "
-                "beside its tokenizer.json, or use plain text"
+                "beside its tokenizer.json, or use plain text",
+                "template",
             )
         found = self.config["chat_template"]
         if isinstance(found, str):

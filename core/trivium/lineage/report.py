@@ -238,6 +238,7 @@ def page_context(run: Run) -> dict[str, Any]:
         "tasks": [(MEASURES[name].heading, table) for name in BY_TASK if (table := task_table(rows, name))],
         "others": other_table(rows),
         "curves": [drawing for stage in run.models if (drawing := draw_curves(stage))],
+        "examined": [(s, told) for s in run.stages if (told := _examined(s))],
         "samples": stage_samples(run),
         "progress": [(stage, table) for stage, table in progress if table],
         "chats": [(s, s.samples[:MAX_TURNS]) for s in run.stages if s.phase == "chat" and s.samples],
@@ -246,6 +247,12 @@ def page_context(run: Run) -> dict[str, Any]:
         "commands": [str(command) for command in run.manifest.get("next_commands") or []],
         "versions": next((v for m in reversed(_manifests(run)) if (v := as_dict(m.get("versions")))), {}),
     }
+
+
+def _examined(stage: Stage) -> dict[str, Any] | None:
+    """What the doctor said before a stage trained, and some examples as it learnt them; None where it did not."""
+    told = as_dict(stage.manifest.get("doctor"))
+    return {**told, "shown": [as_dict(s) for s in told["shown"]]} if isinstance(told.get("shown"), list) else None
 
 
 def _header(run: Run) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from trivium.training.parallel import ALONE, World
 COMPANIONS = ("reference", "teacher")
 USED_BY = {"reference": (), "teacher": ("evaluate",)}
 """Phases that use a companion, beside those that train: there the objective says."""
-ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", "base", "average", *COMPANIONS)
+ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", "base", "average", "doctor", *COMPANIONS)
 """Settings that change no result: init_from, here and of companions, and average are replaced by the hash of what they
 named."""
 RESULTS_OF = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,6 +22,7 @@ from trivium.phases.speak import run_chat, run_generate
 from trivium.phases.train import run_tokenizer, run_training
 from trivium.plugin import local_plugins
 from trivium.schema import TRAINING_PHASES, RunConfig
+from trivium.training.checkpoint import RECORD
 from trivium.training.memory import peak_bytes, reset_peak
 from trivium.training.parallel import PeerLost, World, join, leave, lost_peer, placed
 from trivium.training.processes import run_processes
@@ -33,6 +35,21 @@ PHASES: dict[str, Callable[[Run], int]] = {
     "export": run_export,
     **dict.fromkeys(TRAINING_PHASES, run_training),
 }
+
+STARTS_MODEL = ("pretrain", "distill")
+"""Phases that bring a model of their own, unless init_from= names a trained one."""
+
+
+def with_checkpoint_model(overrides: Sequence[str], *, trained: bool = False) -> list[str]:
+    """Overrides under which a checkpoint in init_from= brings its own model, unless one is chosen beside it.
+
+    trained: there will be a checkpoint, even if an earlier stage has not made it yet.
+    """
+    said = dict(o.split("=", 1) for o in overrides if "=" in o)
+    path = Path(said.get("init_from", "").strip("'\""))
+    trained = trained or (path / "checkpoints").is_dir() or (path / RECORD).is_file()
+    chosen = any(key == "model" or key.startswith("model.") for key in said)
+    return [*overrides, "~model"] if trained and not chosen and said.get("phase") in STARTS_MODEL else list(overrides)
 
 
 def run(config: RunConfig, console: Console, *, skip_done: bool = False) -> int:

@@ -42,8 +42,10 @@ from trivium.models.protocol import CausalLM
 from trivium.models.sizes import DERIVED
 from trivium.models.weights import resize_vocabulary, weights_of
 from trivium.objectives.protocol import Objective
+from trivium.phases.preflight import preflight
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
+from trivium.schema import BatchConfig
 from trivium.training.checkpoint import CheckpointStore, read_checkpoint_json
 from trivium.training.companions import COLUMN, AdapterOff, note_reference
 from trivium.training.compiler import check_compiler
@@ -93,10 +95,13 @@ def run_training(this: Run) -> int:
     companions = _companions(this, objective)
     source = this.source()
     source.expect(config.phase)
+    if objective.reads == "pairs" and "label" in source[0]:
+        raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
     model, record, tokenizer = _model_and_tokenizer(this, source, objective)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
     _check_optimizer(this, model)
+    looked = preflight(this, objective, source, tokenizer, model)
     precision = precision_of(config.precision, config.trainer.accelerator)
     fresh_head = objective.scores and not (this.parent and this.parent.scores)
     equal = not config.keep_layers
@@ -127,6 +132,7 @@ def run_training(this: Run) -> int:
         "data": ready.data,
         "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
+        "doctor": looked,
     }
     job = Job(
         config, this.folder, ready.module, ready.steps, ready.validation, tokenizer, record, guard, ready.form,
@@ -246,8 +252,6 @@ def _from_data(
     model, objective = parts[:2]
     length = config.batch.length
     form = objective.reads
-    if form == "pairs" and "label" in source[0]:
-        raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
 
     def table_of(split: Source) -> TokenTable:
         with this.world.first():
@@ -516,14 +520,9 @@ def _count(number: float) -> str:
 
 
 def _header(this: Run, ready: Ready, precision: Precision) -> None:
-    model, batch = ready.module.model, this.config.batch
-    # the libraries, weights with gradients and two moments, and about 40 fp32 values a layer, token and width
-    held = batch.micro_size * batch.length * model.width_times_depth * 160
-    others = sum(c.num_parameters for c in ready.module.companions.values()) * 4
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    model = ready.module.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    memory = 0.6e9 + trained * 16 + sum(p.numel() for p in frozen) * 4 + held + others
-    memory += (model.num_parameters - sum(p.numel() for p in model.parameters())) * 0.6  # held in few bits
+    memory = memory_of(model, this.config.batch, sum(c.num_parameters for c in ready.module.companions.values()))
     count = f"{_count(model.num_parameters)} parameters" + f", {_count(trained)} of them trained" * has_adapter(model)
     this.say(f"{count}, {precision.name}; {ready.about}")
     if precision.weights is not None:
@@ -532,6 +531,16 @@ def _header(this: Run, ready: Ready, precision: Precision) -> None:
             "below about 1/256 of a weight are lost; precision=bf16 keeps them in 32"
         )
     this.say(f"about {memory / 1e9:.1f} GB of memory")
+
+
+def memory_of(model: CausalLM, batch: BatchConfig, companions: int = 0) -> float:
+    """About how many bytes training holds. companions: parameters of frozen models beside it."""
+    # the libraries, weights with gradients and two moments, and about 40 fp32 values a layer, token and width
+    held = batch.micro_size * batch.length * model.width_times_depth * 160
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = 0.6e9 + trained * 16 + sum(p.numel() for p in frozen) * 4 + held + companions * 4
+    return memory + (model.num_parameters - sum(p.numel() for p in model.parameters())) * 0.6  # held in few bits
 
 
 def _sampler(

@@ -1,0 +1,418 @@
+"""The doctor: every animal of the zoo is caught by its rule and by no other, and nothing good is taken for one."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.data import zoo
+from tests.data.zoo import ZOO, bot, talk, user
+from tests.helpers import Listed, smollm2
+
+from trivium.build import build_objective, build_source
+from trivium.compose import compose, run_config
+from trivium.data.chat import Encoded
+from trivium.data.collate import collate
+from trivium.data.gguf_tokenizer import tokenizer_of
+from trivium.data.lint import RULES, Finding, check_names, judged, verdict
+from trivium.data.lint_examples import How, look, look_at_prompts, spans
+from trivium.data.lint_sets import check_batch, check_held_out, check_set, check_vocabulary, sample, spread
+from trivium.data.packing import table_of
+from trivium.data.shown import Stretch, plain, stretches, visible
+from trivium.data.tokenizer import Tokenizer
+from trivium.errors import ConfigError
+from trivium.lineage.report import write_report
+from trivium.phases.doctor import coloured
+from trivium.phases.preflight import examine
+from trivium.schema import TRAINING_PHASES
+from trivium.types import IGNORE, Score
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return zoo.plain()
+
+
+def found_in(animal, tokenizer):
+    how = How(
+        animal.tokenizer(tokenizer) if animal.tokenizer else tokenizer, animal.form, animal.train_on, animal.length
+    )
+    return judged([*check_set(animal.examples), *look(animal.examples, how)[1]], [])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo_is_caught_by_its_rule_and_no_other(name, tokenizer):
+    animal = ZOO[name]
+    findings = found_in(animal, tokenizer)
+    assert {f.rule for f in findings} == {animal.rule, *animal.more}, findings
+    assert any(f.fatal for f in findings if f.rule == animal.rule) == animal.fatal
+    assert all(f.message and f.message[-1] not in ".:;" for f in findings), "a clause that a sentence can go on from"
+
+
+def test_zoo_has_the_promised_animals():
+    assert len(ZOO) >= 45
+
+
+GOOD = {
+    "chat": talk(
+        {"role": "system", "content": "be brief"}, user("hello"), bot(" fine\n\n"), user("and you?"), bot("no.")
+    ),
+    "completion": zoo.completion("what is 2 + 2?\n", "it is 4."),
+    "none": talk(user("is None a value? Nonetheless, banan"), bot("None")),
+    "html": talk(user("what is <s>this</s> here?"), bot("<s>struck</s> out.")),
+    "spaces": zoo.completion("hello  there\n\n", "\tno  \n and é 漢 😀"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("train_on", ["assistant", "last_turn", "all"])
+def test_good_conversations_raise_no_alarm(name, train_on, tokenizer):
+    assert look(GOOD[name], How(tokenizer, "chat", train_on, 128))[1] == []
+
+
+def test_good_generation_blocks_and_special_ends_raise_no_alarm(tokenizer):
+    """A block that holds the answer and its end; and a text tokenizer whose beginning is its end (GPT-2)."""
+    whole = "<|{{ message.role }}|>{% if message.role == 'assistant' %}" + zoo.MARKED
+    marked = zoo.with_template(zoo.turns(whole + "{% else %}{{ message.content }}<|end|>{% endif %}"))(tokenizer)
+    assert look(GOOD["chat"], How(marked, "chat", "assistant", 128))[1] == []
+    like_gpt2 = zoo.with_template(zoo.TEMPLATE, bos_token="<|eos|>", unk_token="<|eos|>")(tokenizer)
+    assert look(zoo.text("hello there"), How(like_gpt2, "text", "all", 128))[1] == []
+
+
+def test_short_marks_are_html_but_where_they_end_a_text(tokenizer):
+    how = How(tokenizer.add_tokens(["<s>", "</s>"]), "chat", "assistant", 128)
+    assert look(talk(user("what is <s>this</s> here?"), bot("is <s>struck</s> out.")), how)[1] == []
+    (finding,) = look(talk(user("what?"), bot("it is 4.</s>")), how)[1]
+    assert (finding.rule, finding.fatal) == ("special_spelling", True)
+
+
+def test_all_findings_are_told_at_once_with_their_examples(tokenizer):
+    """A run stops at the first; the doctor goes on, past those that cannot be encoded."""
+    bad = [
+        {**ZOO[name].examples[0], "id": name}
+        for name in ("no assistant turn", "an empty answer", "the assistant first")
+    ]
+    seen, findings = look([*bad[:2], *talk(user("hello"), bot("no.")), bad[2]], How(tokenizer, "chat", "assistant", 64))
+    assert [(f.rule, f.example_id) for f in findings] == [
+        ("no_answer", "no assistant turn"), ("empty_turn", "an empty answer"),
+        ("assistant_first", "the assistant first"),
+    ]  # fmt: skip
+    assert [one.example["id"] for one in seen] == ["a", "the assistant first"]
+
+
+def test_cut_conversations_are_fatal_above_one_in_ten(tokenizer):
+    """1 of 11 is a warning; 1 of 9 is more than one in ten."""
+    long = {"id": "long", "messages": [zoo.ASK, bot("no" * 100)]}
+    for others, fatal in ((10, False), (8, True)):
+        short = [{"id": str(i), "messages": [zoo.ASK, zoo.ANSWER]} for i in range(others)]
+        (finding,) = look([*short, long], How(tokenizer, "chat", "assistant", 30))[1]
+        assert (finding.rule, finding.fatal, finding.example_id) == ("cut_end", fatal, "long")
+        assert "to the first 30" in finding.message and "right" in finding.message
+
+
+# ---- answers that are scored
+
+
+class Scored(Listed):
+    """Right is what is the answer, in lower case: so an answer with a capital can never win."""
+
+    def score(self, example, completion):
+        right = completion.lower() == example["answer"]
+        return Score(float(right), right)
+
+
+def test_prompts_without_room_and_answers_that_cannot_win_are_found(tokenizer):
+    """A prompt of `hello` is bos, user, hello, end, assistant: 5 tokens or more."""
+    rows = [
+        {"id": str(i), "task": "t", "messages": [user(ask), bot(say)], "answer": answer}
+        for i, (ask, say, answer) in enumerate([("no", "no", "no"), ("no", "No", "No"), (zoo.LONG, "no", "no")])
+    ]
+    how = How(tokenizer, "answers", "all", 64, room=40)
+    seen, findings = look_at_prompts(rows, Scored(rows), how)
+    assert [(f.rule, f.example_id) for f in findings] == [("answer_scores", "1"), ("prompt_room", "2")]
+    assert not any(any(d.trained) for one in seen for d in one.documents)
+
+
+# ---- batches
+
+
+@pytest.fixture
+def batch(tokenizer):
+    """Two documents in a row of 8 and one in a second: 3 + 4 tokens and 5; pad and end are one id here."""
+    pad = tokenizer.eos_id
+    documents = [Encoded([9, 10, pad], [False, True, True]), Encoded([9, 11, 12, pad], [False, False, True, True]),
+                 Encoded([9, 9, 9, 9, pad], [True] * 5)]  # fmt: skip
+    table = table_of(documents, ["a", "b", "c"])
+    rows = [[0, 1], [2]]
+    return collate(table, rows, 8, pad), table, rows
+
+
+def test_batch_of_the_collator_passes(batch):
+    assert list(check_batch(*batch, 320)) == []
+
+
+def test_pad_masked_by_id_is_found(batch):
+    """The classic: pad is the end of text and a collator ignores every pad id, so no end is learnt: 1 a document."""
+    made, table, rows = batch
+    made.labels[made.tokens == made.tokens[0, 2]] = IGNORE
+    assert [(f.rule, f.example_id) for f in check_batch(made, table, rows, 320)] == [
+        ("pad_by_mask", "a"), ("pad_by_mask", "b"), ("pad_by_mask", "c"),
+    ]  # fmt: skip
+
+
+def broken(batch, field, place, value):
+    made, table, rows = batch
+    getattr(made, field)[place] = value
+    return [(f.rule, f.example_id) for f in check_batch(made, table, rows, 320)]
+
+
+def test_a_first_token_as_target_is_found(batch):
+    assert broken(batch, "labels", (0, 3), int(batch[0].tokens[0, 3])) == [("first_label", "b")]
+
+
+def test_labels_that_are_shifted_already_are_found(batch):
+    assert broken(batch, "labels", (0, 1), int(batch[0].tokens[0, 2])) == [("label_place", "")]
+
+
+def test_labels_outside_the_vocabulary_are_found(batch):
+    assert broken(batch, "labels", (1, 2), 320) == [("label_vocabulary", ""), ("label_place", "")]
+
+
+def test_positions_that_do_not_restart_are_found(batch):
+    assert broken(batch, "positions", (0, slice(3, 7)), torch.arange(3, 7)) == [("segments", "b")]
+
+
+def test_documents_of_one_segment_are_found(batch):
+    assert broken(batch, "segments", (0, slice(3, 7)), 1) == [("segments", "b")]
+
+
+def test_padding_that_belongs_to_a_document_is_found(batch):
+    assert broken(batch, "segments", (1, slice(5, 8)), 1) == [("segments", "")]
+
+
+def test_a_tokenizer_larger_than_its_model_is_found(tokenizer):
+    assert list(check_vocabulary(tokenizer, tokenizer.vocab_size)) == []
+    (finding,) = check_vocabulary(tokenizer, tokenizer.vocab_size - 1)
+    assert finding.rule == "vocabulary" and finding.fatal
+
+
+# ---- data sets
+
+
+def test_held_out_examples_that_are_trained_on_are_found():
+    """By content, whatever their ids: the same text, the same talk; another answer to one prompt is a warning."""
+    train = [*zoo.text("hello"), {"id": "b", **talk(zoo.ASK, zoo.ANSWER)[0] | {"id": "b"}}]
+    held = [{"id": "x", "text": "hello"}, {"id": "y", "text": "hello "}, {"id": "z", "messages": [zoo.ASK, zoo.ANSWER]},
+            {"id": "w", "messages": [zoo.ASK, bot("it is 5.")]}]  # fmt: skip
+    assert [(f.rule, f.fatal, f.example_id) for f in check_held_out(train, held)] == [
+        ("held_out_seen", True, "x"), ("held_out_seen", True, "z"), ("same_prompt", False, "w"),
+    ]  # fmt: skip
+
+
+def test_sample_has_the_first_the_longest_and_an_even_spread():
+    rows = [{"id": str(i), "text": "a" * (100 if i == 77 else 1)} for i in range(100)]
+    chosen, read = sample(Listed(rows), 9)
+    assert len(read) == 100
+    assert [e["id"] for e in chosen] == ["0", "12", "24", "37", "49", "61", "74", "77", "87"]
+    assert [e["id"] for e in sample(Listed(rows), 3, among=4)[1]] == ["0", "25", "50", "75"]
+    assert spread(3, 3) == [0, 1, 2]
+
+
+# ---- findings
+
+
+def test_ignored_rules_are_warnings_and_unknown_ones_are_refused():
+    fatal = Finding("border", True, "a", "x"), Finding("form", True, "b", "y")
+    assert [(f.rule, f.fatal) for f in judged(fatal, ["border"])] == [("form", True), ("border", False)]
+    assert verdict(judged(fatal, ["border", "form"])) == ""
+    assert verdict(judged(fatal, [])).startswith("example b: y [form] (1 more finding);")
+    with pytest.raises(ConfigError, match="bordr.*border"):
+        check_names(["bordr"])
+
+
+def test_every_rule_has_an_animal_or_a_test_here():
+    """A rule that nothing was seen to break is a promise."""
+    here = {"held_out_seen", "same_prompt", "vocabulary", "label_vocabulary", "label_place", "pad_by_mask", "segments",
+            "first_label", "answer_scores", "prompt_room"}  # fmt: skip
+    assert {a.rule for a in ZOO.values()} | here == set(RULES)
+
+
+def test_the_page_has_a_line_for_every_rule():
+    page = (ROOT / "docs/doctor.md").read_text()
+    assert [n for n, r in RULES.items() if f"| `{n}`{'' if r.fatal else ' *warns*'} | {r.holds} |" not in page] == []
+
+
+# ---- what is shown
+
+
+def test_stretches_show_trained_text_and_special_tokens(tokenizer):
+    ids = [1, *tokenizer.encode("no"), 6, *tokenizer.encode("hi"), 6]
+    shown = stretches(Encoded(ids, [i > ids.index(6) for i in range(len(ids))]), tokenizer)
+    assert shown == [
+        Stretch("<|bos|>", False, True), Stretch("no", False, False), Stretch("<|end|>", False, True),
+        Stretch("hi", True, False), Stretch("<|end|>", True, True),
+    ]  # fmt: skip
+    assert plain(shown) == "<|bos|>no<|end|>[hi<|end|>]"
+    assert visible("a\n  b \n") == "a⏎\n··b·⏎\n"
+
+
+def test_trained_text_is_green_and_special_tokens_are_bold():
+    parts = [Stretch("<|user|>", False, True), Stretch("hi\n", False, False), Stretch("no[/]", True, False)]
+    text = coloured([*parts, Stretch("<|end|>", True, True)])
+    assert text.plain == "<|user|>hi⏎\nno[/]<|end|>", "what looks like markup stays text"
+    assert [str(span.style) for span in text.spans] == ["bold dim", "dim", "green", "bold green"]
+
+
+def test_spans_are_the_trained_stretches():
+    assert spans(Encoded([1] * 6, [True, False, True, True, False, True])) == [(0, 1), (2, 4), (5, 6)]
+
+
+# ---- the verb and the preflight
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """rows([...]) -> a file of them."""
+
+    def write(rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return path
+
+    return write
+
+
+CHATS = [{"messages": [user(f"what is {i} + 1?"), bot(f"it is {i + 1}.")]} for i in range(60)]
+EMPTY = {"messages": [user("what is it?"), bot(" ")]}
+
+
+def settings(path, *more):
+    tiny = (
+        "model=primer",
+        "model.dim=32",
+        "model.layers=1",
+        "model.heads=2",
+        "model.kv_heads=1",
+        "model.ffn_dim=32",
+        "tokenizer.vocab_size=320",
+        "batch.length=64",
+        "batch.size=2",
+        "batch.micro_size=2",
+        "trainer.max_steps=1",
+        "samples.every_steps=0",
+        "validation.max_rows=4",
+        "data.validation_share=0.2",
+        "trainer.accelerator=cpu",
+    )
+    return ("phase=sft", "domain=files", f"data.path={path}", *tiny, *more)
+
+
+def test_doctor_shows_examples_and_passes_good_data(main, rows):
+    said = main("doctor", "--show", "2", "--equivalence", *settings(rows(CHATS)))
+    assert said.code == 0, said.out + said.err
+    assert "<|user|>what is 0 + 1?<|end|><|assistant|>[it is 1.<|end|>]" in said.out
+    assert said.out.count("✓") == 2 and "clean" in said.out and "found" not in said.out
+    assert "GB of disk" in said.out
+
+
+def test_doctor_tells_all_that_is_wrong(main, rows):
+    said = main("doctor", *settings(rows([*CHATS, EMPTY, {"messages": [user("None"), bot("no")]}])))
+    assert said.code == 1
+    assert "[empty_turn]" in said.out and "[none_text]" in said.out and "2 fatal" in said.out
+    assert "Traceback" not in said.out + said.err
+
+
+def test_preflight_stops_a_run_and_says_how_to_go_on(main, rows, tmp_path):
+    """A completion of white space was trained on without a word before there was a doctor."""
+    path = rows([{"prompt": f"what is {i}? ", "completion": f"{i}."} for i in range(60)] +
+                [{"prompt": "who? ", "completion": "  "}])  # fmt: skip
+    asked = settings(path, f"runs={tmp_path}", "name=r", "trainer.threads=1")
+    said = main(*asked)
+    assert said.code == 1 and "[empty_turn]" in said.err and said.err.count("\n") == 1
+    said = main(*asked, "doctor.ignore=[empty_turn]", "data.validation_share=0.0", "validation.every_steps=0")
+    assert said.code == 0 and "only white space" in said.out, "a warning now"
+    told = json.loads((tmp_path / "r" / "MANIFEST.json").read_text())["doctor"]
+    assert told["counts"] == {"empty_turn": 1}
+    assert told["ignored"] == ["empty_turn"] and told["examples"] == told["of"] == 61
+
+
+def test_a_run_that_nobody_looks_at_says_so(main, rows, tmp_path):
+    said = main(*settings(rows(CHATS), f"runs={tmp_path}", "name=r", "doctor.preflight=false"))
+    assert said.code == 0 and "doctor.preflight=false" in said.out
+    assert json.loads((tmp_path / "r" / "MANIFEST.json").read_text())["doctor"] is None
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--shw", "2"], "there is no --shw"),
+        (["--show", "all"], "--show=all is not a number"),
+        (["data"], "'data' is no setting"),
+        (["phase=chat"], "phase=chat trains nothing"),
+        (["doctor.ignore=[bordr]"], "no rule. Did you mean border"),
+    ],
+)
+def test_doctor_refuses_what_it_does_not_know(main, args, said):
+    done = main("doctor", *args)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+
+
+def test_doctor_leaves_no_run_behind(main, rows, tmp_path):
+    assert main("doctor", *settings(rows(CHATS), f"runs={tmp_path / 'runs'}")).code == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_reads_the_tokenizer_of_a_checkpoint(main, tuned, tuning, tmp_path):
+    """`tuned` has a vocabulary of 320; the data alone would give another."""
+    asked = [o for o in tuning(tmp_path, "x") if not o.startswith(("model", "name=", "runs="))]
+    said = main("doctor", *asked, f"init_from={tuned}", "--show", "1", "--examples", "20", "--equivalence")
+    assert said.code == 0 and f"starts from {tuned}" in said.out and said.out.count("✓") == 2, said.out + said.err
+    assert "20 of 400 examples" in said.out
+
+
+def test_report_shows_examples_and_never_lets_them_be_markup(main, rows, tmp_path):
+    """What a row says stands in the page as text; what is trained is marked."""
+    path = rows([*CHATS, {"messages": [user("what is <b>bold</b>?"), bot("<script>alert(1)</script>")]}])
+    said = main(*settings(path, f"runs={tmp_path}", "name=r", "validation.every_steps=0", "data.validation_share=0.0"))
+    assert said.code == 0, said.err
+    manifest = tmp_path / "r" / "MANIFEST.json"
+    facts = json.loads(manifest.read_text())
+    assert [s["id"].rpartition(":")[2] for s in facts["doctor"]["shown"]] == ["1", "21", "41"]
+    shown = facts["doctor"]["shown"][1]
+    assert shown["parts"][-2:] == [["it is 21.", True, False], ["<|end|>", True, True]]
+    facts["doctor"]["shown"][0]["parts"] = [["<b>bold</b>", False, False], ["<script>alert(1)</script>", True, False]]
+    manifest.write_text(json.dumps(facts))
+    page = write_report(tmp_path / "r").read_text()
+    assert "<mark>&lt;script&gt;alert(1)&lt;/script&gt;</mark>" in page
+    assert "<script>" not in page and "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "61 of 61 examples" in page
+
+
+@pytest.mark.parametrize("phase", TRAINING_PHASES)
+def test_the_shipped_pack_raises_no_alarm(phase, monkeypatch, cache, tokenizer):
+    """Every phase of the primer, with its objective and recipe; not one warning in 200 of its examples and all ids."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(cache))
+    config = run_config(compose([f"phase={phase}"]))
+    objective = build_objective(config.objective, phase)
+    this = SimpleNamespace(config=config, source=lambda split: build_source(config.data, phase, split))
+    seen = examine(this, objective, build_source(config.data, phase), tokenizer, None, count=200)
+    assert seen.findings == [] and seen.looked > 190
+    assert all(any(d.trained) for one in seen.seen for d in one.documents) == (phase != "rlhf")
+
+
+def test_the_real_template_raises_no_alarm():
+    """SmolLM2's own tokenizer and ChatML template, pad == eos: primer chats, with and without a system message."""
+    tokenizer = Tokenizer(*tokenizer_of(smollm2().tokenizer))
+    assert tokenizer.pad_id == tokenizer.eot_id
+    examples = [*(GOOD["chat"]), *GOOD["none"], *GOOD["spaces"]]
+    examples = [{**e, "id": str(i)} for i, e in enumerate(examples)]
+    config = run_config(compose(["phase=sft"]))
+    source = build_source(config.data, "sft")
+    examples += sample(source, 50, among=500)[0]
+    seen, findings = look(examples, How(tokenizer, "chat", "assistant", 256))
+    assert findings == [] and len(seen) == len(examples)
+    (finding,) = look(talk(user("hi"), bot("no<|im_end|>")), How(tokenizer, "chat", "assistant", 256))[1]
+    assert finding.rule == "special_spelling" and finding.fatal
