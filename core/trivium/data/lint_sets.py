@@ -10,8 +10,8 @@ import numpy as np
 
 from trivium.data.lint import Finding, found
 from trivium.data.lint_examples import content_of, words_of
-from trivium.data.packing import TokenTable
 from trivium.data.source import Example, Source, form_of, prompt_of
+from trivium.data.table import TokenTable
 from trivium.data.tokenizer import Tokenizer
 from trivium.types import IGNORE, TokenBatch
 

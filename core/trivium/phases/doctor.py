@@ -20,13 +20,15 @@ from rich.text import Text
 
 from trivium.build import build_objective, cached_tokenizer, device_of
 from trivium.compose import compose, run_config
+from trivium.data.cache import cached_plan, cached_table
 from trivium.data.collate import collate
 from trivium.data.datamodule import StepDataset
 from trivium.data.lint import RULES, Finding, check_names
 from trivium.data.lint_sets import spread
-from trivium.data.packing import TokenTable, plan
+from trivium.data.packing import plan
 from trivium.data.shown import Stretch, plain, stretches, visible
 from trivium.data.source import Source
+from trivium.data.table import TokenTable
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError, DataError
 from trivium.models.protocol import CausalLM
@@ -194,14 +196,15 @@ def _sizes(
     """Lengths, rows, what is cut, and what the run would take, of the whole data set; a finding if it makes no rows."""
     config, how = this.config, seen.how
     try:
-        table = table_of_some([source[i] for i in range(len(source))], how, config.batch.length)
+        table = cached_table(source, how.tokenizer, config.batch.length, form=how.form, train_on=how.train_on)
+        rows = cached_plan(table, config.batch.length, config.seed)
     except DataError as error:
         console.print(Text(f"✗ the data set cannot be made into rows yet: {error}", "red"))
         known = any(f.rule == error.rule for f in seen.findings)
         return [] if known else [Finding(error.rule or "form", True, "", str(error))]
     sizes: dict[str, Any] = {"size": config.batch.size, "micro_size": config.batch.micro_size, "seed": config.seed}
     steps = StepDataset(
-        table, length=config.batch.length, pad_id=how.tokenizer.pad_id, batch=objective.batch, **sizes
+        table, length=config.batch.length, pad_id=how.tokenizer.pad_id, batch=objective.batch, rows=rows, **sizes
     )  # fmt: skip
     share = table.trained.mean()
     console.print(f"tokens    {len(table.tokens):,}, {share:.1%} of them trained; {len(table.ids):,} documents")

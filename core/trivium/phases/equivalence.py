@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trivium.data.packing import TokenTable
+from trivium.data.table import TokenTable
 from trivium.models.protocol import CausalLM
 from trivium.objectives.logprobs import target_logprobs
 from trivium.objectives.protocol import Objective

@@ -11,9 +11,10 @@ from trivium.data.collate import collate
 from trivium.data.lint import RULES, Finding, check_names, found, judged, verdict
 from trivium.data.lint_examples import How, Seen, look, look_at_prompts
 from trivium.data.lint_sets import LOOKED_AT, check_batch, check_held_out, check_set, check_vocabulary, sample, spread
-from trivium.data.packing import TokenTable, plan, tokenise
+from trivium.data.packing import plan, tokenise
 from trivium.data.shown import stretches, visible
 from trivium.data.source import Example, Source, prompt_of
+from trivium.data.table import TokenTable
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 from trivium.models.protocol import CausalLM
