@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from trivium.compose import Component, component
-from trivium.data.config import BPEConfig
+from trivium.compose import Component, component, compose, options, run_config
+from trivium.data.config import BPEConfig, MixtureConfig
 from trivium.data.fetch import CATALOGUE, fetch
 from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.packing import pair_sides
@@ -55,12 +55,29 @@ def build_source(chosen: Component | None, phase: str, split: str | None = None)
         raise ConfigError(f"phase={phase} needs data; choose data= or domain=")
     if split:
         chosen = Component(chosen.name, dataclasses.replace(chosen.config, split=split))
+    if isinstance(chosen.config, MixtureConfig):
+        parts = {name: build_source(_part(chosen.config, name, phase), phase, split) for name in chosen.config.parts}
+        return SOURCES.load(chosen.name)(chosen.config, parts)
     source = build(SOURCES, chosen)
     if phase not in source.phases:
         raise ConfigError(
             f"data={chosen.name} does not feed phase={phase}; it feeds {', '.join(sorted(source.phases))}"
         )
     return source
+
+
+def _part(config: MixtureConfig, name: str, phase: str) -> Component:
+    """What a part of a mixture reads: its domain's data for the phase, with the part's own settings."""
+    part = config.part(name)
+    composed = compose([f"phase={phase}", f"domain={part.domain}"])
+    chosen = run_config(composed).data
+    assert chosen is not None and part.domain in options("domain")
+    settings = {"name": chosen.name, **dataclasses.asdict(chosen.config), **dict(part.settings)}
+    found = component("data", settings)
+    assert found is not None
+    if isinstance(found.config, MixtureConfig):
+        raise ConfigError(f"data.parts.{name}: a mixture is no part of a mixture; name its domains")
+    return found
 
 
 def build_objective(chosen: Component, phase: str) -> Objective:
@@ -151,6 +168,8 @@ def _said(example: Any) -> str:
         return "\n".join(m.get("content") or "" for m in example["messages"])
     if "chosen" in example:
         return "\n".join(map(_said, pair_sides(example)))
+    if "completions" in example:
+        return "\n".join([example["prompt"], *example["completions"]])
     return example["prompt"] + example["completion"]
 
 

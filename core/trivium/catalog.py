@@ -29,6 +29,8 @@ CATALOG = Plugin(
     },
     sources={
         "files": Entry("trivium.data.files:Files", "trivium.data.config:FilesConfig", "your own text, chats and pairs"),
+        "mixture": Entry("trivium.data.mixture:Mixture", "trivium.data.config:MixtureConfig", "several domains"),
+        "hub": Entry("trivium.data.hub:Hub", "trivium.data.config:HubConfig", "data sets of the Hugging Face hub"),
     },
     objectives={
         "next_token": Entry(

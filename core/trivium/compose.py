@@ -83,6 +83,8 @@ def _node(type_: type) -> DictConfig:
     while stack:
         here = stack.pop()
         OmegaConf.set_readonly(here, None)
+        if OmegaConf.get_type(here) is dict:  # its keys are the user's own
+            OmegaConf.set_struct(here, False)
         stack += [here._get_node(k) for k in here if isinstance(here._get_node(k), DictConfig)]
     return node
 

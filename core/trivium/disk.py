@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,6 +153,21 @@ def lock_folder(path: Path) -> IO[bytes] | None:
         handle.close()
         return None
     return handle
+
+
+@contextmanager
+def alone(folder: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """One process at a time in `folder`; the others wait for it, however it ends."""
+    told = False
+    while (handle := lock_folder(folder)) is None:
+        if not told:
+            say(f"waiting for another process that is at work in {folder}")
+        told = True
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        handle.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from trivium.compose import as_dict, component, compose, groups, run_config
+from trivium.compose import as_dict, component, compose, groups, options, run_config
 from trivium.errors import ConfigError
 from trivium.schema import StageConfig
 
@@ -19,6 +19,10 @@ def composed(*overrides):
 
 def choose(*overrides):
     return run_config(compose(overrides))
+
+
+def listed(group):
+    return ", ".join(sorted(o for o in options(group) if "/" not in o))
 
 
 @pytest.mark.parametrize(
@@ -37,10 +41,10 @@ def choose(*overrides):
         (["optim=adan"], "unknown optim=adan. Did you mean adamw? Available: adafactor, adamw, adamw8bit, lion, muon"),
         (["schedule=cosin"], "unknown schedule=cosin. Did you mean cosine? Available: constant, cosine, cyclic, "),
         (["phase=pretrian"], "unknown phase=pretrian. Did you mean pretrain? Available: chat, distill, evaluate, "),
-        (["domain=file"], "unknown domain=file. Did you mean files? Available: files, primer"),
+        (["domain=file"], f"unknown domain=file. Did you mean files? Available: {listed('domain')}"),
         (["pipeline=three"], "unknown pipeline=three."),
         (["experiment=x"], "unknown experiment=x. Available: primer_long_sft"),
-        (["data=primr"], "unknown data=primr. Did you mean primer? Available: files, primer"),
+        (["data=primr"], f"unknown data=primr. Did you mean primer? Available: {listed('data')}"),
         (["optim.lr=fast"], "optim.lr=fast is not a number"),
         (["optim.groups=[{match: '*', rate: 2}]"], "unknown option 'rate' in an entry of optim.groups"),
         (["optim.groups=[{match: '*', lr: fast}]"], "lr=fast is not a number"),

@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers import Listed
 
+from trivium.data import packing
 from trivium.data.collate import collate
 from trivium.data.config import BPEConfig
 from trivium.data.datamodule import StepDataset, validation_batches
 from trivium.data.loader import StepLoader
-from trivium.data.packing import WINDOW, TokenTable, pack, plan, tokenise
+from trivium.data.packing import WINDOW, pack, plan, tokenise
+from trivium.data.table import TokenTable
 from trivium.data.tokenizer import train_bpe
 from trivium.errors import DataError
 
@@ -324,3 +326,43 @@ def test_mismatched_answer_comes_from_an_example_with_another_prompt(tokenizer):
     assert table.columns["desirable"].tolist() == [1, 1, 0, 0, 1, 1]
     with pytest.raises(DataError, match="all examples have one prompt"):
         tokenise(Listed(examples[:2]), tokenizer, 64, form="labels")
+
+
+def test_examples_tokenised_some_at_a_time_make_the_same_table(monkeypatch):
+    """Blocks of 3 of 10 examples, long ones cut among them, against all at once: the very same table."""
+    tokenizer = train_bpe(BPEConfig(vocab_size=300), ["a"])
+    texts = [{"id": f"t{i}", "text": "heron " * (3 + 9 * (i % 3)), "source": f"book {i % 2}"} for i in range(10)]
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a heron " * 4}]
+    chats = [{"id": f"c{i}", "messages": turns[:1] * (1 + i % 4) + turns[1:], "task": "a"} for i in range(10)]
+    pairs = [{"id": f"p{i}", "prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(10)]
+    labels = [{"id": f"l{i}", "prompt": f"{i}?", "completion": f"yes {i}", "label": i % 3 == 0} for i in range(10)]
+    for form, examples in (
+        ("text", texts), ("chat", chats), ("any", texts + chats), ("pairs", pairs), ("labels", labels)
+    ):  # fmt: skip
+        tables = []
+        for together in (3, 4096):
+            monkeypatch.setattr(packing, "TOGETHER", together)
+            tables.append(packing.tokenise(Listed(examples), tokenizer, 40, form=form))
+        small, whole = tables
+        assert small.fingerprint == whole.fingerprint and small.ids == whole.ids
+        for name in ("num_bytes", "truncated", "lost_ends", "group", "origins"):
+            assert getattr(small, name) == getattr(whole, name), name
+        assert (small.origin is None) == (whole.origin is None)
+        assert small.origin is None or small.origin.tolist() == whole.origin.tolist()
+        assert {k: v.tolist() for k, v in small.columns.items()} == {k: v.tolist() for k, v in whole.columns.items()}
+        assert small.origin is not None or form in ("chat", "pairs", "labels")
+
+
+def test_the_same_id_in_two_blocks_is_refused(monkeypatch):
+    monkeypatch.setattr(packing, "TOGETHER", 2)
+    examples = [{"id": str(i % 4), "text": "a heron"} for i in range(5)]
+    with pytest.raises(DataError, match="two examples have the id '0'"):
+        packing.tokenise(examples, train_bpe(BPEConfig(vocab_size=300), ["a"]), 40)
+
+
+def test_a_form_that_nothing_makes_tokens_of_is_refused():
+    steps = [{"id": "s", "prompt": "a", "completions": ["b"], "labels": [True]}]
+    with pytest.raises(
+        DataError, match="reads a prompt, completions and a label for each, and nothing makes tokens of"
+    ):
+        packing.tokenise(steps, train_bpe(BPEConfig(vocab_size=300), ["a"]), 40, form="steps")

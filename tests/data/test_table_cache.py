@@ -1,15 +1,21 @@
 """A tokenised data set comes from the cache only where the same text would be tokenised in the same way."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from helpers import Listed
 
-from trivium.data import cache
-from trivium.data.cache import cached_table
+from trivium.data import cache, packing
+from trivium.data.cache import cached_plan, cached_table
 from trivium.data.config import BPEConfig
-from trivium.data.packing import tokenise
+from trivium.data.loader import StepLoader
+from trivium.data.packing import plan, tokenise
 from trivium.data.tokenizer import train_bpe
 from trivium.disk import keep, kept
+from trivium.errors import DataError
 
 
 def labelled(answer="yes"):
@@ -29,11 +35,12 @@ def calls(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
     made = []
 
-    def counted(*args, **how):
-        made.append(how)
-        return tokenise(*args, **how)
+    def counted(*args):
+        made.append(args)
+        return write(*args)
 
-    monkeypatch.setattr(cache, "tokenise", counted)
+    write = cache._write_table
+    monkeypatch.setattr(cache, "_write_table", counted)
     return made
 
 
@@ -66,16 +73,139 @@ def test_anything_else_is_tokenised_anew(calls, tokenizers):
     assert len(calls) == 6
 
 
-def test_one_flipped_bit_in_the_cache_is_noticed(calls, tokenizers, tmp_path):
+def test_one_flipped_bit_in_any_file_is_noticed(calls, tokenizers, tmp_path):
     how = {"form": "labels", "train_on": "all"}
     good = cached_table(labelled(), tokenizers[0], 64, **how)
-    [path] = (tmp_path / "tables").glob("*.bin")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    again = cached_table(labelled(), tokenizers[0], 64, **how)
-    assert len(calls) == 2 and again.fingerprint == good.fingerprint
-    assert cached_table(labelled(), tokenizers[0], 64, **how).fingerprint == good.fingerprint and len(calls) == 2
+    content = {name: np.array(getattr(good, name)) for name in ("tokens", "trained", "offsets")}
+    [folder] = (tmp_path / "tables").iterdir()
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["desirable.bin", "example.bin", "facts.bin", "id_ends.bin", "ids.bin", "offsets.bin",
+                     "tokens.bin", "trained.bin"]  # fmt: skip
+    for count, name in enumerate(names, start=2):
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+        again = cached_table(labelled(), tokenizers[0], 64, **how)
+        assert len(calls) == count and again.fingerprint == good.fingerprint, name
+        assert all(np.array_equal(getattr(again, key), values) for key, values in content.items())
+    cached_table(labelled(), tokenizers[0], 64, **how)
+    (folder / "ids.bin").unlink()
+    assert list(cached_table(labelled(), tokenizers[0], 64, **how).ids) == [str(i // 2) for i in range(12)]
+    assert len(calls) == 2 + len(names) and [p.name for p in (tmp_path / "tables").iterdir()] == [folder.name]
+
+
+def test_a_plan_is_made_once_and_a_damaged_one_anew(calls, tokenizers, tmp_path):
+    table = cached_table(texts(700), tokenizers[0], 16, form="text", train_on="all")
+    mapped, first = cached_plan(table, 16, seed=3), plan(table, 16, seed=3)
+    assert mapped == first and first != plan(table, 16, seed=4)
+    [folder] = (tmp_path / "plans").iterdir()
+    before = (folder / "documents.bin").stat().st_mtime_ns
+    assert cached_plan(table, 16, seed=3) == first and (folder / "documents.bin").stat().st_mtime_ns == before
+    data = bytearray((folder / "documents.bin").read_bytes())
+    data[8] ^= 1
+    (folder / "documents.bin").write_bytes(data)
+    assert cached_plan(table, 16, seed=3) == first
+    assert isinstance(mapped.documents, np.memmap) and isinstance(table.tokens, np.memmap)
+
+
+def texts(count, start=0):
+    """Texts of 1 to 40 letters in three kinds, one of which has no name."""
+    kinds = ("", "odd", "even")
+    rows = [{"id": f"n{i}", "text": "is odd yes no "[i % 5 :] * (i % 3), "source": kinds[i % 3]} for i in range(count)]
+    return Listed([row for row in rows if row["text"]][start:])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parts_make_the_whole_whoever_makes_them(calls, tokenizers, tmp_path, monkeypatch, workers):
+    """Three chunks, the last ones by two other processes: as if all had been tokenised at once."""
+    monkeypatch.setattr(cache, "ALONE", -1.0)
+    monkeypatch.setattr(packing, "CHUNK", 200)
+    source = texts(900)
+    assert len(source) == 600
+    started = []
+    monkeypatch.setattr(cache, "StepLoader", lambda *a, **k: started.append(k) or StepLoader(*a, **k))
+    found = cached_table(source, tokenizers[0], 8, form="text", train_on="all", workers=workers)
+    assert len(started) == workers - 1
+    monkeypatch.setattr(packing, "CHUNK", 10**6)
+    whole = tokenise(source, tokenizers[0], 8)
+    for name in ("tokens", "trained", "offsets", "origin"):
+        assert np.array_equal(getattr(found, name), getattr(whole, name)), name
+    for name in ("ids", "origins", "num_bytes", "fingerprint", "talks", "group"):
+        assert getattr(found, name) == getattr(whole, name), name
+    assert found.num_bytes == sum(len(e["text"]) for e in source.examples) and found.origins == ("even", "odd")
+    assert len(found.ids) > 600 and set(found.ids) == {e["id"] for e in source.examples}
+
+
+def test_what_is_wrong_in_a_later_part_is_found_and_nothing_is_kept(calls, tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "CHUNK", 100)
+    good = texts(300).examples
+    cases = {
+        "two examples have the id 'n1'": [*good, {**good[0]}],
+        "example x has prompt, completion": [*good, {"id": "x", "prompt": "a", "completion": "b"}],
+        "no token of 150 examples would be trained on": [
+            {"id": str(i), "prompt": "is odd " * 9, "completion": "yes"} for i in range(150)
+        ],
+    }
+    for sentence, examples in cases.items():
+        form = "text" if "text" in examples[0] else "chat"
+        with pytest.raises(DataError, match=sentence):
+            cached_table(Listed(examples), tokenizers[0], 8, form=form, train_on="assistant")
+        assert list((tmp_path / "tables").iterdir()) == []
+
+
+def test_a_source_that_no_process_can_be_given_is_read_here(calls, tokenizers, monkeypatch):
+    monkeypatch.setattr(cache, "ALONE", -1.0)
+    monkeypatch.setattr(packing, "CHUNK", 100)
+    source = texts(300)
+    source.handle = open(__file__)  # noqa: SIM115
+    monkeypatch.setattr(cache, "StepLoader", lambda *a, **k: pytest.fail("asked"))
+    found = cached_table(source, tokenizers[0], 16, form="text", train_on="all", workers=2)
+    source.handle.close()
+    assert found.fingerprint == tokenise(texts(300), tokenizers[0], 16).fingerprint
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from trivium.data.cache import cached_plan, cached_table
+from trivium.data.config import BPEConfig, SourceConfig
+from trivium.data.datamodule import StepDataset
+from trivium.data.source import Source
+from trivium.data.tokenizer import train_bpe
+
+class Made(Source):
+    phases = frozenset({"pretrain"})
+    fingerprint = sys.argv[1]
+    def __len__(self): return int(sys.argv[1])
+    def __getitem__(self, i): return {"id": f"example number {i} of many", "text": f"is odd {i} yes no " * 120}
+
+tokenizer = train_bpe(BPEConfig(vocab_size=300), ["is odd yes no"] * 3)
+def held(): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in l).split()[1])
+before = held()
+table = cached_table(Made(SourceConfig()), tokenizer, 64, form="text", train_on="all", workers=1)
+rows = cached_plan(table, 64, 0)
+steps = StepDataset(table, size=8, micro_size=8, length=64, pad_id=0, seed=0, rows=rows)
+for step in range(len(rows) // 8): steps[step]
+print(held() - before, len(table.tokens), sum(p.stat().st_size for p in Path(sys.argv[2]).rglob("*.bin")))
+"""
+
+
+def test_memory_stays_as_it_is_when_data_grows(tmp_path):
+    """Ten times the data, tokenised, packed and read whole: what the process holds of its own does not follow."""
+    held, sizes = [], []
+    for count in (600, 6000):
+        place = tmp_path / str(count)
+        environment = {**os.environ, "TRIVIUM_CACHE": str(place), "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}  # what threads keep is noise
+        command = [sys.executable, "-c", MEMORY, str(count), str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        kilobytes, tokens, size = map(int, done.stdout.split())
+        held.append(kilobytes * 1024)
+        sizes.append((tokens, size))
+    assert sizes[1][0] > 9 * sizes[0][0] and sizes[1][1] > 20e6
+    assert held[1] - held[0] < 0.05 * (sizes[1][1] - sizes[0][1]), (held, sizes)
 
 
 def test_kept_bytes_come_back_whole_or_not_at_all(tmp_path):

@@ -66,8 +66,6 @@ def base(trained, tmp_path):
         ),
         (["phase=sft", "model=primer", "domain=files"], "domain=files needs data.path=FILE, a folder or a glob"),
         (["phase=pretrain", "objective=sft"], "objective=sft is not for phase=pretrain; it is for sft"),
-        (["phase=rlhf", "domain=files"], "domain=files has no data for phase=rlhf; it has distill, evaluate, pref"),
-        (["phase=rlhf", "domain=files", "data.path=a", "data.forms=[text]"], "domain=files has no data for phase=rlhf"),
         (["phase=rlhf", "data.pth=a"], "unknown option 'data.pth'. Did you mean"),
         (["phase=distill"], "objective=distill needs a teacher: set teacher.init_from=runs/..."),
         (["phase=preference"], "objective=dpo needs a reference: set reference.init_from=runs/..., or init_from= of a"),
@@ -275,6 +273,22 @@ def test_runs_folder_that_cannot_be_made(main, pretraining, corpus):
 def test_gpu_on_a_machine_without_one(main, pretraining, tmp_path):
     told(main(*pretraining(tmp_path, "a", "trainer.accelerator=gpu")), 2, "trainer.accelerator=gpu", "cpu")
     told(main(*pretraining(tmp_path, "b", "trainer.accelerator=warp")), 2, "trainer.accelerator=warp", "cpu")
+
+
+def test_phase_that_a_domain_has_no_data_for(launch, plugin_folder):
+    site = plugin_folder(
+        "sparse",
+        {
+            "__init__.py": "from trivium import Plugin\nplugin = Plugin(name='sparse', conf='pkg://sparse.conf')\n",
+            "conf/__init__.py": "",
+            "conf/domain/sparse.yaml": "# @package _global_\ndomain: sparse\n",
+            "conf/data/sparse/sft.yaml": "# @package data\ndefaults: [/data/primer@_here_]\n",
+        },
+    )
+    for more in ([], ["data.parts=[books]"]):
+        done = launch("phase=rlhf", "domain=sparse", *more, path=[site])
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "domain=sparse has no data for phase=rlhf; it has sft" in done.stderr
 
 
 @pytest.mark.parametrize(

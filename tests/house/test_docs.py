@@ -17,6 +17,10 @@ from pathlib import Path
 import pytest
 from tests.helpers import smollm2_path
 
+from trivium.data.config import FilesConfig
+from trivium.data.files import Files
+from trivium.data.schemas import COLUMNS
+from trivium.data.source import form_of
 from trivium.schema import TRAINING_PHASES
 from trivium.selftest.harness import Forker
 
@@ -48,12 +52,24 @@ def shortened(command: str) -> list[str]:
         extra += SHORT["training"].split()
     if phase in ("rlhf", "pipeline"):
         extra += SHORT["rollout"].split()
-    if (phase == "pretrain" and "model.size" not in command) or (phase == "pipeline" and "init_from" not in command):
+    if (
+        "model=primer" in words
+        or (phase == "pretrain" and "model.size" not in command)
+        or (phase == "pipeline" and "init_from" not in command)
+    ):
         extra += TINY_MODEL.split()
     if phase in ("evaluate", "pipeline"):
         extra += SHORT["evaluate"].split()
     given = {w.split("=")[0] for w in words}
     return words + [e for e in extra if e.split("=")[0] not in given or e.startswith("trainer.max_steps")]
+
+
+def example_rows() -> dict[str, dict]:
+    """The rows that docs/data.md shows, by the heading over each."""
+    text = (ROOT / "docs/data.md").read_text()
+    parts = re.findall(r"^##+ ([^\n]+)\n(.*?)(?=^##|\Z)", text, flags=re.M | re.S)
+    found = ((heading, re.search(r"```json\n(.*?)```", body, flags=re.S)) for heading, body in parts)
+    return {heading: json.loads(row.group(1)) for heading, row in found if row}
 
 
 @pytest.fixture
@@ -72,6 +88,20 @@ def reader(tmp_path):
     for folder, name, what in ((place, "my.jsonl", rows), (place / "mine", "chats.jsonl", rows),
                                (place / "mine", "pairs.jsonl", pairs)):  # fmt: skip
         (folder / name).write_text("".join(json.dumps(r) + "\n" for r in what))
+    sums = [{"question": f"How much is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)]
+    (place / "tree").mkdir()
+    for i in range(60):
+        (place / f"tree/module_{i}.py").write_text(f"def heron_{i}(pond):\n    return pond[{i}]  # waits\n" * 20)
+    (place / "mirror/gsm8k/main").mkdir(parents=True)
+    card = "---\nconfigs:\n- config_name: main\n  data_files:\n" + "".join(
+        f"  - split: {split}\n    path: main/{split}.jsonl\n" for split in ("train", "test")
+    )
+    (place / "mirror/gsm8k/README.md").write_text(f"{card}---\n")
+    tools = example_rows()["Tools"]
+    more = {"sums": sums, "tools": [tools] * 60, "dirty": [*rows, {"messages": 1}]}
+    more |= {"mirror/gsm8k/main/train": sums, "mirror/gsm8k/main/test": sums[:9]}
+    for name, what in ((f"{name}.jsonl", what) for name, what in more.items()):
+        (place / name).write_text("".join(json.dumps(r) + "\n" for r in what))
     for block in re.findall(r"```yaml\n(name: mine\n.*?)```", (ROOT / "docs/improve.md").read_text(), flags=re.S):
         (place / "mine.yaml").write_text(block)
     text = "The heron stood in the river and waited, as herons do, for number {} to pass by.\n\n"
@@ -111,6 +141,19 @@ def test_commands_of_page_run(page, reader, cache, tmp_path):
             assert "Traceback" not in err
     finally:
         forker.close()
+
+
+def test_rows_of_the_data_page_are_what_their_headings_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
+    shown = example_rows()
+    named = {heading.split(": ")[0] for heading in shown if ": " in heading}
+    assert named == set(COLUMNS) and "Tools" in shown
+    for heading, row in shown.items():
+        schema, _, form = heading.partition(": ")
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps(row))
+        source = Files(FilesConfig(path=str(path), validation_share=0.0))
+        assert (source._tables[0].schema, form_of(source[0])) == ((schema, form) if form else ("messages", "chat"))
 
 
 def test_pages_have_commands():

@@ -8,7 +8,7 @@ import pytest
 from trivium.cli import as_typed
 from trivium.compose import compose, run_config
 from trivium.data.datamodule import validation_batches
-from trivium.data.packing import TokenTable
+from trivium.data.table import TokenTable
 from trivium.disk import lock_folder, read_lines
 from trivium.errors import ConfigError, DataError
 from trivium.pipeline import plan_stages, with_checkpoint_model
@@ -91,7 +91,7 @@ def test_pipeline_refuses_what_a_later_stage_cannot_use_before_the_first_starts(
     text = tmp_path / "a.txt"
     text.write_text("".join(f"{i} some words here\n\n" for i in range(50_000)))
     overrides = ["pipeline=three_phases", "domain=files", f"data.path={text}"]
-    with pytest.raises(DataError, match=r"data.forms=\[chat\] reads messages, or prompt and completion"):
+    with pytest.raises(DataError, match=r"data.forms=\[chat, answers\] reads messages, or prompt and completion"):
         plan_stages(overrides, run_config(compose(overrides)), "x")
     overrides = ["pipeline=three_phases", "init_from=runs/x"]
     with pytest.raises(ConfigError, match="leave init_from= away"):

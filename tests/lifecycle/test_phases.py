@@ -227,7 +227,7 @@ REFUSED = {
         "preferring", ["objective=grpo"], 2, "objective=grpo is not for phase=preference; it is for rlhf"),
     "pairs for sft": (
         "sft_files", ["data.path={files}/pairs.jsonl"], 1,
-        "pairs.jsonl holds pairs (chosen and rejected)", "data.forms=[chat] reads messages", "phase=preference"),
+        "pairs.jsonl holds pairs (chosen and rejected)", "data.forms=[chat, answers] reads", "phase=preference"),
     "text for sft": ("sft_files", ["data.path={files}/text.txt"], 1, "text.txt holds text (text)"),
     "labels for sft": (
         "sft_files", ["data.path={files}/labels.jsonl"], 1, "labels.jsonl holds labels (a completion with a label)"),
@@ -242,7 +242,7 @@ REFUSED = {
         "labels.jsonl holds labels", "data.forms=[pairs]"),
     "pairs for distill": (
         "judging", ["phase=distill", "objective=distill", "data.path={files}/pairs.jsonl", "teacher.init_from={tuned}"],
-        1, "data.forms=[chat, text] reads messages, or prompt and completion, or text"),
+        1, "data.forms=[chat, answers, text] reads messages, or prompt and completion, or messages with"),
     "tasks for dpo": ("preferring", ["data.parts=[tasks]"], 1, "phase=preference needs chosen and rejected"),
     "books for rlhf": ("rolling", ["data.parts=[books]"], 1, "phase=rlhf needs messages with an answer to score"),
     "a pair of rows too long": (

@@ -11,8 +11,9 @@ from helpers import run_through, tiny_llama
 from trivium.data.cache import cached_table
 from trivium.data.config import BPEConfig, SourceConfig
 from trivium.data.datamodule import StepDataset
-from trivium.data.packing import MOST_ORIGINS, TokenTable, tokenise
+from trivium.data.packing import tokenise
 from trivium.data.source import Source
+from trivium.data.table import MOST_ORIGINS, TokenTable
 from trivium.data.tokenizer import train_bpe
 from trivium.objectives.config import NextTokenConfig
 from trivium.objectives.next_token import NextToken

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers import tiny_llama
 
 from trivium.data.collate import collate
-from trivium.data.packing import TokenTable
+from trivium.data.table import TokenTable
 from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
 from trivium.objectives.config import NextTokenConfig

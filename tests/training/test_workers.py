@@ -19,7 +19,7 @@ import torch
 
 from trivium.data.datamodule import StepDataset
 from trivium.data.loader import StepLoader
-from trivium.data.packing import TokenTable
+from trivium.data.table import TokenTable
 from trivium.data.transfer import share
 from trivium.errors import ConfigError, DataError
 from trivium.schema import RunConfig, TrainerConfig

@@ -85,7 +85,9 @@ class Chat:
                 raise DataError(REWRITES, "rewrites_history")
             trained = train_on == "assistant" or i == turns[-1]
             pieces += [Piece(before[len(done) :], False), Piece(after[len(before) :], trained)]
+            _ensure_written(_names(messages[i].get("tool_calls") or ()), pieces[-1].text, "tool_calls")
             done = after
+        _ensure_written(_names(tools), pieces[0].text, "tools")
         if turns[-1] != len(messages) - 1:
             whole = self.render(messages, prompt=False, tools=tools)
             if not whole.startswith(done):
@@ -126,6 +128,7 @@ class Chat:
         """
         messages, tools = self._protected(_checked(messages)), self._protected(tools)
         text = self.render(messages, prompt=True, tools=tools)
+        _ensure_written(_names(tools), text, "tools")
         if not earlier:
             return self._encode_rendered([text])[0]
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
@@ -178,6 +181,22 @@ class Chat:
             ids += self.tokenizer.encode(self._specials[int(number)] if known else "\ue000" + number + mark)
             ids += self.tokenizer.encode_batch([after], special=True)[0]
         return ids
+
+
+def _names(functions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tools, or calls of them, are called."""
+    inner = (f.get("function") or f for f in functions)
+    return [str(f["name"]) for f in inner if isinstance(f, Mapping) and f.get("name")]
+
+
+def _ensure_written(names: Sequence[str], text: str, what: str) -> None:
+    """Many templates pass over tools without a word, and the model would learn to call nothing."""
+    for name in names:
+        if name not in text:
+            raise DataError(
+                f"the chat template does not write {what} ({name}); set tokenizer.chat_template=chatml_tools, or to a "
+                ".jinja file that does"
+            )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trivium.data.packing import TokenTable
+from trivium.data.table import TokenTable
 from trivium.types import IGNORE, TokenBatch
 
 

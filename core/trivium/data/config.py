@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from trivium.errors import ConfigError
 from trivium.registry import near_misses
 
 SPLITS = ("train", "validation", "test")
-SCHEMAS = ("auto", "text", "messages", "prompt_completion", "pairs", "labels")
-FORMS = ("text", "chat", "pairs", "labels")
+SCHEMAS = (
+    *("auto", "text", "messages", "sharegpt", "alpaca", "prompt_completion"),
+    *("answers", "choices", "pairs", "labels", "steps"),
+)
+FORMS = ("text", "chat", "answers", "pairs", "labels", "steps")
+CHECKERS = ("exact", "number", "choice", "regex")
 
 
 def one_of(owner: object, field: str, allowed: tuple[str, ...]) -> None:
@@ -38,18 +45,25 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class FilesConfig(SourceConfig):
-    """A user's own files: .txt and .md, .jsonl and .json, .csv, .parquet and .arrow."""
+class RowsConfig(SourceConfig):
+    """What every source of a user's rows can be told, wherever they come from."""
 
-    path: str = ""  # a file, a folder or a glob
-    validation_path: str = ""  # held-out files; without it a share of `path` is held out
-    validation_share: float = 0.02  # held out by content hash when there is no validation_path
-    schema: str = "auto"  # auto | text | messages | prompt_completion | pairs | labels; auto recognises the columns
-    forms: list[str] = field(default_factory=list)  # of many files, read these: text | chat | pairs | labels; none: all
+    validation_share: float = 0.02  # held out by content hash where there is no held-out data of its own
+    schema: str = "auto"  # what a row means: auto recognises the columns; docs/data.md shows each
+    forms: list[str] = field(default_factory=list)  # of many files, read these: text | chat | pairs | ...; none: all
+    columns: list[str] = field(default_factory=list)  # KNOWN=FOUND reads the column FOUND as KNOWN, as prompt=question
+    text_column: str = ""  # read this column as text and no other, as content or code
+    max_chars: int = 10_000_000  # of one row; a longer one is refused by name, or skipped
+    bad_rows: str = "fail"  # fail at the first row that cannot be used | skip them, counted by reason
+    checker: str = "exact"  # when an answer is right: exact | number | choice | regex
+    pattern: str = ""  # for checker=regex: its first group, where it matches last, is the answer
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "schema", SCHEMAS)
+        one_of(self, "bad_rows", ("fail", "skip"))
+        one_of(self, "checker", CHECKERS)
+        positive(self, "max_chars")
         for form in self.forms:
             if form not in FORMS:
                 raise ConfigError(
@@ -58,6 +72,107 @@ class FilesConfig(SourceConfig):
                 )
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"data.validation_share={self.validation_share} must be at least 0 and less than 1")
+        for pair in self.columns:
+            if not all(pair.partition("=")[::2]):
+                raise ConfigError(f"data.columns={list(self.columns)} has {pair!r}; write KNOWN=FOUND")
+        if self.text_column and (self.schema not in ("auto", "text") or self.columns):
+            raise ConfigError(f"data.text_column={self.text_column} reads one column as text; leave schema and columns")
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ConfigError(f"data.pattern={self.pattern!r} is no regular expression: {error}") from error
+        if (self.checker == "regex") != bool(self.pattern) or (self.pattern and groups < 1):
+            raise ConfigError(
+                f"data.checker={self.checker} with data.pattern={self.pattern!r}: checker=regex needs a pattern with a "
+                "(group) around the answer, and no other checker takes one"
+            )
+
+
+@dataclass(frozen=True)
+class FilesConfig(RowsConfig):
+    """A user's own files: text, JSON, CSV, Parquet and Arrow, also as .gz and .zst, and trees of source code."""
+
+    path: str = ""  # a file, a folder or a glob
+    validation_path: str = ""  # held-out files; without it a share of `path` is held out
+    code: bool = False  # read a folder as a tree of source files, each a document; true is meant for mixed folders
+    max_unpacked_gb: float = 50.0  # that one compressed file may unpack to in the cache
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "max_unpacked_gb")
+
+
+@dataclass(frozen=True)
+class HubConfig(RowsConfig):
+    """A data set of the Hugging Face hub, or a folder in the same layout, through `datasets`."""
+
+    dataset: str = ""  # owner/name on the hub, or a folder
+    subset: str = ""  # its configuration, such as main or sample-10BT
+    hub_split: str = "train"
+    validation_split: str = ""  # its own held-out split; without one a share of hub_split is held out
+    revision: str = ""  # a commit, branch or tag; a commit alone stays the same for ever
+    streaming: bool = False  # read no more than max_rows from the hub; false fetches the whole set
+    max_rows: int = 0  # the first so many rows; 0 is all, which streaming refuses
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_rows < 0 or (self.streaming and not self.max_rows):
+            raise ConfigError(
+                f"data.max_rows={self.max_rows}: data.streaming=true needs how many rows to read, above 0"
+                if self.streaming
+                else f"data.max_rows={self.max_rows} must not be negative (0 is all)"
+            )
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """One part of a mixture. weights: (step, weight) in order of steps, empty for its size's own.
+
+    epochs, tokens: the most that is read of it, repeats counted; 0 is no limit. settings: of its data.
+    """
+
+    domain: str
+    weights: tuple[tuple[int, float], ...]
+    epochs: float
+    tokens: int
+    settings: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class MixtureConfig(SourceConfig):
+    """Several domains in one run, in chosen shares of its tokens."""
+
+    # NAME: {domain (else NAME), weight (a number, or {step: number}; else by size), epochs, tokens (the most of it),
+    # and settings of its data, such as path}
+    parts: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0  # of parts without a weight: 1 takes them by their size, more takes them more alike
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "temperature")
+        for name in self.parts:
+            self.part(name)
+
+    def part(self, name: str) -> PartConfig:
+        """A part's settings. Raises ConfigError naming what is wrong."""
+        given = {} if self.parts[name] is None else self.parts[name]
+        at = f"data.parts.{name}"
+        if not re.fullmatch(r"[\w.-]+", name) or not isinstance(given, dict):
+            raise ConfigError(f"{at}={given!r}: a part is NAME: {{weight: 1, ...}}, NAME of letters, digits, _ . -")
+        settings = dict(given)
+        domain = settings.pop("domain", name)
+        weight, epochs, tokens = settings.pop("weight", None), settings.pop("epochs", 0), settings.pop("tokens", 0)
+        for key, value in (("epochs", epochs), ("tokens", tokens)):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ConfigError(f"{at}.{key}={value!r} must be a number, 0 (no limit) or more")
+        points = weight if isinstance(weight, dict) else {} if weight is None else {0: weight}
+        try:
+            weights = tuple(sorted((int(step), float(value)) for step, value in points.items()))
+        except (TypeError, ValueError):
+            weights = ((-1, 0.0),)
+        if any(step < 0 or not 0 <= value < math.inf for step, value in weights):
+            raise ConfigError(f"{at}.weight={weight!r} must be a number, 0 or more, or such by step: {{0: 1, 500: 2}}")
+        return PartConfig(str(domain), weights, float(epochs), int(tokens), tuple(settings.items()))
 
 
 @dataclass(frozen=True)
@@ -71,7 +186,9 @@ class BPEConfig:
     split_digits: bool = True  # one token a digit: numbers of any length read the same way
     max_bytes: int = 20_000_000  # of text read for training; more changes little and takes longer
     add_tokens: list[str] = field(default_factory=list)  # further special tokens; a model that is there grows with them
-    chat_template: str = ""  # how conversations are written: chatml, or a .jinja file; empty is the tokenizer's own
+    chat_template: str = (
+        ""  # chatml, chatml_tools (with calls of functions) or a .jinja file; empty is the tokenizer's own
+    )
 
     def __post_init__(self) -> None:
         if self.vocab_size < 300:

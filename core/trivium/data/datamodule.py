@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,12 @@ from torch.utils.data import Dataset
 
 from trivium.data.chat import Chat
 from trivium.data.collate import collate
-from trivium.data.packing import TokenTable, plan
+from trivium.data.config import MixtureConfig
+from trivium.data.mixture import MixedOrder, Mixture, shares_of
+from trivium.data.packing import Rows, plan
 from trivium.data.position import Order
 from trivium.data.source import Example, Source, form_of
+from trivium.data.table import TokenTable
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 from trivium.types import TokenBatch
@@ -37,19 +40,9 @@ class Steps(Dataset):
     def sample_id(self, step: int) -> str:
         """Id of the first example of a step: what a resume compares."""
 
-
-class Rows(Sequence):
-    """The rows of a plan as two arrays, which workers can share; row r is an array of document numbers."""
-
-    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
-        self.ends = np.cumsum([0, *map(len, rows)])
-        self.documents = np.fromiter((d for row in rows for d in row), np.int64, self.ends[-1])
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, row: Any) -> Any:
-        return self.documents[self.ends[row] : self.ends[row + 1]]
+    def figures(self, step: int) -> dict[str, float]:
+        """What has been read before `step`, for the run's figures."""
+        return {}
 
 
 class StepDataset(Steps):
@@ -67,20 +60,27 @@ class StepDataset(Steps):
         batch: type[TokenBatch] = TokenBatch,
         rank: int = 0,
         world: int = 1,
+        rows: Rows | None = None,
+        shares: MixtureConfig | None = None,
     ) -> None:
-        """rank, world: this process takes the micro-batches rank, rank + world, ... of a step; the rows of a step are
+        """rows: the table's plan, where it is there already. shares: of a mixture's parts, where it is one's table.
+
+        rank, world: this process takes the micro-batches rank, rank + world, ... of a step; the rows of a step are
         the same for any number of processes."""
         self.rank, self.world = rank, world
         self.table, self.length, self.pad_id, self.batch = table, length, pad_id, batch
         self.size, self.micro_size = size, micro_size
-        self.rows: Sequence[Sequence[int]] = plan(table, length, seed)
-        self.order = Order(len(self.rows), seed, table.fingerprint)
+        self.rows = plan(table, length, seed) if rows is None else rows
+        self.order: Order | MixedOrder = Order(len(self.rows), seed, table.fingerprint)
+        if shares is not None:
+            counts = dict(zip(shares.parts, self.rows.counts(table.ends), strict=True))
+            self.order = MixedOrder(shares_of(shares, counts, length), size, seed, table.fingerprint)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: arrays it can share, and no list of ids, which may be longer than the tokens."""
         table = copy.copy(self.table)
         table.ids = []
-        return {**self.__dict__, "table": table, "rows": Rows(self.rows)}
+        return {**self.__dict__, "table": table}
 
     def __getitem__(self, step: int) -> list[TokenBatch]:
         chosen = self.order.rows(step * self.size, self.size)
@@ -93,7 +93,7 @@ class StepDataset(Steps):
 
     def first_rows(self, count: int) -> np.ndarray:
         """The numbers of the rows among the first `count` that are read, each once."""
-        return np.unique(self.order.rows(0, min(count, len(self.rows))))
+        return self.order.first(count)
 
     def per_document(
         self, figures: Callable[[TokenBatch], Tensor], device: torch.device, rows: np.ndarray | None = None
@@ -113,12 +113,15 @@ class StepDataset(Steps):
         return values
 
     def sample_id(self, step: int) -> str:
-        return self.table.ids[self.rows[self.order.rows(step * self.size, 1)[0]][0]]
+        return self.table.ids[int(self.rows[self.order.rows(step * self.size, 1)[0]][0])]
+
+    def figures(self, step: int) -> dict[str, float]:
+        return self.order.figures(step, self.length) if isinstance(self.order, MixedOrder) else {}
 
     @property
     def utilisation(self) -> float:
         """Share of the rows' tokens that are real."""
-        return float(self.table.lengths.sum() / (len(self.rows) * self.length))
+        return float(self.table.offsets[-1] / (len(self.rows) * self.length))
 
 
 class Prompt(NamedTuple):
@@ -137,9 +140,14 @@ class PromptDataset(Steps):
         for example in examples:
             if form_of(example) != "answers":
                 raise DataError(f"example {example['id']} has no answer to score against; phase=rlhf needs one")
-        self.prompts = [Prompt(e, tuple(chat.prompt_ids(e["messages"][:-1]))) for e in examples]
+        self.prompts = [
+            Prompt(e, tuple(chat.prompt_ids(e["messages"][:-1], tools=e.get("tools") or ()))) for e in examples
+        ]
         self.size, self.updates = size, updates
-        self.order = Order(len(examples), seed, source.fingerprint)
+        self.order: Order | MixedOrder = Order(len(examples), seed, source.fingerprint)
+        if isinstance(source, Mixture):
+            counts = {name: len(part) for name, part in source.parts.items()}
+            self.order = MixedOrder(shares_of(source.config, counts, 1), size, seed, source.fingerprint)
 
     def __getitem__(self, step: int) -> list[Prompt]:
         return [self.prompts[i] for i in self.order.rows(step // self.updates * self.size, self.size)]

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from trivium.disk import cache_folder, digest_file, lock_folder, make_folder, sweep, sync_folder, write_pieces
+from trivium.disk import alone, cache_folder, digest_file, make_folder, sweep, sync_folder, write_pieces
 from trivium.errors import DataError
 from trivium.registry import near_misses
 
@@ -69,7 +68,7 @@ def fetch(name: str, say: Callable[[str], None] = print, catalogue: Mapping[str,
     path = cache_folder() / "fetched" / entry.sha256[:16] / Path(entry.file).name
     if _is_right(path, entry):
         return path
-    with _alone(make_folder(path.parent), say):
+    with alone(make_folder(path.parent), say):
         if _is_right(path, entry):  # another process was quicker
             return path
         sweep(path.parent)
@@ -87,21 +86,6 @@ def fetch(name: str, say: Callable[[str], None] = print, catalogue: Mapping[str,
 
 def _is_right(path: Path, entry: Entry) -> bool:
     return path.is_file() and digest_file(path) == (entry.size, entry.sha256)
-
-
-@contextmanager
-def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time; the others wait for it, however it ends."""
-    told = False
-    while (handle := lock_folder(folder)) is None:
-        if not told:
-            say(f"waiting for another process that fetches into {folder}")
-        told = True
-        time.sleep(0.1)
-    try:
-        yield
-    finally:
-        handle.close()
 
 
 def _download(name: str, entry: Entry, folder: Path, path: Path) -> Path:

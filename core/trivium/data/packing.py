@@ -8,9 +8,7 @@ end-of-turn losses apart).
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,54 +16,16 @@ import numpy as np
 from trivium.data.chat import Chat, Encoded
 from trivium.data.position import key_of, permute
 from trivium.data.source import FORM_WORDS, Example, Source, form_of, prompt_of
+from trivium.data.table import Part, TokenTable, joined
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 
 WINDOW = 8192
 """Documents packed together: enough for full rows, few enough that a plan never needs the whole corpus."""
 
-MOST_ORIGINS = 32
-"""Names under which losses are counted apart; where examples have more, none is."""
-
-
-@dataclass
-class TokenTable:
-    """Documents as one flat array. Document d is tokens[offsets[d]:offsets[d+1]]; `trained` is aligned with tokens.
-
-    group: so many documents in a row belong together and share a row: 2 for the chosen and rejected of a pair.
-    columns: by name, one fp32 figure for each document. origin: for each document the number of its name in `origins`,
-    under which its loss is counted, or one more if it has none; None where all have the same. They change nothing that
-    is learned.
-    """
-
-    tokens: np.ndarray  # int32 (N,)
-    trained: np.ndarray  # bool (N,)
-    offsets: np.ndarray  # int64 (documents + 1,)
-    ids: list[str]
-    num_bytes: int = 0
-    truncated: int = 0  # documents cut at the row length
-    lost_ends: int = 0  # of those, conversations whose last end-of-turn token went with it
-    group: int = 1
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    origins: tuple[str, ...] = ()
-    origin: np.ndarray | None = None  # int64 (documents,)
-    fingerprint: str = field(default="")
-
-    def __post_init__(self) -> None:
-        digest = hashlib.sha256()
-        for array in (self.tokens, self.trained, self.offsets, *(self.columns[k] for k in sorted(self.columns))):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        self.fingerprint = digest.hexdigest()
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document."""
-        return np.diff(self.offsets)
-
-    def document(self, d: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and mask of document `d`."""
-        here = slice(self.offsets[d], self.offsets[d + 1])
-        return self.tokens[here], self.trained[here]
+CHUNK = 256
+"""Examples that are tokenised together."""
+BATCH = 1_000_000
 
 
 def table_of(documents: Sequence[Encoded], ids: Sequence[str], **facts: Any) -> TokenTable:
@@ -84,61 +44,79 @@ def tokenise(
     form: str = "text",
     train_on: str = "assistant",
 ) -> TokenTable:
-    """Tokenise a whole source, or some examples, into documents that fit rows of `length` tokens.
+    """Tokenise a whole source, or some examples, into documents that fit rows of `length` tokens, in memory.
 
     form: what an objective reads: "text", "chat", "pairs", "labels", or "any" of text and chat. Raises DataError for
     examples of another form, naming the first, and when nothing would be trained on.
     """
-    if not len(source):
-        split = f" (split={source.config.split})" if isinstance(source, Source) else ""
-        raise DataError(f"the data set is empty{split}")
-    examples = [source[i] for i in range(len(source))]
-    seen: set[str] = set()
-    for example in examples:
-        if example["id"] in seen:
-            raise DataError(f"two examples have the id {example['id']!r}; a source must give each its own")
-        seen.add(example["id"])
-    wanted = {"any": ("text", "chat", "answers"), "chat": ("chat", "answers")}.get(form, (form,))
-    for example in examples:
-        if form_of(example) not in wanted:
-            raise DataError(
-                f"example {example['id']} has {', '.join(k for k in example if k != 'id')}; "
-                f"this objective needs {FORM_WORDS[wanted[0]]}"
-            )
-    encoded = _ENCODERS[form](examples, tokenizer, train_on)
-    group = len(encoded[0])
-    documents, ids, numbers = [], [], []
-    truncated = lost_ends = 0
-    for number, (example, unit) in enumerate(zip(examples, encoded, strict=True)):
-        if "text" in example:
-            pieces = [piece for document in unit for piece in _split(document, length)]
-        else:
-            pieces = [Encoded(d.ids[: length // group], d.trained[: length // group]) for d in unit]
-            cut = [d for d in unit if len(d.ids) > length // group]
-            truncated += len(cut)
-            lost_ends += sum(d.trained[-1] or tokenizer.eot_id in d.ids[length // group :] for d in cut)
-            if cut and not all(any(p.trained[1:]) for p in pieces):
-                continue  # nothing left to learn from: counted above
-        documents += pieces
-        ids += [example["id"]] * len(pieces)
-        numbers += [number] * len(pieces)
-    if not any(any(d.trained[1:]) for d in documents):
-        raise DataError(
-            f"no token of {len(examples)} examples would be trained on; raise batch.length={length} or look at the data"
-        )
-    columns = {}
-    if form == "labels":
-        columns["desirable"] = np.array([float(examples[n]["label"]) for n in numbers], np.float32)
-    num_bytes = sum(len(e["text"].encode()) for e in examples if "text" in e)
-    facts = {"num_bytes": num_bytes, "truncated": truncated, "lost_ends": lost_ends, "group": group}
-    if isinstance(source, Source):
-        names = [source.origin(example) for example in examples]
-        origins = tuple(sorted(set(names) - {""}))
-        if len(set(names)) > 1 and len(origins) <= MOST_ORIGINS:
-            found = {name: i for i, name in enumerate(origins)}
-            numbered = np.array([found.get(names[n], len(origins)) for n in numbers], np.int64)
-            facts |= {"origins": origins, "origin": numbered}
-    return table_of(documents, ids, columns=columns, **facts)
+    chunks = Chunks(source, tokenizer, length, form, train_on)
+    return joined((chunks[n] for n in range(len(chunks))), length)
+
+
+class Chunks(Sequence):
+    """The examples of a source, CHUNK at a time, as what they become: a pure function of the chunk's number."""
+
+    def __init__(
+        self, source: Source | Sequence[Example], tokenizer: Tokenizer, length: int, form: str, train_on: str
+    ) -> None:
+        if not len(source):
+            split = f" (split={source.config.split})" if isinstance(source, Source) else ""
+            raise DataError(f"the data set is empty{split}")
+        if form not in _ENCODERS:
+            raise DataError(f"this objective reads {FORM_WORDS.get(form, form)}, and nothing makes tokens of that yet")
+        self.source, self.tokenizer, self.length, self.form, self.train_on = source, tokenizer, length, form, train_on
+        # a judged answer is told apart from others' answers, so that all labels must be seen at once
+        self.size = len(source) if form == "labels" else CHUNK
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.size)
+
+    def __getitem__(self, number: Any) -> Part:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        last = min(len(self.source), (number + 1) * self.size)
+        examples = [self.source[i] for i in range(number * self.size, last)]
+        wanted = {"any": ("text", "chat", "answers"), "chat": ("chat", "answers")}.get(self.form, (self.form,))
+        for example in examples:
+            if form_of(example) not in wanted:
+                raise DataError(
+                    f"example {example['id']} has {', '.join(k for k in example if k != 'id')}; "
+                    f"this objective needs {FORM_WORDS[wanted[0]]}"
+                )
+        origin = self.source.origin if isinstance(self.source, Source) else lambda _: ""
+        part = Part([e["id"] for e in examples], [origin(e) for e in examples], {})
+        part.num_bytes = sum(len(e["text"].encode()) for e in examples if "text" in e)
+        part.talks = any("text" not in e and "prompt" not in e for e in examples)
+        self._fill(part, examples, _ENCODERS[self.form](examples, self.tokenizer, self.train_on))
+        return part
+
+    def _fill(self, part: Part, examples: Sequence[Example], encoded: Sequence[Sequence[Encoded]]) -> None:
+        """Cut documents to the rows' length, and put them into arrays."""
+        part.group = len(encoded[0])
+        most = self.length // part.group
+        tokens, trained, lengths, numbers = [], [], [], []
+        for number, (example, unit) in enumerate(zip(examples, encoded, strict=True)):
+            if "text" in example:
+                pieces = [piece for document in unit for piece in _split(document, self.length)]
+            else:
+                pieces = [Encoded(d.ids[:most], d.trained[:most]) for d in unit]
+                cut = [d for d in unit if len(d.ids) > most]
+                part.truncated += len(cut)
+                part.lost_ends += sum(d.trained[-1] or self.tokenizer.eot_id in d.ids[most:] for d in cut)
+                if cut and not all(any(p.trained[1:]) for p in pieces):
+                    continue  # nothing left to learn from: counted above
+            tokens += [np.array(p.ids, np.int32) for p in pieces]
+            trained += [np.array(p.trained, np.bool_) for p in pieces]
+            lengths += [len(p.ids) for p in pieces]
+            numbers += [number] * len(pieces)
+        part.arrays = {
+            "tokens": np.concatenate([np.empty(0, np.int32), *tokens]),
+            "trained": np.concatenate([np.empty(0, np.bool_), *trained]),
+            "lengths": np.array(lengths, np.int64),
+            "example": np.array(numbers, np.int64),
+        }
+        if self.form == "labels":
+            part.arrays["desirable"] = np.array([float(examples[n]["label"]) for n in numbers], np.float32)
 
 
 def _split(document: Encoded, length: int) -> list[Encoded]:
@@ -147,9 +125,22 @@ def _split(document: Encoded, length: int) -> list[Encoded]:
     return [Encoded(document.ids[s : s + length], document.trained[s : s + length]) for s in starts]
 
 
+def _batches(examples: Sequence[Example]) -> Iterator[list[str]]:
+    """Their texts, about BATCH characters at a time: what is encoded together takes many times its size."""
+    batch, size = [], 0
+    for example in examples:
+        batch.append(example["text"])
+        size += len(example["text"])
+        if size > BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _text(ids: list[int], tokenizer: Tokenizer) -> Encoded:
-    whole = [*tokenizer.start, *ids, tokenizer.eos_id]
-    return Encoded(whole, [True] * len(whole))
+    whole = np.array([*tokenizer.start, *ids, tokenizer.eos_id], np.int32)
+    return Encoded(whole, np.ones(len(whole), np.bool_))  # type: ignore[arg-type]  # a list would take ten times as much
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str) -> list[Encoded]:
@@ -168,7 +159,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, train_on:
 
 
 def _encode_texts(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: str) -> list[list[Encoded]]:
-    return [[_text(ids, tokenizer)] for ids in tokenizer.encode_batch([e["text"] for e in examples])]
+    return [[_text(ids, tokenizer)] for batch in _batches(examples) for ids in tokenizer.encode_batch(batch)]
 
 
 def _encode_chats(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str) -> list[list[Encoded]]:
@@ -186,8 +177,9 @@ def pair_sides(example: Example) -> list[dict[str, Any]]:
     sides = []
     for side in ("chosen", "rejected"):
         name, said = f"{example['id']}#{side}", example[side]
+        tools = {"tools": example["tools"]} if "tools" in example else {}
         talk = {"messages": said} if "prompt" not in example else {"prompt": example["prompt"], "completion": said}
-        sides.append({"id": name, **talk})
+        sides.append({"id": name, **talk, **tools})
     return sides
 
 
@@ -214,12 +206,12 @@ def _encode_labels(examples: Sequence[Example], tokenizer: Tokenizer, _train_on:
         while prompts[other] == prompts[i]:
             other -= 1
         before = examples[other]
-        answer = before["messages"][-1]["content"] if "messages" in before else before["completion"]
+        answer = before["messages"][-1] if "messages" in before else {"content": before["completion"]}
         if "messages" in example:
-            told = {"messages": [*example["messages"][:-1], {**example["messages"][-1], "content": answer}]}
+            told = {**example, "messages": [*example["messages"][:-1], {"role": "assistant", **answer}]}
         else:
-            told = {"prompt": example["prompt"], "completion": answer}
-        mixed += [example, {"id": f"{example['id']}#mismatched", **told}]
+            told = {"prompt": example["prompt"], "completion": answer["content"]}
+        mixed += [example, {**told, "id": f"{example['id']}#mismatched"}]
     encoded = encode_examples(mixed, tokenizer, "last_turn")
     return [encoded[i : i + 2] for i in range(0, len(encoded), 2)]
 
@@ -261,16 +253,54 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-def plan(table: TokenTable, capacity: int, seed: int) -> list[list[int]]:
+class Rows(Sequence):
+    """The rows of a plan as two arrays; row r is an array of document numbers."""
+
+    def __init__(self, documents: np.ndarray, ends: np.ndarray) -> None:
+        """ends: (rows + 1,), where each row's documents end; 0 before the first."""
+        self.documents, self.ends = documents, ends
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        return self.documents[self.ends[row] : self.ends[row + 1]] if row >= 0 else self[len(self) + row]
+
+    def counts(self, ends: Sequence[int]) -> list[int]:
+        """How many rows are of each part, whose documents end there."""
+        firsts = self.documents[self.ends[:-1]]
+        return np.diff([0, *(int((firsts < end).sum()) for end in ends)]).tolist()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rows):
+            return False
+        return np.array_equal(self.ends, other.ends) and np.array_equal(self.documents, other.documents)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def plan(table: TokenTable, capacity: int, seed: int) -> Rows:
     """Rows of document numbers: shuffled once, packed inside windows; each epoch then permutes the rows.
 
     The documents of a group stay together and in their order.
     """
-    sizes = table.lengths.reshape(-1, table.group).sum(1)
-    order = permute(np.arange(len(sizes)), len(sizes), key_of("plan", seed, table.fingerprint))
-    rows = []
-    for start in range(0, len(order), WINDOW):
-        window = order[start : start + WINDOW]
-        for row in pack(sizes[window], capacity):
-            rows.append((window[row][:, None] * table.group + np.arange(table.group)).flatten().tolist())
-    return rows
+    documents, sizes = [], [0]
+    for some in plan_windows(table, capacity, seed):
+        documents += some
+        sizes += map(len, some)
+    return Rows(np.concatenate(documents), np.cumsum(sizes))
+
+
+def plan_windows(table: TokenTable, capacity: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """The rows of a plan, a window at a time: no more than a window is held. Parts of a mixture share no row."""
+    group, key, first = table.group, key_of("plan", seed, table.fingerprint), 0
+    for last in (end // group for end in table.ends or (len(table.offsets) - 1,)):
+        count = last - first
+        for start in range(0, count, WINDOW):
+            window = first + permute(np.arange(start, min(start + WINDOW, count)), count, key)
+            sizes = table.offsets[(window + 1) * group] - table.offsets[window * group]
+            inside = np.arange(group)
+            yield [(window[row][:, None] * group + inside).flatten() for row in pack(sizes, capacity)]
+        first = last

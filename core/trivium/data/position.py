@@ -56,6 +56,10 @@ class Order:
     def __init__(self, num_rows: int, seed: int, fingerprint: str) -> None:
         self.num_rows, self.seed, self.fingerprint = num_rows, seed, fingerprint
 
+    def first(self, count: int) -> np.ndarray:
+        """The rows among the first `count`, each once."""
+        return np.unique(self.rows(0, min(count, self.num_rows)))
+
     def rows(self, start: int, count: int) -> np.ndarray:
         """Rows at global indices start..start+count-1."""
         index = np.arange(start, start + count)

@@ -12,6 +12,10 @@ An example is a plain dict in one of these forms, each with a unique string `id`
     {"id", "prompt", "chosen", "rejected"}                 pairs of text, without a chat template
     {"id", "messages", "label"}                            labelled: True if the last turn is desirable, False if not
     {"id", "prompt", "completion", "label"}                labelled text
+    {"id", "prompt", "completions", "labels"}              the steps of a solution, each with a verdict
+
+One with messages or with chosen and rejected may have `tools`, JSON schemas of the functions that its turns call: an
+assistant turn has `tool_calls` then, and a turn of the role tool what came of them.
 
 An example carries its own answer; `score` never looks anything up by the prompt's text.
 """
@@ -30,13 +34,14 @@ from trivium.errors import DataError
 from trivium.types import Score
 
 Example = Mapping[str, Any]
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 FORM_WORDS = {
     "text": "text",
     "chat": "messages, or prompt and completion",
     "answers": "messages with an answer to score against",
     "pairs": "chosen and rejected",
     "labels": "a completion with a label",
+    "steps": "a prompt, completions and a label for each",
 }
 """The forms of examples, and what each holds."""
 READS = {
@@ -52,7 +57,7 @@ READS = {
 
 def form_of(example: Example) -> str:
     """Which of the FORM_WORDS an example is: the most specific, so that a bad answer is never one to imitate."""
-    marks = {"chosen": "pairs", "label": "labels", "answer": "answers", "text": "text"}
+    marks = {"chosen": "pairs", "label": "labels", "labels": "steps", "answer": "answers", "text": "text"}
     return next((form for key, form in marks.items() if key in example), "chat")
 
 
@@ -97,6 +102,11 @@ class Source(ABC):
         if not hasattr(self, "_fingerprint"):
             self._fingerprint = fingerprint_of(self[i] for i in range(len(self)))
         return self._fingerprint
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the run's manifest should say of how it was read, such as rows that were skipped, by reason."""
+        return {}
 
     def expect(self, phase: str) -> None:
         """Refuse the first example of a form that `phase` cannot use. Raises DataError naming it."""

@@ -40,6 +40,23 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+CHATML_WITH_TOOLS = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% if tools or system %}<|im_start|>system\n{{ system }}{% if tools %}{{ '\n\n' if system else '' }}"
+    "Functions you may call, as JSON schemas:\n<tools>\n"
+    "{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}</tools>\n"
+    "To call one, write its name and arguments as JSON between <tool_call> and </tool_call>."
+    "{% endif %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{% if not (loop.first and message.role == 'system') %}"
+    "{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'tool' %}"
+    "{{ '<tool_response>\n' + message.content + '\n</tool_response>' }}{% else %}{{ message.content }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}{{ '\n' if message.content or not loop.first else '' }}"
+    "{{ '<tool_call>\n' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson "
+    "+ '\n</tool_call>' }}{% endfor %}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML as Hermes and Qwen write tools: what may be called in the system turn, calls and results between tags."""
+CHATML_TEMPLATES = {"chatml": CHATML, "chatml_tools": CHATML_WITH_TOOLS}
 # Words carry their leading space; numbers are single digits; line breaks stay apart from words.
 PIECES = r"""[^\S\r\n]?\p{L}+|\p{N}|[^\S\r\n]?[^\s\p{L}\p{N}]+|[\r\n]+|\s+(?!\S)|\s"""
 WHOLE_NUMBERS = PIECES.replace(r"\p{N}|", r"[^\S\r\n]?\p{N}+|")
@@ -227,12 +244,13 @@ class Tokenizer:
     def extended(self, tokens: Sequence[str], template: str = "") -> Tokenizer:
         """This tokenizer with those of `tokens` that are no special tokens of it yet, and another chat template.
 
-        template: "chatml" (with its two tokens), or a file of Jinja; empty is its own. Raises DataError.
+        template: "chatml" or "chatml_tools" (with their two tokens), or a file of Jinja; empty is its own.
+        Raises DataError.
         """
         settings = dict(self.config)
-        if template == "chatml":
+        if template in CHATML_TEMPLATES:
             tokens = [*tokens, *(token for token in CHATML_TOKENS if token not in tokens)]
-            settings |= {"chat_template": CHATML, "eot_token": CHATML_TOKENS[1]}
+            settings |= {"chat_template": CHATML_TEMPLATES[template], "eot_token": CHATML_TOKENS[1]}
         elif template:
             try:
                 settings["chat_template"] = Path(template).read_text(encoding="utf-8")

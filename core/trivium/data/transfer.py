@@ -85,6 +85,8 @@ class _Sharer(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray) or value.nbytes < LEAST or value.dtype.hasobject:
             return None
+        if isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap):  # a whole file: they map it themselves
+            return str(value.filename), value.dtype.str, value.shape
         self.shared.write(bytes(-self.shared.tell() % ALIGNED))
         start = self.shared.tell()
         self.shared.write(np.ascontiguousarray(value).data.cast("B"))
@@ -98,6 +100,8 @@ class _Mapper(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         start, kind, shape = pid
+        if isinstance(start, str):
+            return np.memmap(start, kind, "r", shape=shape)
         count = int(np.prod(shape))
         return np.frombuffer(self.shared, np.dtype(kind), count, start).reshape(shape)
 

@@ -36,7 +36,7 @@ def answer_tasks(
     """Answer each example's question (its messages but the last), greedily unless told otherwise, and score it."""
     chat = Chat(tokenizer)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop_ids=tokenizer.stop_ids)
-    prompts = [chat.prompt_ids(e["messages"][:-1]) for e in examples]
+    prompts = [chat.prompt_ids(e["messages"][:-1], tools=e.get("tools") or ()) for e in examples]
     texts = complete(backend, tokenizer, prompts, params)
     return [Answer(e, text, source.score(e, text)) for e, text in zip(examples, texts, strict=True)]
 

@@ -93,9 +93,10 @@ def _refuse_trained_text(this: Run, parent: Artifact) -> None:
     scored = ours.get("validation_path") or ours.get("path")
     if not scored or scored != theirs.get("path"):
         return
-    differ = [k for k in ("validation_path", "validation_share", "schema") if ours.get(k) != theirs.get(k)]
+    cuts = ("validation_path", "validation_share", "schema", "columns", "text_column", "code")
+    differ = [k for k in cuts if (ours.get(k) or None) != (theirs.get(k) or None)]
     if differ:
-        shown = ", ".join(f"data.{k}={theirs[k] or repr('')}" for k in differ)
+        shown = ", ".join(f"data.{k}={theirs.get(k) or repr('')}" for k in differ)
         raise ConfigError(
             f"{parent.path} was trained on {scored} with {shown}; the same here, or other text in "
             "data.validation_path, keeps trained text out of the score"

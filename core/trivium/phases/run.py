@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,20 @@ class Run:
     def source(self, split: str | None = None) -> Source:
         """The run's data, built once for each split."""
         if split not in self._sources:
-            self._sources[split] = build_source(self.config.data, self.config.phase, split)
+            self._sources[split] = source = build_source(self.config.data, self.config.phase, split)
+            self._note(source)
         return self._sources[split]
+
+    def _note(self, source: Source) -> None:
+        """Tell once what was left out of the data, and keep it for the manifest."""
+        notes, split = dict(source.notes), source.config.split
+        if not notes:
+            return
+        self.manifest.facts["read"] = {**self.manifest.facts.get("read", {}), split: notes}
+        for what, counts in notes.items():
+            if isinstance(counts, Mapping) and counts:
+                shown = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+                self.say(f"data ({split}): {what.replace('_', ' ')}: {shown}")
 
     def same_content(self) -> bool:
         """Whether the data, or what was exported, holds what it held when the run was done."""

@@ -24,10 +24,11 @@ from trivium.build import (
     train_tokenizer,
 )
 from trivium.compose import as_dict
-from trivium.data.cache import cached_table
+from trivium.data.cache import cached_plan, cached_table
 from trivium.data.datamodule import PromptDataset, StepDataset, Steps, validation_batches
-from trivium.data.packing import TokenTable
+from trivium.data.mixture import Mixture, document_ends
 from trivium.data.source import Source
+from trivium.data.table import TokenTable
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.vocabularies import load_tokenizer
 from trivium.errors import ConfigError
@@ -265,8 +266,16 @@ def _from_data(
             f"batch.length={length} is longer than the model's context of {model.context}{most * (table.group > 1)}"
         )
     sizes: dict[str, Any] = {"micro_size": config.batch.micro_size, "length": length, "pad_id": tokenizer.pad_id}
-    place = {"rank": this.world.share, "world": this.world.shares}
-    steps = StepDataset(table, size=config.batch.size, seed=config.seed, batch=objective.batch, **sizes, **place)
+    place: dict[str, Any] = {"rank": this.world.share, "world": this.world.shares}
+    mixture = source if isinstance(source, Mixture) else None
+    if mixture:
+        table.ends = document_ends(mixture, table)
+    with this.world.first():
+        rows = cached_plan(table, length, config.seed)
+    steps = StepDataset(
+        table, size=config.batch.size, seed=config.seed, batch=objective.batch, rows=rows,
+        shares=mixture.config if mixture else None, **sizes, **place,
+    )  # fmt: skip
     tables = {"train": table}
     if config.validation.every_steps:
         tables["validation"] = table_of(this.source("validation"))
@@ -314,11 +323,13 @@ def _from_data(
         f"{config.trainer.max_steps} steps of {per_step:,} tokens ({epochs:.1f} epochs of {_count(len(table.tokens))}"
         f"{units}), rows {steps.utilisation:.1%} full"
     )
+    if mixture:
+        read = steps.figures(config.trainer.max_steps)
+        about += "; " + ", ".join(f"{name} {read[f'data/{name}/epochs']:.2f} epochs" for name in mixture.parts)
     if table.truncated:
         about += f"; {table.truncated} documents cut at {longest} tokens, {table.lost_ends} of them without their end"
-    talks = any("text" not in e and "prompt" not in e for e in map(source.__getitem__, range(len(source))))
     data = {name: t.fingerprint for name, t in tables.items()}
-    return Ready(module, steps, "chat" if talks else "text", data, about, validation,
+    return Ready(module, steps, "chat" if table.talks else "text", data, about, validation,
                  foresee=lambda num_steps: ask(steps, num_steps * steps.size, planned))  # fmt: skip
 
 

@@ -21,6 +21,7 @@ FORMS = {
     "answers": ({"messages", "answer"},),
     "pairs": ({"chosen", "rejected"},),
     "labels": ({"messages", "label"}, {"prompt", "completion", "label"}),
+    "steps": ({"prompt", "completions", "labels"},),
 }
 """The keys that an example of each form has, beside its id."""
 

@@ -101,8 +101,11 @@ class Sample(AfterStep):
 class Record(AfterStep):
     """Figures to every logger and to the console, once they are here."""
 
-    def __init__(self, loggers: Sequence[Logger], show: Show) -> None:
-        self.loggers, self.show = loggers, show
+    def __init__(
+        self, loggers: Sequence[Logger], show: Show, read: Callable[[int], dict[str, float]] = lambda step: {}
+    ) -> None:
+        """read: what has been read of the data after a step."""
+        self.loggers, self.show, self.data_read = loggers, show, read
 
     def after(self, trainer: L.Trainer, module: ObjectiveModule) -> None:
         self.read(module, keep=1)
@@ -110,6 +113,7 @@ class Record(AfterStep):
     def read(self, module: ObjectiveModule, keep: int = 0) -> None:
         """All figures but those of the `keep` newest steps."""
         for row in module.rows(keep):
+            row |= self.data_read(row["step"])
             for logger in self.loggers:
                 logger.log_metrics(row, step=row["step"])
             self.show.row(row)

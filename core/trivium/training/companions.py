@@ -74,7 +74,8 @@ def note_reference(
     reference: loads the model, if it must be asked. sha256: of its checkpoint. rows: those that will be read; what is
     said of the others stays as it was, NaN at first, and so would be the loss of a row that was not foreseen.
     """
-    read = [steps.rows[row] for row in rows]  # the documents: another seed packs others under the same row numbers
+    # the documents: another seed packs others under the same row numbers
+    read = [steps.rows[row].tolist() for row in rows]
     key = digest_of([sha256, steps.table.fingerprint, steps.length, steps.micro_size, read, precision.name])
     path = cache_folder() / COLUMN / f"{key}.bin"
     values = np.frombuffer(kept(path) or b"", np.float32)

@@ -184,7 +184,7 @@ def _train(
         job.world.barrier()  # no process goes on, or ends, before the first has its copy
 
     best_of = validate if config.checkpoint.keep_best else None
-    record = Record(loggers, Show(job.console, config.trainer.max_steps))
+    record = Record(loggers, Show(job.console, config.trainer.max_steps), lambda s: job.steps.figures(s + offset))
     every, most = config.checkpoint.every_steps, config.trainer.max_steps
     saver = Save(save, record, every, most, best_of, watch, background, job.world)
     callbacks: list[L.Callback] = []
