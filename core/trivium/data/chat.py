@@ -195,7 +195,8 @@ def _ensure_written(names: Sequence[str], text: str, what: str) -> None:
         if name not in text:
             raise DataError(
                 f"the chat template does not write {what} ({name}); set tokenizer.chat_template=chatml_tools, or to a "
-                ".jinja file that does"
+                ".jinja file that does",
+                "message_dropped",
             )
 
 

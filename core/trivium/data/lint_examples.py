@@ -94,15 +94,21 @@ def look(examples: Sequence[Example], how: How) -> tuple[list[Seen], list[Findin
 def _encoded(examples: Sequence[Example], how: How) -> list[Seen]:
     """What training makes of the examples, before documents are cut to rows."""
     texts = [e for e in examples if "text" in e]
-    encoded = iter([unit[0] for unit in _encode_texts(texts, how.tokenizer, how.train_on)])
+    encoded = iter([_listed(unit[0]) for unit in _encode_texts(texts, how.tokenizer, how.train_on)])
     asked = {e["id"]: pair_sides(e) if how.form == "pairs" else [e] for e in examples if "text" not in e}
     flat = [side for sides in asked.values() for side in sides]
-    answers = dict(zip((s["id"] for s in flat), encode_examples(flat, how.tokenizer, how.train_on), strict=True))
+    documents = map(_listed, encode_examples(flat, how.tokenizer, how.train_on))
+    answers = dict(zip((s["id"] for s in flat), documents, strict=True))
     return [
         Seen(e, [e], [next(encoded)]) if "text" in e else
         Seen(e, asked[e["id"]], [answers[s["id"]] for s in asked[e["id"]]])
         for e in examples
     ]  # fmt: skip
+
+
+def _listed(document: Encoded) -> Encoded:
+    """Plain numbers, whatever array they come in."""
+    return Encoded([int(i) for i in document.ids], [bool(t) for t in document.trained])
 
 
 # ---- words

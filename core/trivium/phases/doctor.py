@@ -257,8 +257,10 @@ def _equivalence(
         console.print("equivalence  not for prompts, or no example to compare on")
         return []
     table = table_of_some([one.example for one in seen.seen[:64]], seen.how, this.config.batch.length)
-    rows = plan(table, this.config.batch.length, seed=0)
-    rows = sorted(rows, key=len, reverse=True)[:4]  # those with the most documents have the most borders
+    packed = plan(table, this.config.batch.length, seed=0)
+    rows = sorted((list(packed[r]) for r in range(len(packed))), key=len, reverse=True)[
+        :4
+    ]  # those with the most documents have the most borders
     pad, model = seen.how.tokenizer.pad_id, model.float().cpu().eval()
     batches = [collate(table, [row], this.config.batch.length, pad, objective.batch) for row in rows]
     whole = collate(table, rows, this.config.batch.length, pad, objective.batch)

@@ -110,7 +110,8 @@ def _check_batches(
         table = table_of_some(examples, how, this.config.batch.length)
     except DataError as error:
         return [found(error.rule or "form", "", str(error))]
-    rows = plan(table, this.config.batch.length, this.config.seed)[:ROWS]
+    packed = plan(table, this.config.batch.length, this.config.seed)
+    rows = [list(packed[r]) for r in range(min(ROWS, len(packed)))]
     batch = collate(table, rows, this.config.batch.length, how.tokenizer.pad_id, objective.batch)
     vocab = model.vocab_size if model is not None else how.tokenizer.vocab_size
     return list(check_batch(batch, table, rows, vocab))
