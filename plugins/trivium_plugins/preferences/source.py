@@ -1,0 +1,80 @@
+"""The source `preferences`: the true sense of a word against another sense of it (WordNet 3.0)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trivium import Example, fetch, split_of
+from trivium.data.source import Source
+from trivium.errors import DataError
+from trivium_plugins.preferences.catalogue import CATALOGUE
+from trivium_plugins.preferences.config import PreferencesConfig
+
+SAMPLE = Path(__file__).parent / "sample.jsonl"
+
+NAMES = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
+
+
+def read(part: str) -> Iterator[dict[str, Any]]:
+    """Words used in an example of a gloss, with that gloss and another sense of the same word and class."""
+    for kind, name in NAMES.items():
+        glosses: dict[str, list[tuple[str, str]]] = {}
+        for line in fetch(kind, catalogue=CATALOGUE).read_text("ascii").splitlines():
+            if line.startswith("  "):  # the licence
+                continue
+            head, _, gloss = line.partition(" | ")
+            fields = head.split()
+            meaning, *rest = re.split(r';\s*"', gloss.strip(), maxsplit=1)
+            used = rest[0].split('"')[0] if rest else ""
+            for i in range(int(fields[3], 16)):
+                word = re.sub(r"\(.*\)", "", fields[4 + 2 * i]).replace("_", " ").lower()
+                glosses.setdefault(word, []).append((meaning.strip(), used))
+        for word, senses in glosses.items():
+            for number, (meaning, used) in enumerate(senses):
+                others = [other for other, _ in senses if other != meaning]
+                if others and re.search(rf"\b{re.escape(word)}\b", used.lower()):
+                    wrong = others[number % len(others)]
+                    record = {"word": word, "kind": name, "used": used, "true": meaning, "wrong": wrong}
+                    yield {"id": f"{kind}/{word}/{number}", **record}
+
+
+def examples(part: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What does the word mean here? The true gloss is chosen, the other sense rejected."""
+    asked = {"role": "user", "content": f'What does the {record["kind"]} "{record["word"]}" mean in: {record["used"]}'}
+    chosen, rejected = ([asked, {"role": "assistant", "content": record[side]}] for side in ("true", "wrong"))
+    yield {"id": record["id"], "task": record["kind"], "chosen": chosen, "rejected": rejected}
+
+
+def content(record: dict[str, Any]) -> str:
+    """What decides the split: the word, so that no gloss of it is on two sides as another's opposite."""
+    return record["word"]
+
+
+class Preferences(Source):
+    """The parts of the config, in its order; a tenth of the records is held out for tests, a twentieth to validate."""
+
+    phases: ClassVar[frozenset[str]] = frozenset({"preference", "reward", "evaluate"})
+
+    def __init__(self, config: PreferencesConfig) -> None:
+        super().__init__(config)
+        self.examples = [e for part in config.parts for record in self.records(part) for e in examples(part, record)]
+        if not self.examples:
+            raise DataError(
+                f"data.parts={list(config.parts)} has nothing in data.split={config.split} of "
+                f"{'the sample; set data.sample=false' if config.sample else 'what was fetched'}"
+            )
+
+    def records(self, part: str) -> Iterator[dict[str, Any]]:
+        """Those of the split."""
+        told = map(json.loads, SAMPLE.read_text("utf-8").splitlines()) if self.config.sample else read(part)  # type: ignore[attr-defined]
+        return (record for record in told if split_of(content(record), 0.05, 0.1) == self.config.split)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
