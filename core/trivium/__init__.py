@@ -19,6 +19,8 @@ _PUBLIC = {
     "SourceConfig": "trivium.data.config",
     "split_of": "trivium.data.source",
     "fingerprint_of": "trivium.data.source",
+    "rouge_l": "trivium.evaluation.measures",
+    "chrf": "trivium.evaluation.measures",
     "CausalLM": "trivium.models.protocol",
     "KVCache": "trivium.models.cache",
     "Objective": "trivium.objectives.protocol",

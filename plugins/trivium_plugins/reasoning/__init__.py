@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym with verifiable answers: sums, sequences, spelling and a hundred other kinds, made as needed."""
+"""Problems of reasoning-gym with verifiable answers: sums, sequences, spelling and a hundred more, made as needed."""
 
 from trivium import Entry, Plugin
 
