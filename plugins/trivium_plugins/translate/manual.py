@@ -1,8 +1,7 @@
 """Manual pages as text: the paragraphs of a page, and those of its translation beside them.
 
-Translations are made paragraph by paragraph from the same source (po4a), so both pages have the same skeleton. What is
-used of it: headings part a page, and a section whose paragraphs are of the same kinds in the same order is aligned one by
-one. A section that differs (a translation of an older page) is left out, and so is a pair whose numbers, options or
+Translations are made paragraph by paragraph from the same source (po4a), so both pages have the same skeleton: headings
+part a page, and a section whose paragraphs are of the same kinds in the same order is aligned one by one. A section that differs (a translation of an older page) is left out, and so is a pair whose numbers, options or
 names of calls differ, or one of which is much the longer.
 """
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from trivium import DataError, Example, Score, Source, split_of
-from trivium.evaluation.measures import MEASURES
+from trivium import MEASURES, DataError, Example, Score, Source, split_of
 from trivium_plugins.translate.config import LANGUAGES, TranslateConfig
 from trivium_plugins.translate.manual import pairs
 from trivium_plugins.translate.pages import pages
