@@ -240,8 +240,11 @@ class Artifact:
         build(extra("adapters"), chosen, model, seed)
         return model, {**record, "adapter": adapter_record(chosen, self)}
 
-    def stretched(self, context: int, kind: str) -> Artifact:
-        """The same weights, to be built with a longer context; kind: of RoPE scaling, from the first context on."""
+    def stretched(self, context: int, kind: str, wanted: Component | None = None) -> Artifact:
+        """The same weights, to be built with a longer context; kind: of RoPE scaling, from the first context on.
+
+        wanted: refuse it unless its architecture is this one before it is stretched.
+        """
         if kind not in ROPE_KINDS:
             raise ConfigError(
                 f"stretch_by={kind!r} is not one of {', '.join(ROPE_KINDS)}.{near_misses(kind, ROPE_KINDS)}"
@@ -251,6 +254,8 @@ class Artifact:
         if self.record is None:
             raise ConfigError(f"stretch_context={context}: {self.origin} has no model")
         here = _described(self.record)
+        if wanted is not None:
+            here = self._agreeing(sized_for(wanted, self.record["vocab_size"]), here)
         scaling: RopeScaling | None = getattr(here.config, "rope_scaling", None)
         if scaling is None:
             raise ConfigError(f"stretch_context={context}: model={here.name} has no rotary positions to stretch")

@@ -413,9 +413,10 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
         if config.adapter is not None:
             model, record = parent.adapted(config.model, config.adapter, config.seed)
         else:
+            wanted = config.model
             if config.stretch_context:
-                parent = parent.stretched(config.stretch_context, config.stretch_by)
-            model, record = parent.model(config.model, config.keep_layers)
+                parent, wanted = parent.stretched(config.stretch_context, config.stretch_by, wanted), None
+            model, record = parent.model(wanted, config.keep_layers)
         part = f"{config.keep_layers} layers of " * (config.keep_layers > 0)
         merged = ", its adapter merged" * (parent.base is not None and config.adapter is not None)
         by = "unscaled frequencies" if config.stretch_by == "none" else config.stretch_by

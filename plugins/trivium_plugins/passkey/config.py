@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from trivium import ConfigError, SourceConfig
 from trivium.data.config import positive
 
-SHORTEST = 32
-"""Words of a text: what is not filler has about twenty."""
+SHORTEST = 20
+"""Words of a text: what is not filler has seventeen."""
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,9 @@ def sections(document: str) -> Iterator[tuple[str, str]]:
         and not UNDERLINE.fullmatch(lines[i])
         and len(lines[i + 1].rstrip()) >= len(lines[i].rstrip()) - 2
     ]
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=False):
         title = plain(lines[start])
-        blocks = re.split(r"\n[ \t]*\n", "\n".join(lines[start + 2 : end]))
+        blocks = [b.strip("\n") for b in re.split(r"\n[ \t]*\n", "\n".join(lines[start + 2 : end]))]
         text = " ".join(plain(b) for b in blocks if re.match(r"[A-Za-z\"“`:*][^\n]*\s", b) and not _aside(b))
         yield title, text
 

@@ -1,8 +1,9 @@
 """Manual pages as text: the paragraphs of a page, and those of its translation beside them.
 
 Translations are made paragraph by paragraph from the same source (po4a), so both pages have the same skeleton: headings
-part a page, and a section whose paragraphs are of the same kinds in the same order is aligned one by one. A section that differs (a translation of an older page) is left out, and so is a pair whose numbers, options or
-names of calls differ, or one of which is much the longer.
+part a page, and a section whose paragraphs are of the same kinds in the same order is aligned one by one. A section
+that differs (a translation of an older page) is left out, and so is a pair whose numbers, options or names of calls
+differ, or one of which is much the longer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ ESCAPES = {
 ESCAPE = re.compile("|".join(map(re.escape, sorted(ESCAPES, key=len, reverse=True))))
 FONT = re.compile(r"\\f(?:\[\w*\]|\(\w\w|\w)|\\s[+-]?\d")
 COMMENT = re.compile(r"\\\".*")
+CREDITS = frozenset({"ÜBERSETZUNG", "TRADUCTION"})
+"""The last heading of a translation: who made it."""
 SAME = re.compile(r"\d+|(?<![\w-])--?[A-Za-z][\w-]*|\b\w+\(\d\w*\)|\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b|/[\w/.]{3,}")
 
 
@@ -52,7 +55,10 @@ def blocks(page: str) -> list[Block]:
         kind = after
 
     for line in page.splitlines():
-        line = COMMENT.sub("", line)
+        bare = COMMENT.sub("", line)
+        if bare in (".", "'") or (bare != line and not bare.strip()):
+            continue
+        line = bare
         name, _, rest = line[1:].strip().partition(" ") if line.startswith((".", "'")) else ("", "", line)
         if until:
             until = "" if name == until else until
@@ -72,7 +78,7 @@ def blocks(page: str) -> list[Block]:
             tag = name in ("TP", "TQ")
         elif not name or name in FONTS or name in MIXED:
             if not rest.strip():
-                close("PP" if not line else kind)
+                close(kind if line else "PP")
                 continue
             words.append(("" if name in MIXED else " ").join(_arguments(rest)) if name else rest.strip())
             if tag:  # the first line after .TP is the term, what follows explains it
@@ -117,7 +123,8 @@ def sections(found: list[Block]) -> list[list[Block]]:
 def aligned(english: str, other: str) -> Iterator[tuple[str, str]]:
     """Pairs of paragraphs of two pages that pass every check."""
     ours, theirs = sections(blocks(english)), sections(blocks(other))
-    theirs = theirs[: max(len(ours), len(theirs) - 1)]  # the last one says who translated
+    if theirs[-1] and theirs[-1][0].text in CREDITS:
+        theirs.pop()
     if [part[0].kind if part else "" for part in ours] != [part[0].kind if part else "" for part in theirs]:
         return
     for a, b in zip(ours, theirs, strict=True):
