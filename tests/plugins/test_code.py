@@ -106,10 +106,11 @@ def test_nothing_is_run_unless_it_is_asked_for():
     code("modules", split="validation").expect("evaluate")
 
 
-def test_a_place_where_nothing_runs_is_refused():
-    """16 MB hold no Python: every answer would score 0."""
-    with pytest.raises(DataError, match="data.memory_mb=16; raise them"):
-        code("exercises", num_exercises=3, run_code=True, memory_mb=16)
+def test_a_place_where_nothing_runs_is_refused(monkeypatch):
+    """Every answer would score 0 where the Python that runs them comes to nothing."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DataError, match="does not run as it should under data.seconds=5 and data.memory_mb=512"):
+        code("exercises", num_exercises=3, run_code=True)
 
 
 # ---- exercises
@@ -121,7 +122,7 @@ def test_exercises_say_what_their_answer_computes():
         "Keep the numbers that are even, square each, return how many there are.",
         "len([n * n for n in numbers if n % 2 == 0])",
     )
-    assert len(KEEP) * len(CHANGE) * len(RETURN) == 27 * 26 * 6
+    assert len(KEEP) * len(CHANGE) * len(RETURN) == 28 * 27 * 6
 
 
 def test_exercises_of_splits_share_no_question():

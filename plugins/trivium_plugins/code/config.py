@@ -17,7 +17,7 @@ class CodeConfig(SourceConfig):
     """Which parts, and whether answers may be run."""
 
     parts: list[str] = field(default_factory=lambda: ["modules", "functions"])  # in this order
-    num_exercises: int = 6_000  # more brings new exercises until they repeat (about 4,900 there are)
+    num_exercises: int = 6_000  # more brings new exercises until they repeat (there are 4,536)
     run_code: bool = False  # run what a model wrote, in a process with limits, to score it; see the pack's README
     seconds: float = 5.0  # of processor time that an answer may take; more is kinder to slow answers
     memory_mb: int = 512  # of address space that an answer may take
