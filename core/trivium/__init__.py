@@ -20,6 +20,8 @@ _PUBLIC = {
     "split_of": "trivium.data.source",
     "fingerprint_of": "trivium.data.source",
     "MEASURES": "trivium.evaluation.measures",
+    "fetch": "trivium.data.fetch",
+    "FetchEntry": "trivium.data.fetch",
     "CausalLM": "trivium.models.protocol",
     "KVCache": "trivium.models.cache",
     "Objective": "trivium.objectives.protocol",
