@@ -22,6 +22,17 @@ TESTS = "assert f(2) == 3\nassert f(-1) == 0"
 RIGHT = "def f(x):\n    return x + 1\n"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_modules():
+    """Every eighth module, and collections: to parse them all takes seconds a split."""
+    some = tuple(m for i, m in enumerate(library.modules()) if i % 8 == 0 or m[0] == "collections/__init__.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "modules", lambda: some)
+        yield
+    library.documents.cache_clear()
+    library.functions.cache_clear()
+
+
 def code(*parts, **settings):
     return Code(CodeConfig(parts=list(parts), **settings))
 
@@ -147,7 +158,7 @@ def test_another_way_of_writing_it_is_right_and_the_answer_to_another_is_not():
 
 def test_modules_and_functions_stay_in_their_split():
     texts = {s: library.documents(s) for s in SPLITS}
-    assert [len(texts[s]) > n for s, n in zip(SPLITS, (800, 30, 80), strict=True)] == [True] * 3
+    assert [len(texts[s]) > n for s, n in zip(SPLITS, (90, 3, 8), strict=True)] == [True] * 3
     owners = {s: {d["id"].split("/", 1)[1].rsplit("/", 1)[0] for d in texts[s]} for s in SPLITS}
     made = {s: library.functions(s) for s in SPLITS}
     for s in SPLITS:
