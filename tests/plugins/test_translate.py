@@ -137,7 +137,7 @@ class TestFrench(SourceContract):
 
 def test_sizes_and_splits_of_the_real_pages():
     sources = {s: translate(language="fr", split=s) for s in ("train", "validation", "test")}
-    assert {s: len(x) for s, x in sources.items()} == {"train": 2076, "validation": 113, "test": 260}
+    assert {s: len(x) for s, x in sources.items()} == {"train": 2672, "validation": 142, "test": 332}
     asked = {s: {e["messages"][0]["content"] for e in x} for s, x in sources.items()}
     assert not asked["train"] & asked["test"] and not asked["train"] & asked["validation"]
 
