@@ -32,13 +32,14 @@ from trivium.errors import CheckpointError, ConfigError, DataError, TriviumError
 from trivium.inference.protocol import Backend
 from trivium.lineage import manifest
 from trivium.models import adapters, peft
+from trivium.models.config import ROPE_KINDS, RopeScaling
 from trivium.models.gguf import read_gguf
 from trivium.models.huggingface import Reader, Renamed, Tensors, fingerprint, read_json
 from trivium.models.protocol import CausalLM
 from trivium.models.sizes import sized
 from trivium.models.weights import fill_weights, hf_tensors, keep_layers, load_weights, read_tensors, spread_layers
 from trivium.objectives.protocol import Objective
-from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra, load
+from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra, load, near_misses
 from trivium.training.checkpoint import MODEL, RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
 from trivium.training.schedule import Schedule
 from trivium.training.tensorfile import write_tensors
@@ -257,6 +258,38 @@ class Artifact:
         model, record = self.merged(wanted, quantiser)
         build(extra("adapters"), chosen, model, seed)
         return model, {**record, "adapter": adapter_record(chosen, self)}
+
+    def stretched(self, context: int, kind: str, wanted: Component | None = None) -> Artifact:
+        """The same weights, to be built with a longer context; kind: of RoPE scaling, from the first context on.
+
+        wanted: refuse it unless its architecture is this one before it is stretched.
+        """
+        if kind not in ROPE_KINDS:
+            raise ConfigError(
+                f"stretch_by={kind!r} is not one of {', '.join(ROPE_KINDS)}.{near_misses(kind, ROPE_KINDS)}"
+            )
+        if self.base is not None:
+            raise ConfigError(f"stretch_context={context}: {self.origin} is an adapter; export it merged first")
+        if self.record is None:
+            raise ConfigError(f"stretch_context={context}: {self.origin} has no model")
+        here = _described(self.record)
+        if wanted is not None:
+            here = self._agreeing(sized_for(wanted, self.record["vocab_size"]), here)
+        scaling: RopeScaling | None = getattr(here.config, "rope_scaling", None)
+        if scaling is None:
+            raise ConfigError(f"stretch_context={context}: model={here.name} has no rotary positions to stretch")
+        if context <= here.config.context:
+            raise ConfigError(
+                f"stretch_context={context} must be more than the context of {self.origin}, {here.config.context}"
+            )
+        if kind == "none":  # what it has stays
+            scaling = dataclasses.replace(scaling, original_context=scaling.original_context or here.config.context)
+        else:
+            first = scaling.original_context or here.config.context
+            scaling = RopeScaling(kind=kind, factor=context / first, original_context=first)
+        config = dataclasses.replace(here.config, context=context, rope_scaling=scaling)
+        record = {**self.record, "config": dataclasses.asdict(config)}
+        return dataclasses.replace(self, record=record)
 
     def _with_adapter(self, wanted: Component | None, base: Artifact) -> tuple[CausalLM, dict[str, Any]]:
         record = self.record or {}

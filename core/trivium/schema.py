@@ -320,6 +320,8 @@ class RunConfig:
     init_from: str = ""  # a run, one of its checkpoints, or a folder with model.safetensors
     base: str = ""  # the model that an adapter in init_from stands on, where it is not where the adapter says
     keep_layers: int = 0  # start from so many of init_from's layers, evenly spread: a smaller model; 0 keeps all
+    stretch_context: int = 0  # start from init_from with its context made so long, by RoPE scaling; 0 leaves it
+    stretch_by: str = "yarn"  # yarn | llama3 | dynamic | linear; none makes it longer with frequencies as they are
     precision: str = "auto"  # auto | fp32 | bf16 | bf16_true | fp16; auto is bf16 where the hardware computes in it
     prompt: str = ""  # what to answer (phase=generate)
     prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
@@ -363,6 +365,8 @@ class RunConfig:
             raise ConfigError(f"keep_layers={self.keep_layers} is for phases that train, not for phase={self.phase}")
         if self.keep_layers < 0 or (self.keep_layers and not self.init_from):
             raise ConfigError(f"keep_layers={self.keep_layers} takes layers of a trained model; name it in init_from=")
+        if self.stretch_context:
+            self._check_stretch()
         if self.adapter is not None:
             self._check_adapter()
         if self.precision not in PRECISIONS:
@@ -406,6 +410,17 @@ class RunConfig:
                 )
         if self.data is None and self.phase in DATA_PHASES:
             raise ConfigError(f"phase={self.phase} needs data, and domain={self.domain} has none for it")
+
+    def _check_stretch(self) -> None:
+        said = f"stretch_context={self.stretch_context}"
+        if self.phase not in TRAINING_PHASES:
+            raise ConfigError(f"{said} is for phases that train, not for phase={self.phase}")
+        if self.stretch_context < 0 or not self.init_from:
+            raise ConfigError(f"{said} makes the context of a trained model longer; name it in init_from=")
+        if self.adapter is not None:
+            raise ConfigError(
+                f"{said} changes the base that adapter={self.adapter.name} stands on; train without adapter= first"
+            )
 
     def _check_adapter(self) -> None:
         said = f"adapter={self.adapter.name}"

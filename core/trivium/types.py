@@ -120,10 +120,14 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Score:
-    """A verdict on one completion. `value`: the reward (0.0 is a reward, not a missing one). `correct`: the verdict."""
+    """A verdict on one completion. `value`: the reward (0.0 is a reward, not a missing one). `correct`: the verdict.
+
+    measure: what `value` is where it is no verdict, such as "chrF"; an evaluation reports its mean under this name.
+    """
 
     value: float
     correct: bool
+    measure: str = ""
 
 
 @dataclass(frozen=True)

@@ -43,18 +43,36 @@ def answer_tasks(
 
 def accuracy(answers: Sequence[Answer], *, resamples: int, confidence: float) -> dict[str, Estimate]:
     """ "accuracy": the mean over tasks' accuracies; "accuracy/TASK": each task's, with bootstrap intervals."""
-    by_task: dict[str, list[float]] = defaultdict(list)
+    return _by_task("accuracy", [(a.example["task"], float(a.score.correct)) for a in answers], resamples, confidence)
+
+
+def measured(answers: Sequence[Answer], *, resamples: int, confidence: float) -> dict[str, Estimate]:
+    """The same of scores that are no verdicts, under the name of their measure ("chrF"), else "score" (partial credit).
+
+    Nothing where every score is a verdict: its mean is the accuracy.
+    """
+    found: dict[str, list[tuple[str, float]]] = defaultdict(list)
     for answer in answers:
-        by_task[answer.example["task"]].append(float(answer.score.correct))
+        found[answer.score.measure or "score"].append((answer.example["task"], answer.score.value))
+    if all(value in (0, 1) for _, value in found["score"]):
+        del found["score"]
+    return {k: e for name in sorted(found) for k, e in _by_task(name, found[name], resamples, confidence).items()}
+
+
+def _by_task(name: str, values: Sequence[tuple[str, float]], resamples: int, confidence: float) -> dict[str, Estimate]:
+    """NAME: the mean over tasks' means; NAME/TASK: each task's."""
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for task, value in values:
+        by_task[task].append(value)
 
     def mean(values: list[float], weights: list[float]) -> Estimate:
         return ratio_interval(values, weights, resamples=resamples, confidence=confidence)
 
-    found = {f"accuracy/{task}": mean(values, [1.0] * len(values)) for task, values in sorted(by_task.items())}
+    found = {f"{name}/{task}": mean(vs, [1.0] * len(vs)) for task, vs in sorted(by_task.items())}
     # each answer weighs 1 / its task's size, so a task with more examples does not count more
-    values = [v / len(vs) for vs in by_task.values() for v in vs]
+    weighed = [v / len(vs) for vs in by_task.values() for v in vs]
     weights = [1 / len(vs) for vs in by_task.values() for _ in vs]
-    return {"accuracy": mean(values, weights), **found}
+    return {name: mean(weighed, weights), **found}
 
 
 def mean_score(answers: Sequence[Answer], *, resamples: int, confidence: float) -> Estimate:

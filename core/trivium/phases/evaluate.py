@@ -14,7 +14,7 @@ from trivium.evaluation.divergence import kl_to_teacher
 from trivium.evaluation.intervals import Estimate
 from trivium.evaluation.pairs import chosen_over_rejected
 from trivium.evaluation.perplexity import bits_per_byte
-from trivium.evaluation.probes import accuracy, answer_tasks, mean_score
+from trivium.evaluation.probes import accuracy, answer_tasks, mean_score, measured
 from trivium.phases.run import Run
 
 
@@ -24,6 +24,7 @@ def run_evaluate(this: Run) -> int:
     parent = this.needs_parent()
     sampling = config.inference.config.sampling
     source = this.source()
+    source.expect("evaluate")
     _refuse_trained_text(this, parent)
     model, _ = parent.model(config.model)
     tokenizer = parent.tokenizer
@@ -69,11 +70,13 @@ def run_evaluate(this: Run) -> int:
                     "completion": a.completion,
                     "answer": a.example["answer"],
                     "correct": a.score.correct,
+                    "score": a.score.value,
                 }
                 for a in answers
             ]
         )
         found |= accuracy(answers, **bootstrap)
+        found |= measured(answers, **bootstrap)
         drawn = answer_tasks(backend, tokenizer, source, tasks, max_tokens=limit, temperature=1.0)
         found["reward"] = mean_score(drawn, **bootstrap)
     if pairs:

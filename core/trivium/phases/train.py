@@ -104,7 +104,7 @@ def run_training(this: Run) -> int:
     looked = preflight(this, objective, source, tokenizer, model)
     precision = precision_of(config.precision, config.trainer.accelerator)
     fresh_head = objective.scores and not (this.parent and this.parent.scores)
-    equal = not config.keep_layers
+    equal = not (config.keep_layers or config.stretch_context)
     equal &= all(this.parent is not None and c.sha256 == this.parent.sha256 for c in companions.values())
     parts = (
         model,
@@ -428,13 +428,20 @@ def _start(this: Run, source: Source) -> tuple[CausalLM, dict[str, Any], Tokeniz
         if config.adapter is not None:
             model, record = parent.adapted(config.model, config.adapter, config.seed)
         else:
-            model, record = parent.model(config.model, config.keep_layers)
+            wanted = config.model
+            if config.stretch_context:
+                parent, wanted = parent.stretched(config.stretch_context, config.stretch_by, wanted), None
+            model, record = parent.model(wanted, config.keep_layers)
         part = f"{config.keep_layers} layers of " * (config.keep_layers > 0)
         merged = ", its adapter merged" * (parent.base is not None and config.adapter is not None)
-        this.say(f"starts from {part}{parent.origin}{merged}")
+        by = "unscaled frequencies" if config.stretch_by == "none" else config.stretch_by
+        longer = f", its context made {config.stretch_context} by {by}" * (config.stretch_context > 0)
+        this.say(f"starts from {part}{parent.origin}{merged}{longer}")
         return model, record, _extended(this, parent.tokenizer, model, record)
     if config.adapter is not None:
         raise ConfigError(f"adapter={config.adapter.name} stands on a trained model, and {config.init_from} has none")
+    if config.stretch_context:
+        raise ConfigError(f"stretch_context={config.stretch_context}: init_from={config.init_from} has no model")
     if config.keep_layers:
         raise ConfigError(f"keep_layers={config.keep_layers}: init_from={config.init_from} has no model")
     if config.model is None:

@@ -1,0 +1,80 @@
+"""Manual pages out of Debian's packages, which are fetched and read, never installed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import tarfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from trivium import DataError, FetchEntry, fetch
+
+VERSIONS = {"manpages": "6.03-2", "manpages-l10n": "4.18.1-1"}
+LICENCES = {
+    "manpages": "free, each page's own (GPL, BSD, Linux-man-pages-copyleft)",
+    "manpages-l10n": "GPL-3+, and each page's own",
+}
+
+
+def _entry(source: str, package: str, size: int, sha256: str) -> FetchEntry:
+    version = VERSIONS[source]
+    pool = f"pool/main/m/{source}/{package}_{version}_all.deb"
+    return FetchEntry(
+        kind="debian", package=package, version=version, file="", sha256=sha256, size=size, licence=LICENCES[source],
+        pool=pool,
+    )  # fmt: skip
+
+
+CATALOGUE: Mapping[str, FetchEntry] = {
+    "manpages": _entry(
+        "manpages", "manpages", 1_331_652, "efa1ba4cd19ad7baeae959c9209a7eb74be2ebb858bcabb412597bfc9f588c91"
+    ),
+    "manpages-dev": _entry(
+        "manpages", "manpages-dev", 2_030_264, "96f55cb5e26231d5567c89b692bced63825a14a2d5bd18fdf16ea2ed44eb9838"
+    ),
+    "manpages-de": _entry(
+        "manpages-l10n", "manpages-de", 3_615_560, "37d2e7ee51f22952aecec3af93647ff59194a3c74bb7a694560f49c7f7ab3978"
+    ),
+    "manpages-de-dev": _entry(
+        "manpages-l10n", "manpages-de-dev", 1_141_048,
+        "cb3d7c10977dd3c811065d89e0d912196ec5e6f2551308edb0ba72e02da838d7",
+    ),
+    "manpages-fr": _entry(
+        "manpages-l10n", "manpages-fr", 1_899_104, "ec29759cc0e4a44dc7719c1e32869d0060667049e584f09556f0d982b969ea33"
+    ),
+}  # fmt: skip
+PACKAGES = {
+    "en": ("manpages", "manpages-dev"), "de": ("manpages-de", "manpages-de-dev"), "fr": ("manpages-fr",),
+}  # fmt: skip
+PAGE = re.compile(r"usr/share/man/(?:\w\w/)?(man\d/[^/]+)\.gz")
+
+
+@lru_cache(maxsize=3)
+def pages(language: str) -> dict[str, str]:
+    """Every page of a language, as man7/path_resolution.7; fetched once."""
+    found: dict[str, str] = {}
+    for name in PACKAGES[language]:
+        path = fetch(name, catalogue=CATALOGUE)
+        for file, content in members(path).items():
+            if match := PAGE.fullmatch(file):
+                found[match[1]] = gzip.decompress(content).decode("utf-8", "replace")
+    return found
+
+
+def members(path: Path) -> dict[str, bytes]:
+    """The regular files of a Debian package: an `ar` archive with a data.tar inside."""
+    raw, at = path.read_bytes(), 8
+    try:
+        while at < len(raw):
+            name, size = raw[at : at + 16].decode().strip(), int(raw[at + 48 : at + 58])
+            if name.startswith("data.tar"):
+                with tarfile.open(fileobj=io.BytesIO(raw[at + 60 : at + 60 + size])) as tar:
+                    files = ((m.name.removeprefix("./"), tar.extractfile(m)) for m in tar if m.isfile())
+                    return {name: file.read() for name, file in files if file is not None}
+            at += 60 + size + size % 2
+    except (ValueError, EOFError, tarfile.TarError) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove it, and it is fetched again") from error
+    raise DataError(f"{path} has no data.tar; remove it, and it is fetched again")
