@@ -19,6 +19,8 @@ _PUBLIC = {
     "SourceConfig": "trivium.data.config",
     "split_of": "trivium.data.source",
     "fingerprint_of": "trivium.data.source",
+    "fetch": "trivium.data.fetch",
+    "FetchEntry": "trivium.data.fetch",
     "CausalLM": "trivium.models.protocol",
     "KVCache": "trivium.models.cache",
     "Objective": "trivium.objectives.protocol",

