@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,10 +44,11 @@ class Licence(NamedTuple):
     text: str
 
 
-def licences(sample: bool) -> list[Licence]:
+@cache  # a run reads its training and its held-out part, and reading takes seconds
+def licences(sample: bool) -> tuple[Licence, ...]:
     """Every English text that is not deprecated, by key. Raises DataError if the archive cannot be had."""
     read = [parse(raw, name) for name, raw in (_bundled() if sample else _archived())]
-    return sorted((one for one in read if one is not None), key=lambda one: one.key)
+    return tuple(sorted((one for one in read if one is not None), key=lambda one: one.key))
 
 
 def parse(raw: str, name: str) -> Licence | None:
@@ -88,7 +90,7 @@ def paragraphs(text: str) -> list[str]:
     return [" ".join(piece.split()) for piece in re.split(r"\n\s*\n", text) if piece.strip()]
 
 
-def families(texts: list[Licence]) -> dict[str, str]:
+def families(texts: Sequence[Licence]) -> dict[str, str]:
     """Key -> the first key of its family: texts joined by shared paragraphs, directly or through others."""
     parent = {one.key: one.key for one in texts}
 
@@ -107,7 +109,7 @@ def families(texts: list[Licence]) -> dict[str, str]:
     return {one.key: root(one.key) for one in texts}
 
 
-def of_split(texts: list[Licence], split: str) -> list[Licence]:
+def of_split(texts: Sequence[Licence], split: str) -> list[Licence]:
     """The texts whose family belongs to the split, a tenth of the families in each held-out one."""
     family = families(texts)
     return [one for one in texts if split_of(family[one.key], 0.1, 0.1) == split]
