@@ -94,7 +94,7 @@ def test_installed_domain_and_source_are_offered(installed, launch):
     assert shown.returncode == 0 and not shown.stderr
     assert {"files", "med", "primer"} <= {name.rstrip(",") for name in groups["domain"]}
     assert {"files", "primer", "ward"} <= {name.rstrip(",") for name in groups["data"]}
-    assert " med" not in launch("--help").stdout, "without the plugin there is no such domain"
+    assert " med," not in launch("--help").stdout, "without the plugin there is no such domain"
 
 
 def test_installed_plugin_is_listed_with_its_version(installed, launch):

@@ -10,12 +10,6 @@ from trivium_plugins.books.config import BooksConfig
 from trivium_plugins.books.source import Books
 from trivium_plugins.chat.config import ChatConfig
 from trivium_plugins.chat.source import EMAIL, Chat
-from trivium_plugins.finance.config import FinanceConfig
-from trivium_plugins.finance.source import Finance, figures
-from trivium_plugins.legal.config import LegalConfig
-from trivium_plugins.legal.source import Legal
-from trivium_plugins.medical.config import MedicalConfig
-from trivium_plugins.medical.source import Medical
 from trivium_plugins.preferences.config import PreferencesConfig
 from trivium_plugins.preferences.source import Preferences
 
@@ -23,9 +17,6 @@ PACKS = [
     (Books, BooksConfig, ["holmes", "war_and_peace"]),
     (Chat, ChatConfig, ["conversations", "replies"]),
     (Preferences, PreferencesConfig, ["senses"]),
-    (Medical, MedicalConfig, ["chapter", "code", "describe", "surgery"]),
-    (Legal, LegalConfig, ["texts", "category", "spdx"]),
-    (Finance, FinanceConfig, ["economies", "figures"]),
 ]
 BY_NAME = pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack[0].__name__)
 
@@ -48,21 +39,6 @@ class TestChat(SourceContract):
 class TestPreferences(SourceContract):
     def make(self):
         return sample(PACKS[2])
-
-
-class TestMedical(SourceContract):
-    def make(self):
-        return sample(PACKS[3])
-
-
-class TestLegal(SourceContract):
-    def make(self):
-        return sample(PACKS[4])
-
-
-class TestFinance(SourceContract):
-    def make(self):
-        return sample(PACKS[5])
 
 
 @BY_NAME
@@ -90,18 +66,3 @@ def test_a_sample_without_the_part_says_so():
 
 def test_emails_are_masked():
     assert EMAIL.sub("me@example.org", "write to jo.b+1@mail.co.uk, please") == "write to me@example.org, please"
-
-
-def test_figures_are_the_newest_and_one_value_each():
-    fields = {"Growth": "5.3% (2014 est.) ++ 5.7% (2013 est.)", "Debt": "58.9% of GDP (2014)",
-              "Year": "1 July - 30 June",
-              "Balance": "-$5.01 billion (2014 est.)"}  # fmt: skip
-    assert figures({"fields": fields}) == {"Growth": "5.3%", "Debt": "58.9%", "Balance": "-$5.01 billion"}
-
-
-@pytest.mark.parametrize(
-    ("said", "right"), [("Permissive", True), (" permissive.\n", True), ("Permissive licence", False), ("", False)]
-)
-def test_an_answer_is_right_alone(said, right):
-    source = sample(PACKS[4])
-    assert source.score({"id": "1", "answer": "Permissive"}, said).correct == right

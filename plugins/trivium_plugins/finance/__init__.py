@@ -1,4 +1,4 @@
-"""Economies of the world in text and figures (World Factbook); fetched when first used."""
+"""Economies of the world: what the Factbook says of each, and questions whose answer is one figure with its unit."""
 
 from trivium import Entry, Plugin
 
@@ -9,8 +9,8 @@ plugin = Plugin(
         "finance": Entry(
             "trivium_plugins.finance.source:Finance",
             "trivium_plugins.finance.config:FinanceConfig",
-            help="economies of the world in text and figures (World Factbook)",
+            help="the economies of the Factbook, and verifiable questions about their figures",
         )
     },
-    help="economies of the world in text and figures (World Factbook)",
+    help="the economies of the Factbook, and verifiable questions about their figures",
 )

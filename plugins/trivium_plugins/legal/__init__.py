@@ -1,4 +1,4 @@
-"""Licence texts, their categories and SPDX names; fetched when first used."""
+"""Licences: 2,400 texts to read, and questions about their category and their clauses with one right answer each."""
 
 from trivium import Entry, Plugin
 
@@ -9,8 +9,8 @@ plugin = Plugin(
         "legal": Entry(
             "trivium_plugins.legal.source:Legal",
             "trivium_plugins.legal.config:LegalConfig",
-            help="licence texts, their categories and SPDX names",
+            help="licence texts, their category, and what their clauses are about",
         )
     },
-    help="licence texts, their categories and SPDX names",
+    help="licence texts, and verifiable questions about their category and clauses",
 )

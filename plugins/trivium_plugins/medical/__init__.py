@@ -1,4 +1,4 @@
-"""ICD-10-CM codes, HPO definitions, a manual of surgery; fetched when first used."""
+"""Medicine: codes of diseases to match with their meaning, findings and their definitions, a manual of surgery."""
 
 from trivium import Entry, Plugin
 
@@ -9,8 +9,8 @@ plugin = Plugin(
         "medical": Entry(
             "trivium_plugins.medical.source:Medical",
             "trivium_plugins.medical.config:MedicalConfig",
-            help="ICD-10-CM codes, HPO definitions, a manual of surgery",
+            help="ICD-10-CM codes, HPO definitions, and a manual of surgery",
         )
     },
-    help="ICD-10-CM codes, HPO definitions, a manual of surgery",
+    help="verifiable questions about ICD-10-CM codes, definitions of findings, a manual of surgery",
 )
