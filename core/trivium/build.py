@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from trivium.compose import Component, component
+from trivium.data.cleaning import Cleaned
 from trivium.data.config import BPEConfig
 from trivium.data.fetch import CATALOGUE, fetch
 from trivium.data.gguf_tokenizer import tokenizer_of
@@ -60,7 +61,13 @@ def build_source(chosen: Component | None, phase: str, split: str | None = None)
         raise ConfigError(
             f"data={chosen.name} does not feed phase={phase}; it feeds {', '.join(sorted(source.phases))}"
         )
-    return source
+    return Cleaned(source) if source.config.clean else source
+
+
+def build_held_out(path: str) -> Source:
+    """A file, folder or glob of `data.held_out`: every row of it."""
+    settings = SOURCES.config("files")(path=path, validation_share=0.0)
+    return build(SOURCES, Component("files", settings))
 
 
 def build_objective(chosen: Component, phase: str) -> Objective:

@@ -98,6 +98,11 @@ class Source(ABC):
             self._fingerprint = fingerprint_of(self[i] for i in range(len(self)))
         return self._fingerprint
 
+    @property
+    def notes(self) -> Mapping[str, int | str]:
+        """What a run should tell and record of how the examples were read, such as counts of what was left out."""
+        return {}
+
     def expect(self, phase: str) -> None:
         """Refuse the first example of a form that `phase` cannot use. Raises DataError naming it."""
         if phase in READS and form_of(example := self[0]) not in READS[phase]:
