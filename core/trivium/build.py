@@ -67,7 +67,10 @@ def build_source(chosen: Component | None, phase: str, split: str | None = None)
 def build_held_out(path: str) -> Source:
     """A file, folder or glob of `data.held_out`: every row of it."""
     settings = SOURCES.config("files")(path=path, validation_share=0.0)
-    return build(SOURCES, Component("files", settings))
+    try:
+        return build(SOURCES, Component("files", settings))
+    except DataError as error:
+        raise DataError(f"data.held_out={path}: {error}") from error
 
 
 def build_objective(chosen: Component, phase: str) -> Objective:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -104,33 +104,30 @@ class Cleaned(Source):
         return indices, counts
 
     def _pass(self) -> tuple[np.ndarray, dict[str, int]]:
-        counts: dict[str, int] = {"examples": len(self.source), "kept": 0}
-        for name in self.steps:
-            counts |= (
-                {f"{name} seen": 0} | ({f"{name} changed": 0} if name in CHANGING else {}) | {f"{name} removed": 0}
-            )
-        reasons: Counter[str] = Counter()
+        counts: dict[str, Counter[str]] = {name: Counter() for name in self.steps}
         filters, indices = self._filters(), []
         for index in range(len(self.source)):
             example = self.source[index]
-            for name in self.steps:
-                counts[f"{name} seen"] += 1
+            for name, count in counts.items():
+                count["seen"] += 1
                 if name in CHANGING:
-                    new, done = changed(example, self._changes[name])
-                    counts[f"{name} changed"] += new is not example
+                    new, why = changed(example, self._changes[name])
                     fault = spoiled(example, new) if new is not example else ""
-                    stays, why, example = not fault, [fault] * bool(fault), new
-                    reasons.update({f"{name}: {what}": count for what, count in done.items()})
+                    count["changed"] += new is not example
+                    stays, why, example = not fault, [*why.elements(), *[fault] * bool(fault)], new
                 else:
                     stays, why = filters[name](index, example)
-                reasons.update(f"{name}: {reason}" for reason in why)
+                count.update(f"({reason})" for reason in why)
                 if not stays:
-                    counts[f"{name} removed"] += 1
+                    count["removed"] += 1
                     break
             else:
                 indices.append(index)
-        counts["kept"] = len(indices)
-        return np.array(indices, np.int64), counts | dict(sorted(reasons.items()))
+        told = {"examples": len(self.source), "kept": len(indices)}
+        for name, count in counts.items():
+            figures = ("seen", *["changed"] * (name in CHANGING), "removed", *sorted(k for k in count if k[0] == "("))
+            told |= {f"{name} {figure}": count[figure] for figure in figures}
+        return np.array(indices, np.int64), told
 
     def _changed(self, index: int, before: int) -> Example:
         """Example `index` of the source, as the changing ones of the first `before` steps leave it."""
@@ -212,8 +209,7 @@ def length_filter(settings: CleaningConfig) -> Filter:
 
 def language_filter(settings: CleaningConfig) -> Filter:
     """By what py3langid takes all that an example says for; what it is not sure of, or is too short to tell, stays."""
-    module = optional("py3langid.langid", "data.clean=[language]")
-    identifier = module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
+    identifier = _identifier()
 
     def check(index: int, example: Example) -> tuple[bool, list[str]]:
         text = "\n".join(texts_of(example))
@@ -227,6 +223,12 @@ def language_filter(settings: CleaningConfig) -> Filter:
         return False, [language]
 
     return check
+
+
+@cache
+def _identifier() -> Any:
+    module = optional("py3langid.langid", "data.clean=[language]")
+    return module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
 
 
 def quality_filter(settings: CleaningConfig) -> Filter:

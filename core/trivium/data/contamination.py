@@ -124,14 +124,13 @@ def shared_grams(
     starts = np.searchsorted(grams, hashes)
     counts = np.searchsorted(grams, hashes, side="right") - starts
     ends = np.cumsum(counts)
-    borders = np.flatnonzero(np.diff(whose, prepend=-1))  # where the next example of the batch begins
+    cuts = np.append(np.flatnonzero(np.diff(whose)) + 1, len(hashes))  # where an example of the batch ends
     first = 0
     while first < len(hashes):
         before = ends[first - 1] if first else 0
-        fitting = borders[(borders > first) & (ends[borders - 1] - before <= PAIRS)]
-        last = (
-            len(hashes) if ends[-1] - before <= PAIRS else fitting[-1] if len(fitting) else borders[borders > first][0]
-        )
+        cuts = cuts[cuts > first]
+        fitting = cuts[ends[cuts - 1] - before <= PAIRS]
+        last = fitting[-1] if len(fitting) else cuts[0]
         here = slice(first, last)
         places = np.repeat(starts[here] - (ends[here] - counts[here] - before), counts[here])
         held = owners[places + np.arange(ends[last - 1] - before)]

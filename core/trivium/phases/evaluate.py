@@ -15,6 +15,7 @@ from trivium.evaluation.intervals import Estimate
 from trivium.evaluation.pairs import chosen_over_rejected
 from trivium.evaluation.perplexity import bits_per_byte
 from trivium.evaluation.probes import accuracy, answer_tasks, mean_score
+from trivium.phases.checks import told_notes
 from trivium.phases.run import Run
 
 
@@ -24,6 +25,7 @@ def run_evaluate(this: Run) -> int:
     parent = this.needs_parent()
     sampling = config.inference.config.sampling
     source = this.source()
+    notes = told_notes(this, {source.config.split: source})
     _refuse_trained_text(this, parent)
     model, _ = parent.model(config.model)
     tokenizer = parent.tokenizer
@@ -82,7 +84,8 @@ def run_evaluate(this: Run) -> int:
         found["kl_to_teacher"] = kl_to_teacher(model, teacher, tokenizer, chats, **bootstrap)
     for name, e in found.items():
         this.say(f"{name:<20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]  n={e.count}")
-    this.manifest.update(results={k: dataclasses.asdict(e) for k, e in found.items()}, source=source.fingerprint)
+    results = {k: dataclasses.asdict(e) for k, e in found.items()}
+    this.manifest.update(results=results, source=source.fingerprint, notes=notes)
     return 0
 
 

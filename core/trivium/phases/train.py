@@ -41,6 +41,7 @@ from trivium.models.protocol import CausalLM
 from trivium.models.sizes import DERIVED
 from trivium.models.weights import resize_vocabulary, weights_of
 from trivium.objectives.protocol import Objective
+from trivium.phases.checks import told_contamination, told_notes
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
 from trivium.training.checkpoint import CheckpointStore, read_checkpoint_json
@@ -60,6 +61,7 @@ UNGUARDED = (
     *("batch.auto", "prompts", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile"),
     *("trainer.recompute", "trainer.devices", "trainer.nodes", "trainer.strategy"),
     "trainer.tensor_parallel",
+    *("data.held_out", "data.contamination", "data.contamination_share", "data.contamination_words"),
     *("trainer.workers", "trainer.prefetch", "trainer.loader_timeout"),
     *ASIDE,
 )
@@ -71,6 +73,7 @@ def run_tokenizer(this: Run) -> int:
     if this.config.tokenizer.config.path:
         raise ConfigError("phase=tokenizer trains one; tokenizer.path= is for the phases that use one")
     source = this.source()
+    notes = told_notes(this, {source.config.split: source})
     settings = this.config.tokenizer.config
     tokenizer = train_tokenizer(this.config.tokenizer, source).extended(settings.add_tokens, settings.chat_template)
     tokenizer.save(this.folder)
@@ -79,7 +82,7 @@ def run_tokenizer(this: Run) -> int:
     per_token = sum(len(t.encode()) for t in texts) / max(1, sum(map(len, tokenizer.encode_batch(texts))))
     this.say(f"{tokenizer.vocab_size:,} tokens, {per_token:.2f} bytes a token")
     results = {"vocab_size": tokenizer.vocab_size, "bytes_per_token": round(per_token, 4)}
-    this.manifest.update(tokenizer=tokenizer.fingerprint, source=source.fingerprint, results=results)
+    this.manifest.update(tokenizer=tokenizer.fingerprint, source=source.fingerprint, notes=notes, results=results)
     return 0
 
 
@@ -92,6 +95,10 @@ def run_training(this: Run) -> int:
     companions = _companions(this, objective)
     source = this.source()
     source.expect(config.phase)
+    validates = config.validation.every_steps > 0 and objective.reads != "answers"
+    splits = {"train": source} | ({"validation": this.source("validation")} if validates else {})
+    notes = told_notes(this, splits)
+    contamination = told_contamination(this, source, splits.get("validation"))
     model, record, tokenizer = _model_and_tokenizer(this, source, objective)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
@@ -126,6 +133,8 @@ def run_training(this: Run) -> int:
         "data": ready.data,
         "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
+        "notes": notes,
+        "contamination": contamination,
     }
     job = Job(
         config, this.folder, ready.module, ready.steps, ready.validation, tokenizer, record, guard, ready.form,
