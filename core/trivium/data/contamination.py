@@ -133,7 +133,7 @@ def shared_grams(
         last = fitting[-1] if len(fitting) else cuts[0]
         here = slice(first, last)
         places = np.repeat(starts[here] - (ends[here] - counts[here] - before), counts[here])
-        held = owners[places + np.arange(ends[last - 1] - before)]
+        held = owners[places + np.arange(int(ends[last - 1] - before))]
         pairs, shared = np.unique(held * BATCH + np.repeat(whose[here], counts[here]), return_counts=True)
         held, mine = pairs // BATCH, pairs % BATCH
         order = np.lexsort((mine, -shared, held))
