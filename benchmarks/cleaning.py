@@ -1,4 +1,4 @@
-"""Cleaning: MB/s of each step on the primer's books, and bytes of memory a document while `near` reads.
+"""Cleaning: MB/s of each step on the primer's books, and of the check for contamination.
 
     python benchmarks/cleaning.py
 
@@ -7,7 +7,6 @@ One pass of each step over the books of the training split, in one thread; the f
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -39,9 +38,7 @@ def main() -> None:
     print(f"{len(source):,} documents, {size / 1e6:.2f} MB")
     for step in CLEANING_STEPS:
         cleaned = Cleaned(Primer(replace(books, clean=[step])))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds = fastest(cleaned._pass)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(source)
         kept = len(cleaned._pass()[0])
         print(
             f"{step:<14} {size / seconds / 1e6:8.1f} MB/s   kept {kept:,}   peak memory +{grown:,.0f} bytes a document"

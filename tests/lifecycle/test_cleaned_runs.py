@@ -12,7 +12,8 @@ from trivium.data.cleaning import Cleaned
 @pytest.fixture
 def letters(tmp_path):
     """40 letters, each with an address of its own, and the first 5 again."""
-    said = "Letter {0}: the heron of river {0} stood on stone {0} and ate fish {0} while frog {0} sang. Write to a{0}@example.org"
+    said = "Letter {0}: the heron of river {0} stood on stone {0} and ate fish {0} while frog {0} sang. "
+    said += "Write to a{0}@example.org"
     rows = [{"text": said.format(i)} for i in range(40)]
     path = tmp_path / "letters.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:5]]))
@@ -48,13 +49,13 @@ def test_a_cleaned_run_says_and_records_what_was_done(main, pretraining, letters
 
 
 def test_a_leak_is_warned_of_refused_or_not_looked_for(main, pretraining, letters, tmp_path):
-    """The held-out file has one of the letters and one that is nowhere."""
+    """The held-out file has one of the letters (24 words, so 12 n-grams) and one that is nowhere."""
     held = tmp_path / "held.jsonl"
     other = "A wholly different letter about the weather in the north, the south, the east and the west of here."
     row = json.loads(letters.read_text().splitlines()[7])
     held.write_text("".join(json.dumps({"text": text}) + "\n" for text in (other, row["text"])))
     how = (f"data.path={letters}", "data.validation_share=0.0", "trainer.max_steps=2", f"data.held_out=[{held}]")
-    said = f"1 of 2 held-out examples ({held}) are in the training data, such as {held}:2 in {letters}:8 (10 of its 10"
+    said = f"1 of 2 held-out examples ({held}) are in the training data, such as {held}:2 in {letters}:8 (12 of its 12"
 
     done = main(*pretraining(tmp_path, "warned", *how))
     assert done.code == 0, done.err
@@ -62,7 +63,7 @@ def test_a_leak_is_warned_of_refused_or_not_looked_for(main, pretraining, letter
     assert manifest(tmp_path / "warned")["contamination"] == {
         str(held): {
             "examples": 2, "contaminated": 1, "share": 0.5,
-            "worst": [{"held_out": f"{held}:2", "train": f"{letters}:8", "shared": 10, "of": 10}],
+            "worst": [{"held_out": f"{held}:2", "train": f"{letters}:8", "shared": 12, "of": 12}],
         }
     }  # fmt: skip
 
