@@ -40,9 +40,7 @@ def main() -> None:
         cleaned = Cleaned(Primer(replace(books, clean=[step])))
         seconds = fastest(cleaned._pass)
         kept = len(cleaned._pass()[0])
-        print(
-            f"{step:<14} {size / seconds / 1e6:8.1f} MB/s   kept {kept:,}   peak memory +{grown:,.0f} bytes a document"
-        )
+        print(f"{step:<14} {size / seconds / 1e6:8.1f} MB/s   kept {kept:,}")
     held = Primer(replace(books, split="validation"))
     seconds = fastest(lambda: find_overlap(source, held, 13))
     print(f"{'contamination':<14} {size / seconds / 1e6:8.1f} MB/s")
