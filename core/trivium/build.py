@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from trivium.compose import Component, component, compose, options, run_config
+from trivium.data.cleaning import Cleaned
 from trivium.data.config import BPEConfig, MixtureConfig
 from trivium.data.fetch import CATALOGUE, fetch
 from trivium.data.gguf_tokenizer import tokenizer_of
@@ -64,7 +65,16 @@ def build_source(chosen: Component | None, phase: str, split: str | None = None)
         raise ConfigError(
             f"data={chosen.name} does not feed phase={phase}; it feeds {', '.join(sorted(source.phases))}"
         )
-    return source
+    return Cleaned(source) if source.config.clean else source
+
+
+def build_held_out(path: str) -> Source:
+    """A file, folder or glob of `data.held_out`: every row of it."""
+    settings = SOURCES.config("files")(path=path, validation_share=0.0)
+    try:
+        return build(SOURCES, Component("files", settings))
+    except DataError as error:
+        raise DataError(f"data.held_out={path}: {error}") from error
 
 
 def _part(config: MixtureConfig, name: str, phase: str) -> Component:
@@ -73,7 +83,8 @@ def _part(config: MixtureConfig, name: str, phase: str) -> Component:
     composed = compose([f"phase={phase}", f"domain={part.domain}"])
     chosen = run_config(composed).data
     assert chosen is not None and part.domain in options("domain")
-    settings = {"name": chosen.name, **dataclasses.asdict(chosen.config), **dict(part.settings)}
+    cleaning = {"clean": config.clean, "cleaning": dataclasses.asdict(config.cleaning)} if config.clean else {}
+    settings = {"name": chosen.name, **dataclasses.asdict(chosen.config), **cleaning, **dict(part.settings)}
     found = component("data", settings)
     assert found is not None
     if isinstance(found.config, MixtureConfig):

@@ -17,6 +17,9 @@ SCHEMAS = (
 )
 FORMS = ("text", "chat", "answers", "pairs", "labels", "steps")
 CHECKERS = ("exact", "number", "choice", "regex")
+CLEANING_STEPS = ("unicode", "whitespace", "pii", "length", "language", "quality", "exact", "near")
+"""The first three change texts, the others remove examples; see docs/cleaning.md."""
+CONTAMINATION = ("warn", "fail", "off")
 
 
 def one_of(owner: object, field: str, allowed: tuple[str, ...]) -> None:
@@ -34,14 +37,70 @@ def positive(owner: object, *names: str) -> None:
 
 
 @dataclass(frozen=True)
+class CleaningConfig:
+    """What the steps of `data.clean` go by; a step that is not named there reads none of it."""
+
+    mojibake: bool = True  # unicode: undo text that was decoded wrongly (by ftfy); false needs no ftfy
+    min_chars: int = 1  # length: an example that says less is removed
+    max_chars: int = 1_000_000  # length: an example that says more is removed
+    languages: list[str] = field(default_factory=lambda: ["en"])  # language: ISO 639-1 codes that are kept
+    language_min_chars: int = 50  # language: shorter texts are kept as undecided; fewer makes more mistakes
+    language_confidence: float = 0.5  # language: surer than this it must be to remove; less sure is undecided, kept
+    min_words: int = 50  # quality: fewer are no document; chats and short answers need 1
+    max_words: int = 100_000  # quality: more words are no document
+    stop_words: int = 2  # quality: of eight common English words a text must hold; 0 for other languages
+    repetition: bool = True  # quality: the rules on repeated lines, paragraphs and phrases, too
+    near_threshold: float = 0.8  # near: Jaccard similarity from which on two are duplicates; less removes more
+    near_words: int = 5  # near: words in a row that are compared; fewer find looser copies
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_chars <= self.max_chars:
+            raise ConfigError(
+                f"data.cleaning.min_chars={self.min_chars} and max_chars={self.max_chars} leave no length to keep"
+            )
+        if not 1 <= self.min_words <= self.max_words:
+            raise ConfigError(
+                f"data.cleaning.min_words={self.min_words} and max_words={self.max_words} leave no text to keep; "
+                "min_words must be 1 or more"
+            )
+        if not self.languages:
+            raise ConfigError("data.cleaning.languages=[] would keep nothing; name codes such as [en, de]")
+        if not 0 <= self.language_confidence < 1:
+            raise ConfigError(f"data.cleaning.language_confidence={self.language_confidence} must be in [0, 1)")
+        if not 0.5 < self.near_threshold <= 1:
+            raise ConfigError(f"data.cleaning.near_threshold={self.near_threshold} must be above 0.5 and at most 1")
+        positive(self, "near_words")
+        if not 0 <= self.stop_words <= 8:
+            raise ConfigError(f"data.cleaning.stop_words={self.stop_words} must be 0 to 8")
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """What every source can be told."""
 
     split: str = "train"  # train | validation | test; a source cuts them by content hash, so they never overlap
     seed: int = 0  # of what the source makes itself (generated tasks); order has the run's own seed
+    clean: list[str] = field(default_factory=list)  # steps in order, such as [unicode, whitespace, pii, exact, near]
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)  # what those steps go by
+    held_out: list[str] = field(default_factory=list)  # files that must not be trained on, beside the validation split
+    contamination: str = "warn"  # warn | fail | off: when training data holds what is held out
+    contamination_share: float = 0.0  # of held-out examples that may be in the training data before it warns or fails
+    contamination_words: int = 13  # words in a row that make two texts the same; fewer raise more false alarms
 
     def __post_init__(self) -> None:
         one_of(self, "split", SPLITS)
+        one_of(self, "contamination", CONTAMINATION)
+        for step in self.clean:
+            if step not in CLEANING_STEPS:
+                raise ConfigError(
+                    f"data.clean={list(self.clean)} has {step!r}, which is not one of {', '.join(CLEANING_STEPS)}."
+                    f"{near_misses(str(step), CLEANING_STEPS)}"
+                )
+        if len(set(self.clean)) < len(self.clean):
+            raise ConfigError(f"data.clean={list(self.clean)} names a step twice; name each once")
+        if not 0 <= self.contamination_share < 1:
+            raise ConfigError(f"data.contamination_share={self.contamination_share} must be at least 0 and less than 1")
+        positive(self, "contamination_words")
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def run_evaluate(this: Run) -> int:
         found["kl_to_teacher"] = kl_to_teacher(model, teacher, tokenizer, chats, **bootstrap)
     for name, e in found.items():
         this.say(f"{name:<20} {e.value:.3f}  [{e.low:.3f}, {e.high:.3f}]  n={e.count}")
-    this.manifest.update(results={k: dataclasses.asdict(e) for k, e in found.items()}, source=source.fingerprint)
+    results = {k: dataclasses.asdict(e) for k, e in found.items()}
+    this.manifest.update(results=results, source=source.fingerprint)
     return 0
 
 

@@ -103,14 +103,16 @@ class Run:
         return self._sources[split]
 
     def _note(self, source: Source) -> None:
-        """Tell once what was left out of the data, and keep it for the manifest."""
-        notes, split = dict(source.notes), source.config.split
+        """Tell once how the data was read and cleaned, and keep it for the manifest."""
+        with self.world.first():  # what one has cleaned, the others read from the cache
+            notes, split = dict(source.notes), source.config.split
         if not notes:
             return
         self.manifest.facts["read"] = {**self.manifest.facts.get("read", {}), split: notes}
-        for what, counts in notes.items():
-            if isinstance(counts, Mapping) and counts:
-                shown = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        counted = {"cleaned": {k: v for k, v in notes.items() if not isinstance(v, Mapping) and k != "rows"}}
+        for what, counts in (notes | counted).items():
+            if isinstance(counts, Mapping) and any(counts.values()):
+                shown = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
                 self.say(f"data ({split}): {what.replace('_', ' ')}: {shown}")
 
     def same_content(self) -> bool:

@@ -42,6 +42,7 @@ from trivium.models.protocol import CausalLM
 from trivium.models.sizes import DERIVED
 from trivium.models.weights import resize_vocabulary, weights_of
 from trivium.objectives.protocol import Objective
+from trivium.phases.checks import told_contamination
 from trivium.phases.preflight import preflight
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
@@ -63,6 +64,7 @@ UNGUARDED = (
     *("batch.auto", "prompts", "prompt_format", "system", "trainer.accelerator", "trainer.threads", "trainer.compile"),
     *("trainer.recompute", "trainer.devices", "trainer.nodes", "trainer.strategy"),
     "trainer.tensor_parallel",
+    *("data.held_out", "data.contamination", "data.contamination_share", "data.contamination_words"),
     *("trainer.workers", "trainer.prefetch", "trainer.loader_timeout"),
     *ASIDE,
 )
@@ -97,6 +99,8 @@ def run_training(this: Run) -> int:
     source.expect(config.phase)
     if objective.reads == "pairs" and "label" in source[0]:
         raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
+    validates = config.validation.every_steps > 0 and objective.reads != "answers"
+    contamination = told_contamination(this, source, this.source("validation") if validates else None)
     model, record, tokenizer = _model_and_tokenizer(this, source, objective)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
@@ -133,6 +137,7 @@ def run_training(this: Run) -> int:
         "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "doctor": looked,
+        "contamination": contamination,
     }
     job = Job(
         config, this.folder, ready.module, ready.steps, ready.validation, tokenizer, record, guard, ready.form,
