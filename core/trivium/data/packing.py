@@ -121,9 +121,10 @@ def tokenise(
             shown = numbered[np.concatenate([part.examples for part in parts])]
             facts |= {"origins": origins, "origin": shown}
     lengths = np.concatenate([part.lengths for part in parts])
-    arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "trained")]
+    tokens = np.concatenate([part.tokens for part in parts])
+    trained = np.concatenate([part.trained for part in parts])
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-    return TokenTable(*arrays, offsets, [i for part in parts for i in part.ids], **facts)
+    return TokenTable(tokens, trained, offsets, [i for part in parts for i in part.ids], **facts)
 
 
 @dataclass
