@@ -276,9 +276,9 @@ REFUSED = {
     "an answer too long for the context": (
         "rolling", ["inference.sampling.max_tokens=250", "batch.length=512"], 2, "do not fit 256 tokens",
         "the model's context 256"),
-    "rlhf on files": (
-        "judging", ["phase=rlhf", "objective=grpo"], 2,
-        "domain=files has no data for phase=rlhf; it has distill, evaluate, preference, pretrain, reward, sft"),
+    "verdicts for rlhf": (
+        "judging", ["phase=rlhf", "objective=grpo"], 1, "verdicts.jsonl holds labels (a completion with a label)",
+        "data.forms=[answers] reads messages with an answer to score against", "choose phase=preference"),
 }  # fmt: skip
 """By case: the fixture with a tiny run's overrides, what is changed, the exit code, and what the sentence says."""
 
