@@ -47,6 +47,8 @@ def of_phase(group, option):
     """The phase in which an option can be chosen: objectives name theirs, everything else takes any."""
     if group == "adapter" and option != "none":
         return ["phase=sft", "init_from=r"]
+    if group == "domain":
+        return [f"phase={next(p for p in PHASES if f'{option}/{p}' in options('data'))}"]
     if group == "data" and option in groups()[group]:
         return [f"phase={next(p for p in PHASES if p in groups()[group].load(option).phases)}"]
     if group != "objective":
