@@ -56,7 +56,7 @@ def documents(text: str) -> Iterator[str]:
 def austen() -> Iterator[str]:
     """Jane Austen's novels, out of R's lazy-load data base."""
     try:
-        import rdata
+        import rdata  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("data.parts=[austen] is in a file of R; pip install rdata to read it") from error
     warnings.filterwarnings("ignore", module="rdata")
