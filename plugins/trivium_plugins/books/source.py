@@ -56,7 +56,7 @@ def documents(text: str) -> Iterator[str]:
 def austen() -> Iterator[str]:
     """Jane Austen's novels, out of R's lazy-load data base."""
     try:
-        import rdata
+        import rdata  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("data.parts=[austen] is in a file of R; pip install rdata to read it") from error
     warnings.filterwarnings("ignore", module="rdata")
@@ -86,6 +86,7 @@ class Books(Source):
     """The parts of the config, in its order; a tenth of the records is held out for tests, a twentieth to validate."""
 
     phases: ClassVar[frozenset[str]] = frozenset({"tokenizer", "pretrain", "distill", "evaluate"})
+    config: BooksConfig
 
     def __init__(self, config: BooksConfig) -> None:
         super().__init__(config)
@@ -98,7 +99,8 @@ class Books(Source):
 
     def records(self, part: str) -> Iterator[dict[str, Any]]:
         """Those of the split."""
-        told = map(json.loads, SAMPLE.read_text("utf-8").splitlines()) if self.config.sample else read(part)  # type: ignore[attr-defined]
+        lines = SAMPLE.read_text("utf-8").split("\n") if self.config.sample else []
+        told = map(json.loads, filter(None, lines)) if self.config.sample else read(part)
         return (record for record in told if split_of(content(record), 0.05, 0.1) == self.config.split)
 
     def __len__(self) -> int:

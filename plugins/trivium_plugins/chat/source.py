@@ -57,6 +57,7 @@ class Chat(Source):
     """The parts of the config, in its order; a tenth of the records is held out for tests, a twentieth to validate."""
 
     phases: ClassVar[frozenset[str]] = frozenset({"tokenizer", "sft", "preference", "reward", "distill", "evaluate"})
+    config: ChatConfig
 
     def __init__(self, config: ChatConfig) -> None:
         super().__init__(config)
@@ -69,7 +70,8 @@ class Chat(Source):
 
     def records(self, part: str) -> Iterator[dict[str, Any]]:
         """Those of the split."""
-        told = map(json.loads, SAMPLE.read_text("utf-8").splitlines()) if self.config.sample else read(part)  # type: ignore[attr-defined]
+        lines = SAMPLE.read_text("utf-8").split("\n") if self.config.sample else []
+        told = map(json.loads, filter(None, lines)) if self.config.sample else read(part)
         return (record for record in told if split_of(content(record), 0.05, 0.1) == self.config.split)
 
     def __len__(self) -> int:

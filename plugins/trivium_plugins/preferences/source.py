@@ -58,6 +58,7 @@ class Preferences(Source):
     """The parts of the config, in its order; a tenth of the records is held out for tests, a twentieth to validate."""
 
     phases: ClassVar[frozenset[str]] = frozenset({"preference", "reward", "evaluate"})
+    config: PreferencesConfig
 
     def __init__(self, config: PreferencesConfig) -> None:
         super().__init__(config)
@@ -70,7 +71,8 @@ class Preferences(Source):
 
     def records(self, part: str) -> Iterator[dict[str, Any]]:
         """Those of the split."""
-        told = map(json.loads, SAMPLE.read_text("utf-8").splitlines()) if self.config.sample else read(part)  # type: ignore[attr-defined]
+        lines = SAMPLE.read_text("utf-8").split("\n") if self.config.sample else []
+        told = map(json.loads, filter(None, lines)) if self.config.sample else read(part)
         return (record for record in told if split_of(content(record), 0.05, 0.1) == self.config.split)
 
     def __len__(self) -> int:
