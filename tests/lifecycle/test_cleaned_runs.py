@@ -33,17 +33,18 @@ def test_a_cleaned_run_says_and_records_what_was_done(main, pretraining, letters
     done = main(*pretraining(tmp_path, "a", *how))
     assert done.code == 0, done.err
     told = (
-        "train data: examples 45, kept 40, pii seen 45, pii changed 45, pii (email) 45, exact seen 45, exact removed 5"
+        "data (train): cleaned: 45 examples, 40 kept, 45 pii seen, 45 pii changed, 45 pii (email), 45 exact seen, "
+        "5 exact removed"
     )
     assert told in one_line(done.out)
-    assert manifest(tmp_path / "a")["notes"] == {
+    assert manifest(tmp_path / "a")["read"] == {
         "train": {
-            "examples": 45, "kept": 40, "pii seen": 45, "pii changed": 45, "pii removed": 0, "pii (email)": 45,
+            "rows": 45, "examples": 45, "kept": 40, "pii seen": 45, "pii changed": 45, "pii removed": 0, "pii (email)": 45,
             "exact seen": 45, "exact removed": 5,
         }
     }  # fmt: skip
     plain = main(*pretraining(tmp_path, "b", *how[:2], "trainer.max_steps=2"))
-    assert plain.code == 0 and "train data:" not in plain.out and manifest(tmp_path / "b")["notes"] == {}
+    assert plain.code == 0 and "cleaned" not in plain.out and manifest(tmp_path / "b")["read"] == {"train": {"rows": 45}}
     sources = [manifest(tmp_path / name)["source"] for name in "ab"]
     assert sources[0] != sources[1]
 
