@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from trivium.data import adapted
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
 from trivium.data.find import find_files
@@ -215,6 +216,7 @@ def test_unpacked_files_are_made_once_and_leave_no_halves(tmp_path):
 
 PROGRAM = """
 import re, sys
+from trivium.data import adapted
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
 source = Files(FilesConfig(path=sys.argv[1], validation_share=0.0))
@@ -243,3 +245,48 @@ def test_memory_does_not_grow_with_the_data(kind, tmp_path):
         assert total == sum(map(len, texts))
         peaks.append(peak / 1000)
     assert peaks[1] - peaks[0] < 35, peaks
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv"])
+def test_rows_are_looked_at_once_while_a_file_is_as_it_was(name, tmp_path, monkeypatch):
+    """A second source of the same bytes reads a row for its columns and no more; of others it reads all."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / name
+    texts = [f"line {i} " + "of a long text about herons " * 160 for i in range(30)]
+    head = {"a.jsonl": "", "a.txt": "", "a.csv": "text\n"}[name]
+
+    def write(texts):
+        lines = {"a.jsonl": (json.dumps({"text": t}) + "\n" for t in texts), "a.txt": (t + "\n\n" for t in texts),
+                 "a.csv": (t + "\n" for t in texts)}[name]  # fmt: skip
+        file.write_text(head + "".join(lines))
+
+    looked = []
+    monkeypatch.setattr(Files, "_look_at", lambda self, table: looked.append(1) or look(self, table))
+    look = adapted.Adapted._look_at
+
+    def source(**more):
+        return Files(FilesConfig(path=str(file), validation_share=0.3, **more))
+
+    write(texts)
+    first, again = source(), source()
+    assert len(looked) == 1 and again.fingerprint == first.fingerprint and again.notes == first.notes
+    assert [again[i] for i in range(len(again))] == [first[i] for i in range(len(first))]
+    held = source(split="validation")
+    assert len(looked) == 2 and len(held) + len(first) == 30 and held.fingerprint != first.fingerprint
+    write([*texts[:-1], "another end"])
+    assert source().fingerprint != first.fingerprint and len(looked) == 3
+    write(texts)
+    for path in (tmp_path / "cache/read").iterdir():
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    assert source().fingerprint == first.fingerprint and len(looked) == 4, "a damaged note is no note"
+
+
+def test_what_holds_a_bad_row_is_looked_at_every_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": 2}\n{"text": "three"}\n')
+    for _ in range(2):
+        source = Files(FilesConfig(path=str(tmp_path / "a.jsonl"), validation_share=0.0, bad_rows="skip"))
+        assert source.notes["skipped"] == {"does not fit the schema": 1} and len(source) == 2
+    assert not (tmp_path / "cache/read").exists()

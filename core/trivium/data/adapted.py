@@ -9,6 +9,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -17,13 +18,16 @@ from trivium.data.checkers import READERS, is_right
 from trivium.data.config import RowsConfig
 from trivium.data.messages import misfit
 from trivium.data.readers import CsvRecords
-from trivium.data.rows import RowError, Rows
+from trivium.data.rows import RowError, Rows, Slices
 from trivium.data.schemas import ADAPTERS, FORM_OF, VERDICTS, schemas_of
 from trivium.data.source import FORM_WORDS, READS, Example, Source, form_of, prompt_of, split_of
+from trivium.disk import cache_folder, digest_file, keep, kept
 from trivium.errors import DataError
 from trivium.registry import near_misses
 from trivium.types import Score
 
+VERSION = 1
+"""Of how rows become examples; raise it when others are made of the same bytes."""
 PEEKED = 64
 """Rows whose columns together say which schema a file has."""
 
@@ -35,9 +39,17 @@ class Table(NamedTuple):
     schema: str
 
 
+class Looked(NamedTuple):
+    """What a reading of all rows finds. mine: rows of this split. said: SHA-256 of their examples."""
+
+    mine: array
+    read: int
+    said: bytes
+
+
 class Adapted(Source):
     """Rows of tables that a subclass opens. Every row is read once at the start, so a bad one is found before training
-    is; then it is read again when it is asked for."""
+    is; then it is read again when it is asked for. What was found of a file is kept under the hash of its bytes."""
 
     phases: ClassVar[frozenset[str]] = frozenset(
         {"tokenizer", "pretrain", "sft", "preference", "reward", "rlhf", "distill", "evaluate"}
@@ -125,7 +137,20 @@ class Adapted(Source):
         if not self._wants(schemas[0]):
             return schemas
         table = Table(rows, schemas[0])
-        mine, held_out, seen = array("q"), self.config.split != "train", False
+        found = self._looked_at_before(table)
+        if found is None:
+            found = self._look_at(table)
+        self._num_read += found.read
+        self._digest.update(found.said)
+        self._tables.append(table)
+        self._mine.append(range(len(rows)) if len(found.mine) == len(rows) else found.mine)
+        self._ends.append(len(self) + len(found.mine))
+        return schemas
+
+    def _look_at(self, table: Table) -> Looked:
+        """Read every row of a table. Raises DataError for a bad one, unless it may be skipped and counted."""
+        rows, mine, digest = table.rows, array("q"), hashlib.sha256()
+        held_out, seen, bad, read = self.config.split != "train", False, 0, 0
         for row in range(len(rows)):
             try:
                 example = self._example(table, row)
@@ -138,17 +163,40 @@ class Adapted(Source):
                 seen = True
                 self._first_bad = self._first_bad or error
                 self._skipped[error.reason] += 1
+                bad += 1
                 continue
-            self._num_read += 1
+            read += 1
             if not self._shared or self._is_mine(example, held_out):
                 mine.append(row)
-                self._digest.update(said)
+                digest.update(said)
         if not seen:
             raise DataError(f"{rows.path} has no rows")
-        self._tables.append(table)
-        self._mine.append(range(len(mine)) if len(mine) == len(rows) else mine)
-        self._ends.append(len(self) + len(mine))
-        return schemas
+        found = Looked(mine, read, digest.digest())
+        if not bad and (path := self._kept_at(table)):
+            keep(path, found.said + read.to_bytes(8, "little") + mine.tobytes())
+        return found
+
+    def _looked_at_before(self, table: Table) -> Looked | None:
+        """What `_look_at` found of the same bytes with the same settings, where no row was bad."""
+        path = self._kept_at(table)
+        content = kept(path) if path else None
+        if content is None:
+            return None
+        return Looked(array("q", content[40:]), int.from_bytes(content[32:40], "little"), content[:32])
+
+    def _kept_at(self, table: Table) -> Path | None:
+        if not isinstance(table.rows, Slices):
+            return None
+        settings = {k: v for k, v in asdict(self.config).items() if k not in ("path", "validation_path")}
+        made_of = [
+            VERSION,
+            table.rows.path.as_posix(),
+            digest_file(table.rows.held),
+            table.schema,
+            self._shared,
+            settings,
+        ]
+        return cache_folder() / "read" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}.bin"
 
     def _wants(self, schema: str) -> bool:
         return not self.config.forms or FORM_OF[schema] in self.config.forms
