@@ -39,8 +39,8 @@ def test_a_cleaned_run_says_and_records_what_was_done(main, pretraining, letters
     assert told in one_line(done.out)
     assert manifest(tmp_path / "a")["read"] == {
         "train": {
-            "rows": 45, "examples": 45, "kept": 40, "pii seen": 45, "pii changed": 45, "pii removed": 0, "pii (email)": 45,
-            "exact seen": 45, "exact removed": 5,
+            "rows": 45, "examples": 45, "kept": 40, "pii seen": 45, "pii changed": 45, "pii removed": 0,
+            "pii (email)": 45, "exact seen": 45, "exact removed": 5,
         }
     }  # fmt: skip
     plain = main(*pretraining(tmp_path, "b", *how[:2], "trainer.max_steps=2"))
