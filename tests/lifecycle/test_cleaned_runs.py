@@ -45,7 +45,7 @@ def test_a_cleaned_run_says_and_records_what_was_done(main, pretraining, letters
     }  # fmt: skip
     plain = main(*pretraining(tmp_path, "b", *how[:2], "trainer.max_steps=2"))
     assert (
-        plain.code == 0 and "cleaned" not in plain.out and manifest(tmp_path / "b")["read"] == {"train": {"rows": 45}}
+        plain.code == 0 and "cleaned:" not in plain.out and manifest(tmp_path / "b")["read"] == {"train": {"rows": 45}}
     )
     sources = [manifest(tmp_path / name)["source"] for name in "ab"]
     assert sources[0] != sources[1]
