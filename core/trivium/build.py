@@ -83,6 +83,9 @@ def _part(config: MixtureConfig, name: str, phase: str) -> Component:
     composed = compose([f"phase={phase}", f"domain={part.domain}"])
     chosen = run_config(composed).data
     assert chosen is not None and part.domain in options("domain")
+    known = ("domain", "weight", "epochs", "tokens", *(f.name for f in dataclasses.fields(chosen.config)))
+    if unknown := [key for key, _ in part.settings if key not in known]:
+        raise ConfigError(f"data.parts.{name} has {unknown[0]!r}, which is no setting.{near_misses(unknown[0], known)}")
     cleaning = {"clean": config.clean, "cleaning": dataclasses.asdict(config.cleaning)} if config.clean else {}
     settings = {"name": chosen.name, **dataclasses.asdict(chosen.config), **cleaning, **dict(part.settings)}
     found = component("data", settings)

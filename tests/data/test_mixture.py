@@ -204,7 +204,7 @@ def test_parts_are_domains_with_their_own_settings(tmp_path):
     [
         ({}, r"needs data.parts="),
         ({"primmer": {}}, r"primmer.*primer"),
-        ({"primer": {"size": 3}}, r"size"),
+        ({"primer": {"wieght": 3}}, r"data.parts.primer has 'wieght', which is no setting. Did you mean weight"),
         ({"mixture": {}}, r"data.parts.mixture: a mixture is no part of a mixture"),
         ({"files": {"domain": "files"}}, r"needs data.path="),
     ],
