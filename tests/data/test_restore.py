@@ -1,15 +1,18 @@
 """Grain's own test of a data pipeline (https://github.com/google/grain): before every element the state is saved, then
 each state is restored and the rest compared with the rest of the first reading. The state here is one number, the step.
 
-Through whole rows and batches: raw, shuffled, packed, a mixture of three; over several epochs; on any number of ranks,
+Through whole rows and batches: raw, mapped and filtered (cleaned), shuffled, packed, a mixture of three; over several epochs; on any number of ranks,
 with workers or without.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import Listed
 
+from trivium.data.cleaning import Cleaned
 from trivium.data.config import BPEConfig, MixtureConfig
 from trivium.data.datamodule import PromptDataset, StepDataset
 from trivium.data.loader import StepLoader
@@ -39,6 +42,11 @@ def talks(count):
     return Listed([{"id": str(i), "messages": m} for i, m in enumerate(said)])
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
+
+
 def made(kind, tokenizer, **more):
     sizes = {"size": 6, "micro_size": 2, "length": LENGTH, "pad_id": tokenizer.pad_id, "seed": 5, **more}
     if kind == "mixture":
@@ -48,6 +56,13 @@ def made(kind, tokenizer, **more):
         table = tokenise(source, tokenizer, LENGTH)
         table.ends = document_ends(source, table)
         return StepDataset(table, shares=source.config, **sizes)
+    if kind == "cleaned":  # each text with an address is changed, each that comes again left out
+        rows = [{**e, "text": f"{e['text']} me@example.org {i % 25}"} for i, e in enumerate(texts(40, 30).examples)]
+        listed = Listed([*rows, *({**e, "id": f"{e['id']} again"} for e in rows)])
+        listed.config = replace(listed.config, clean=["pii", "exact"])
+        source = Cleaned(listed)
+        assert len(source) == len({e["text"] for e in rows}) < 80 and "<EMAIL>" in source[0]["text"]
+        return StepDataset(tokenise(source, tokenizer, LENGTH), **sizes)
     source, form = {"text": (texts(40, 30), "text"), "chat": (talks(23), "chat")}[kind]
     return StepDataset(tokenise(source, tokenizer, LENGTH, form=form), **sizes)
 
@@ -60,7 +75,7 @@ def same(one, other):
             assert (x is None and y is None) or torch.equal(x, y), name
 
 
-@pytest.mark.parametrize("kind", ["text", "chat", "mixture"])
+@pytest.mark.parametrize("kind", ["text", "chat", "cleaned", "mixture"])
 def test_every_step_restores_the_rest(kind, tokenizer):
     steps = made(kind, tokenizer)
     epochs = 3
