@@ -1,8 +1,8 @@
 """Grain's own test of a data pipeline (https://github.com/google/grain): before every element the state is saved, then
 each state is restored and the rest compared with the rest of the first reading. The state here is one number, the step.
 
-Through whole rows and batches: raw, mapped and filtered (cleaned), shuffled, packed, a mixture of three; over several epochs; on any number of ranks,
-with workers or without.
+Through whole rows and batches: raw, mapped and filtered (cleaned), shuffled, packed, a mixture of three; over several
+epochs; on any number of ranks, with workers or without.
 """
 
 from dataclasses import replace
