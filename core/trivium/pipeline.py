@@ -14,6 +14,7 @@ from rich.console import Console
 from trivium.build import build_objective, build_source
 from trivium.cluster import submit
 from trivium.compose import as_dict, as_yaml, compose, options, pipeline_from_file, run_config
+from trivium.data.source import WrongForm
 from trivium.disk import make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
@@ -177,7 +178,13 @@ class _Planner:
         if phase == "generate" and not (composed.prompt or composed.prompts):
             return None
         if phase in DATA_PHASES:
-            build_source(composed.data, phase).expect(phase)
+            try:
+                build_source(composed.data, phase).expect(phase)
+            except WrongForm as error:
+                if phase != "rlhf":  # which few people's own files are for
+                    raise
+                self.plan.left_out.append({"name": stage, "phase": phase, "why": str(error)})
+                return None
         return composed
 
 

@@ -299,9 +299,10 @@ def test_main_job_on_own_files_leaves_rlhf_out_loudly(whole):
     """Own files have no answers to score: the next stage, the teacher and the result fall back to preference."""
     run, said = whole
     facts = manifest(run)
-    why = "domain=files has no data for phase=rlhf"
-    assert facts["left_out"] == [{"name": "rlhf", "phase": "rlhf", "why": why}]
-    assert f"left out: rlhf: {why}" in said
+    [left] = facts["left_out"]
+    assert (left["name"], left["phase"]) == ("rlhf", "rlhf")
+    assert "; data.forms=[answers] reads messages with an answer to score against: name a file of" in left["why"]
+    assert f"left out: rlhf: {left['why']}" in said
     assert (facts["status"], facts["result"]) == ("done", "preference")
     assert "rlhf" not in {s["phase"] for s in facts["stages"]} and not (run / "rlhf").exists()
     parents = {s["name"]: {p["role"]: p["path"] for p in manifest(run / s["path"])["parents"]} for s in facts["stages"]}

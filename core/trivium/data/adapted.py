@@ -20,7 +20,7 @@ from trivium.data.messages import misfit
 from trivium.data.readers import CsvRecords
 from trivium.data.rows import RowError, Rows, Slices
 from trivium.data.schemas import ADAPTERS, FORM_OF, VERDICTS, schemas_of
-from trivium.data.source import FORM_WORDS, READS, Example, Source, form_of, prompt_of, split_of
+from trivium.data.source import FORM_WORDS, READS, Example, Source, WrongForm, form_of, prompt_of, split_of
 from trivium.disk import cache_folder, digest_file, keep, kept
 from trivium.errors import DataError
 from trivium.registry import near_misses
@@ -69,7 +69,7 @@ class Adapted(Source):
         self._digest = hashlib.sha256()
         left_out = self._open()
         if not self._tables:
-            raise DataError(self._unwanted(left_out))
+            raise WrongForm(self._unwanted(left_out))
         if not len(self):
             raise self._first_bad if self._first_bad and not self._num_read else DataError(self._nothing())
         self._fingerprint = self._digest.hexdigest()

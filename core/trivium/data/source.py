@@ -33,6 +33,11 @@ from trivium.data.config import SourceConfig
 from trivium.errors import DataError
 from trivium.types import Score
 
+
+class WrongForm(DataError):
+    """The data is sound and of another form than was asked for."""
+
+
 Example = Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 FORM_WORDS = {
