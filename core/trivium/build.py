@@ -17,14 +17,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trivium.compose import Component, component, compose, options, run_config
 from trivium.data.cleaning import Cleaned
-from trivium.data.config import BPEConfig, MixtureConfig
+from trivium.data.config import BPEConfig, CleaningConfig, MixtureConfig
 from trivium.data.fetch import CATALOGUE, fetch
 from trivium.data.gguf_tokenizer import tokenizer_of
+from trivium.data.mixture import Mixture
 from trivium.data.packing import pair_sides
+from trivium.data.position import key_of, permute
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.vocabularies import load_tokenizer
@@ -55,6 +58,8 @@ def build_source(chosen: Component | None, phase: str, split: str | None = None)
     """A source, checked to feed `phase`; split replaces the configured one."""
     if chosen is None:
         raise ConfigError(f"phase={phase} needs data; choose data= or domain=")
+    if isinstance(chosen.config, MixtureConfig) and (chosen.config.split != "train" or chosen.config.seed):
+        raise ConfigError("data.split and data.seed are of a mixture's parts: set data.parts.NAME.split, or .seed")
     if split:
         chosen = Component(chosen.name, dataclasses.replace(chosen.config, split=split))
     if isinstance(chosen.config, MixtureConfig):
@@ -86,8 +91,18 @@ def _part(config: MixtureConfig, name: str, phase: str) -> Component:
     known = ("domain", "weight", "epochs", "tokens", *(f.name for f in dataclasses.fields(chosen.config)))
     if unknown := [key for key, _ in part.settings if key not in known]:
         raise ConfigError(f"data.parts.{name} has {unknown[0]!r}, which is no setting.{near_misses(unknown[0], known)}")
-    cleaning = {"clean": config.clean, "cleaning": dataclasses.asdict(config.cleaning)} if config.clean else {}
-    settings = {"name": chosen.name, **dataclasses.asdict(chosen.config), **cleaning, **dict(part.settings)}
+    if whole := [key for key, _ in part.settings if key == "held_out" or key.startswith("contamination")]:
+        raise ConfigError(f"data.parts.{name} has {whole[0]}, which is of the whole mixture: set data.{whole[0]}")
+    own = dict(part.settings)
+    usual, told = dataclasses.asdict(CleaningConfig()), dataclasses.asdict(config.cleaning)
+    told = {key: value for key, value in told.items() if value != usual[key]}
+    settings = {
+        "name": chosen.name,
+        **dataclasses.asdict(chosen.config),
+        **({"clean": config.clean} if config.clean else {}),
+    }
+    settings["cleaning"] = {**settings["cleaning"], **told, **(own.pop("cleaning", None) or {})}
+    settings |= own
     found = component("data", settings)
     assert found is not None
     if isinstance(found.config, MixtureConfig):
@@ -172,8 +187,11 @@ def _cached_tokenizer(chosen: Component, source: Source) -> tuple[Tokenizer, str
 
 
 def train_tokenizer(chosen: Component, source: Source) -> Tokenizer:
-    """Train on everything a source says."""
-    return build(extra("tokenizers"), chosen, (_said(source[i]) for i in range(len(source))))
+    """Train on everything a source says, up to a limit: of a mixture on some of each part."""
+    numbers = range(len(source))
+    if isinstance(source, Mixture):
+        numbers = permute(np.arange(len(source)), len(source), key_of("tokenizer", source.fingerprint)).tolist()
+    return build(extra("tokenizers"), chosen, (_said(source[i]) for i in numbers))
 
 
 def _said(example: Any) -> str:

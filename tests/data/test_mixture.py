@@ -129,6 +129,13 @@ def test_bad_parts_are_named(part, sentence):
         MixtureConfig(parts={"a": part})
 
 
+def test_a_limit_that_leaves_no_row_is_refused():
+    for limit in ({"tokens": 100}, {"epochs": 0.01}):
+        config = MixtureConfig(parts={"a": {"weight": 1}, "b": {"weight": 1, **limit}})
+        with pytest.raises(DataError, match=r"data.parts.b gives no row of 128 tokens: .*, and it has 50 rows"):
+            shares_of(config, {"a": 50, "b": 50}, 128)
+
+
 # ---- the source
 
 
@@ -154,7 +161,7 @@ def test_examples_are_its_parts(mixture):
     assert mixture.score(mixture[40], "4").correct and not mixture.score(mixture[40], "5").correct
     with pytest.raises(IndexError):
         mixture[50]
-    other = Mixture(MixtureConfig(parts={"a": {"weight": 9}, "b": {}, "c": {}}), mixture.parts)
+    other = Mixture(MixtureConfig(parts={"a": {"weight": 9}, "b": {"weight": 1}, "c": {"weight": 1}}), mixture.parts)
     assert other.fingerprint == mixture.fingerprint, "shares are no content"
     fewer = Mixture(MixtureConfig(parts={"a": {}, "c": {}}), {k: v for k, v in mixture.parts.items() if k != "b"})
     assert fewer.fingerprint != mixture.fingerprint
@@ -199,6 +206,38 @@ def test_parts_are_domains_with_their_own_settings(tmp_path):
     assert held.parts["primer"].config.split == "validation"
 
 
+def test_split_and_seed_are_of_parts():
+    for given in ({"split": "validation"}, {"seed": 7}):
+        with pytest.raises(ConfigError, match="data.split and data.seed are of a mixture's parts"):
+            build_source(component("data", {"name": "mixture", "parts": {"primer": {}}, **given}), "pretrain")
+
+
+def test_cleaning_is_merged_and_notes_are_its_parts_own(tmp_path, monkeypatch):
+    """The mixture's steps and settings, but for what a part says itself."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
+    for name in "ab":
+        rows = [{"text": f"{name}{i} " + "heron " * i} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": 1}]))
+
+    def part(name, **more):
+        return {
+            "domain": "files",
+            "path": f"{tmp_path}/{name}.jsonl",
+            "validation_share": 0.0,
+            "bad_rows": "skip",
+            **more,
+        }
+
+    parts = {"a": part("a", cleaning={"max_chars": 50}), "b": part("b", clean=[])}
+    whole = {"name": "mixture", "parts": parts, "clean": ["length"], "cleaning": {"min_chars": 21}}
+    source = build_source(component("data", whole), "pretrain")
+    # "aN " and N times "heron ": 3 of 20 letters or fewer, 21 or more and 50 or fewer from N=3 to N=7
+    assert [len(part) for part in source.parts.values()] == [5, 20]
+    assert source.notes["a rows"] == source.notes["b rows"] == 20
+    assert source.notes["a skipped"] == {"does not fit the schema": 1}
+    assert source.notes["a length removed"] == 15 and "b length removed" not in source.notes
+
+
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
@@ -207,6 +246,8 @@ def test_parts_are_domains_with_their_own_settings(tmp_path):
         ({"primer": {"wieght": 3}}, r"data.parts.primer has 'wieght', which is no setting. Did you mean weight"),
         ({"mixture": {}}, r"data.parts.mixture: a mixture is no part of a mixture"),
         ({"files": {"domain": "files"}}, r"needs data.path="),
+        ({"primer": {"held_out": ["x"]}}, r"data.parts.primer has held_out, which is of the whole mixture"),
+        ({"primer": {"weight": 1}, "finance": {}}, r"primer has a weight and finance has none; weigh all parts"),
     ],
 )
 def test_what_is_wrong_with_a_mixture_is_told(parts, sentence):

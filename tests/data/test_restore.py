@@ -51,8 +51,8 @@ def made(kind, tokenizer, **more):
     sizes = {"size": 6, "micro_size": 2, "length": LENGTH, "pad_id": tokenizer.pad_id, "seed": 5, **more}
     if kind == "mixture":
         parts = {"a": texts(30, 9), "b": texts(17, 20), "c": texts(5, 6)}
-        shares = {"a": {"weight": 2}, "b": {"weight": {0: 0, 9: 3}}, "c": {"epochs": 4}}
-        source = Mixture(MixtureConfig(parts=shares, temperature=2.0), parts)
+        shares = {"a": {"weight": 2}, "b": {"weight": {0: 0, 9: 3}}, "c": {"weight": 1, "epochs": 4}}
+        source = Mixture(MixtureConfig(parts=shares), parts)
         table = tokenise(source, tokenizer, LENGTH)
         table.ends = document_ends(source, table)
         return StepDataset(table, shares=source.config, **sizes)

@@ -138,3 +138,28 @@ def test_names_are_kept_as_typed():
     assert run_config(compose(["phase=chat", as_typed("name=2024_01_05")])).name == "2024_01_05"
     assert run_config(compose(["phase=chat", as_typed("name=1e5")])).name == "1e5"
     assert as_typed("optim.lr=1e-5") == "optim.lr=1e-5"
+
+
+def test_trained_text_is_not_scored_as_held_out_through_a_mixture(main, pretraining, tmp_path):
+    """Cut another way in evaluation than in training: by files after a mixture, by a mixture after files and mixtures."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": f"the heron {i} stood in the river"}) + "\n" for i in range(200)))
+    plain = [o for o in pretraining(tmp_path, "x") if not o.startswith(("data", "domain", "name"))]
+    part = "domain: files, path: %s, validation_share: %s"
+    mixed = "data.parts={a: {%s}}"
+    files = ("domain=files", f"data.path={file}")
+    for name, how in (
+        ("mixed", ("domain=mixture", mixed % (part % (file, 0.1)))),
+        ("plain", (*files, "data.validation_share=0.1")),
+    ):
+        done = main(*plain, f"name={name}", *how, "trainer.max_steps=1")
+        assert done.code == 0, done.err
+        start = ("phase=evaluate", f"init_from={tmp_path}/{name}", f"runs={tmp_path}", f"name=of-{name}",
+                 "evaluation.max_texts=2", "evaluation.resamples=10")  # fmt: skip
+        sentence = f"was trained on {file} with data.validation_share=0.1"
+        done = main(*start, *files, "data.validation_share=0.5")
+        assert done.code == 2 and sentence in done.err, done.err
+        done = main(*start, "domain=mixture", mixed % (part % (file, 0.5)))
+        assert done.code == 2 and sentence in done.err, done.err
+        done = main(*start, "domain=mixture", mixed % (part % (file, 0.1)))
+        assert done.code == 0, done.err

@@ -47,7 +47,7 @@ def cached_table(
     folder = _folder("tables", made_of)
     if (table := _read(folder)) is None:
         chunks = Chunks(source, tokenizer, length, form, train_on)
-        count = len(os.sched_getaffinity(0)) if workers is None else workers
+        count = _cores() if workers is None else workers
         _write(folder, lambda here: _write_table(here, _parts(chunks, count), length))
         table = _read(folder)
     assert table is not None, folder  # it was written and synced
@@ -64,6 +64,11 @@ def cached_plan(table: TokenTable, capacity: int, seed: int) -> Rows:
     return Rows(found[0]["documents"], found[0]["ends"])
 
 
+def _cores() -> int:
+    """Those that this process may use; not every system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _folder(kind: str, made_of: list[Any]) -> Path:
     return cache_folder() / kind / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
@@ -73,7 +78,7 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> None:
     temporary = make_folder(folder.with_name(f"{folder.name}.tmp-{os.getpid()}"))
     try:
         for left in folder.parent.glob("*.tmp-*"):  # by a killed process, of this machine or another
-            if time.time() - left.stat().st_mtime > DAY:
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > DAY:
                 shutil.rmtree(left, ignore_errors=True)
         fill(temporary)
         sync_folder(temporary)
@@ -83,7 +88,8 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> None:
             temporary.rename(folder)
             sync_folder(folder.parent)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+        if _mapped(folder) is None:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -210,6 +216,8 @@ class _Work(Steps):
 
 def _travels(chunks: Chunks) -> bool:
     """Whether another process can be given the source: one that holds an open file, say, cannot."""
+    if type(chunks.source).__module__ == "__main__":  # which no other process imports
+        return False
     try:
         pickle.dumps(chunks.source, protocol=5)
     except Exception:

@@ -209,8 +209,12 @@ class MixtureConfig(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "temperature")
-        for name in self.parts:
-            self.part(name)
+        weighed = [name for name in self.parts if self.part(name).weights]
+        if weighed and (without := [name for name in self.parts if name not in weighed]):
+            raise ConfigError(
+                f"data.parts: {', '.join(weighed)} has a weight and {', '.join(without)} has none; weigh all parts, or "
+                "none for shares by their size"
+            )
 
     def part(self, name: str) -> PartConfig:
         """A part's settings. Raises ConfigError naming what is wrong."""

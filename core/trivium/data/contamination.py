@@ -147,7 +147,8 @@ def compared_text(example: Example) -> str:
     if "text" in example:
         return example["text"]
     said: Any = example["chosen"] if "chosen" in example else example.get("messages", example.get("completion"))
-    told = said if isinstance(said, str) else "\n".join(m["content"] for m in said)
+    said = said if said is not None else "\n".join(example["completions"])
+    told = said if isinstance(said, str) else "\n".join(m.get("content") or "" for m in said)
     return f"{example['prompt']}\n{told}" if "prompt" in example else told
 
 

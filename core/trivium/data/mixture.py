@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -57,6 +57,12 @@ class Mixture(Source):
         """SHA-256 of the parts' own. Shares are no content: with others, the same rows are read in another order."""
         content = [[name, part.fingerprint, len(part)] for name, part in self.parts.items()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Those of its parts."""
+        told = ((f"{name} {what}", note) for name, part in self.parts.items() for what, note in part.notes.items())
+        return dict(told)
 
     def expect(self, phase: str) -> None:
         """Refuse a part whose examples `phase` cannot use."""
@@ -177,6 +183,11 @@ def shares_of(config: MixtureConfig, rows: Mapping[str, int], length: int) -> li
         if not count:
             raise DataError(f"data.parts.{name} has nothing to train on")
         limits = [part.epochs * count if part.epochs else np.inf, part.tokens // length if part.tokens else np.inf]
+        if min(limits) < 1:
+            raise DataError(
+                f"data.parts.{name} gives no row of {length} tokens: epochs={part.epochs:g}, tokens={part.tokens}, "
+                f"and it has {count:,} rows"
+            )
         found.append(Share(name, count, weights, float(np.floor(min(limits)))))
     return found
 

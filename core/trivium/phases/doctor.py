@@ -25,6 +25,7 @@ from trivium.data.collate import collate
 from trivium.data.datamodule import StepDataset
 from trivium.data.lint import RULES, Finding, check_names
 from trivium.data.lint_sets import spread
+from trivium.data.mixture import Mixture, document_ends
 from trivium.data.packing import plan
 from trivium.data.shown import Stretch, plain, stretches, visible
 from trivium.data.source import Source
@@ -195,17 +196,20 @@ def _sizes(
 ) -> list[Finding]:
     """Lengths, rows, what is cut, and what the run would take, of the whole data set; a finding if it makes no rows."""
     config, how = this.config, seen.how
+    sizes: dict[str, Any] = {"size": config.batch.size, "micro_size": config.batch.micro_size, "seed": config.seed}
+    length = config.batch.length
     try:
-        table = cached_table(source, how.tokenizer, config.batch.length, form=how.form, train_on=how.train_on)
-        rows = cached_plan(table, config.batch.length, config.seed)
+        table = cached_table(source, how.tokenizer, length, form=how.form, train_on=how.train_on)
+        mixture = source if isinstance(source, Mixture) else None
+        if mixture:
+            table.ends = document_ends(mixture, table)
+        sizes |= {"rows": cached_plan(table, length, config.seed), "shares": mixture.config if mixture else None}
+        steps = StepDataset(table, length=length, pad_id=how.tokenizer.pad_id, batch=objective.batch, **sizes)
+        steps.figures(config.trainer.max_steps)  # a mixture may have too little for so many
     except DataError as error:
-        console.print(Text(f"✗ the data set cannot be made into rows yet: {error}", "red"))
+        console.print(Text(f"✗ the data set cannot be made into rows: {error}", "red"))
         known = any(f.rule == error.rule for f in seen.findings)
         return [] if known else [Finding(error.rule or "form", True, "", str(error))]
-    sizes: dict[str, Any] = {"size": config.batch.size, "micro_size": config.batch.micro_size, "seed": config.seed}
-    steps = StepDataset(
-        table, length=config.batch.length, pad_id=how.tokenizer.pad_id, batch=objective.batch, rows=rows, **sizes
-    )  # fmt: skip
     share = table.trained.mean()
     console.print(f"tokens    {len(table.tokens):,}, {share:.1%} of them trained; {len(table.ids):,} documents")
     console.print(f"lengths   {_lengths(table.lengths)} tokens")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trivium.build import Artifact, build_backend, build_companion
+from trivium.data.config import FilesConfig
 from trivium.data.source import Example, form_of
 from trivium.errors import ConfigError, DataError
 from trivium.evaluation.divergence import kl_to_teacher
@@ -94,17 +96,29 @@ def _refuse_trained_text(this: Run, parent: Artifact) -> None:
     """The same path cut another way than in training would call trained text held out."""
     ours = dataclasses.asdict(this.config.data.config) if this.config.data else {}
     theirs = {k.removeprefix("data."): v for k, v in parent.guard.items() if k.startswith("data.")}
-    scored = ours.get("validation_path") or ours.get("path")
-    if not scored or scored != theirs.get("path"):
-        return
+    usual = dataclasses.asdict(FilesConfig())
     cuts = ("validation_path", "validation_share", "schema", "columns", "text_column", "code")
-    differ = [k for k in cuts if (ours.get(k) or None) != (theirs.get(k) or None)]
-    if differ:
-        shown = ", ".join(f"data.{k}={theirs.get(k) or repr('')}" for k in differ)
-        raise ConfigError(
-            f"{parent.path} was trained on {scored} with {shown}; the same here, or other text in "
-            "data.validation_path, keeps trained text out of the score"
-        )
+    for mine, trained in itertools.product(_places(ours), _places(theirs)):
+        scored = mine.get("validation_path") or mine.get("path")
+        if not scored or scored != trained.get("path"):
+            continue
+        known = [{k: at.get(k, usual[k]) or None for k in cuts} for at in (mine, trained)]
+        if differ := [k for k in cuts if known[0][k] != known[1][k]]:
+            shown = ", ".join(f"data.{k}={known[1][k] or repr('')}" for k in differ)
+            raise ConfigError(
+                f"{parent.path} was trained on {scored} with {shown}; the same here, or other text in "
+                "data.validation_path, keeps trained text out of the score"
+            )
+
+
+def _places(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Settings of data as they are, and those of each part of a mixture, flat or not."""
+    parts: dict[str, dict[str, Any]] = {name: dict(own or {}) for name, own in (settings.get("parts") or {}).items()}
+    for key, value in settings.items():
+        if key.startswith("parts."):
+            _, name, own = key.split(".", 2)
+            parts.setdefault(name, {})[own] = value
+    return [dict(settings), *parts.values()]
 
 
 def balanced(examples: Sequence[Example], limit: int) -> list[Example]:

@@ -109,7 +109,7 @@ class Run:
         if not notes:
             return
         self.manifest.facts["read"] = {**self.manifest.facts.get("read", {}), split: notes}
-        counted = {"cleaned": {k: v for k, v in notes.items() if isinstance(v, int) and k != "rows"}}
+        counted = {"cleaned": {k: v for k, v in notes.items() if isinstance(v, int) and not k.endswith("rows")}}
         for what, counts in (notes | counted).items():
             if isinstance(counts, Mapping) and any(counts.values()):
                 shown = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)

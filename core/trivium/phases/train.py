@@ -351,7 +351,9 @@ def _micro_size(this: Run, module: ObjectiveModule, steps: StepDataset) -> int:
     module.on_fit_start()
     weights = sum(p.numel() * p.element_size() for p in module.model.parameters())
     found = largest_micro_size(
-        steps.size // this.world.shares, lambda rows: module.rehearse(steps.collated(steps.first_rows(rows))), weights
+        steps.size // this.world.shares,
+        lambda rows: module.rehearse(steps.collated(steps.order.rows(0, rows))),
+        weights,
     )
     found = -this.world.most(-found)  # what fits everywhere
     module.model.zero_grad(set_to_none=True)
