@@ -141,7 +141,7 @@ def test_names_are_kept_as_typed():
 
 
 def test_trained_text_is_not_scored_as_held_out_through_a_mixture(main, pretraining, tmp_path):
-    """Cut another way in evaluation than in training: by files after a mixture, by a mixture after files and mixtures."""
+    """Cut another way in evaluation than in training: files and mixtures, after either."""
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": f"the heron {i} stood in the river"}) + "\n" for i in range(200)))
     plain = [o for o in pretraining(tmp_path, "x") if not o.startswith(("data", "domain", "name"))]
