@@ -43,7 +43,7 @@ def listed(group):
         (["phase=pretrian"], "unknown phase=pretrian. Did you mean pretrain? Available: chat, distill, evaluate, "),
         (["domain=file"], f"unknown domain=file. Did you mean files? Available: {listed('domain')}"),
         (["pipeline=three"], "unknown pipeline=three."),
-        (["experiment=x"], "unknown experiment=x. Available: primer_long_sft"),
+        (["experiment=x"], "unknown experiment=x. Available: long_context, primer_long_sft"),
         (["data=primr"], f"unknown data=primr. Did you mean primer? Available: {listed('data')}"),
         (["optim.lr=fast"], "optim.lr=fast is not a number"),
         (["optim.groups=[{match: '*', rate: 2}]"], "unknown option 'rate' in an entry of optim.groups"),

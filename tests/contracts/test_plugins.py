@@ -13,19 +13,19 @@ requires = ["hatchling"]
 build-backend = "hatchling.build"
 
 [project]
-name = "medical-trivium"
+name = "bedside-trivium"
 version = "1.2.3"
 
 [project.entry-points."trivium.plugins"]
-medical = "medical:plugin"
+bedside = "bedside:plugin"
 """
 INIT = """\
 from trivium import Entry, Plugin
 
 plugin = Plugin(
-    name="medical",
-    conf="pkg://medical.conf",
-    sources={"ward": Entry("medical.source:Ward", "medical.config:WardConfig", help="questions at the bedside")},
+    name="bedside",
+    conf="pkg://bedside.conf",
+    sources={"ward": Entry("bedside.source:Ward", "bedside.config:WardConfig", help="questions at the bedside")},
     help="talks between doctors and patients",
 )
 """
@@ -63,22 +63,22 @@ def installed(tmp_path_factory):
     project, site = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
     files = {
         "pyproject.toml": PYPROJECT,
-        "medical/__init__.py": INIT,
-        "medical/config.py": CONFIG,
-        "medical/source.py": SOURCE,
-        "medical/conf/__init__.py": "",
-        "medical/conf/domain/med.yaml": "# @package _global_\n# bedside talk\ndomain: med\n",
-        "medical/conf/data/med/sft.yaml": "# @package data\ndefaults: ['/data/ward@_here_']\nbeds: 25\n",
+        "bedside/__init__.py": INIT,
+        "bedside/config.py": CONFIG,
+        "bedside/source.py": SOURCE,
+        "bedside/conf/__init__.py": "",
+        "bedside/conf/domain/med.yaml": "# @package _global_\n# bedside talk\ndomain: med\n",
+        "bedside/conf/data/med/sft.yaml": "# @package data\ndefaults: ['/data/ward@_here_']\nbeds: 25\n",
     }
     for path, text in files.items():
         (project / path).parent.mkdir(parents=True, exist_ok=True)
         (project / path).write_text(text)
-    # without hatchling told, the wheel's name (medical_trivium) would be looked for as a package
-    (project / "pyproject.toml").write_text(PYPROJECT + '\n[tool.hatch.build.targets.wheel]\npackages = ["medical"]\n')
+    # without hatchling told, the wheel's name (bedside_trivium) would be looked for as a package
+    (project / "pyproject.toml").write_text(PYPROJECT + '\n[tool.hatch.build.targets.wheel]\npackages = ["bedside"]\n')
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*command, "--target", site, project], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (site / "medical_trivium-1.2.3.dist-info").is_dir() and (site / "medical/conf/domain/med.yaml").is_file()
+    assert (site / "bedside_trivium-1.2.3.dist-info").is_dir() and (site / "bedside/conf/domain/med.yaml").is_file()
     return site
 
 
@@ -100,20 +100,20 @@ def test_installed_domain_and_source_are_offered(installed, launch):
 def test_installed_plugin_is_listed_with_its_version(installed, launch):
     done, rows = listed(launch, installed)
     assert done.returncode == 0, done.stderr
-    assert "medical medical-trivium 1.2.3 talks between doctors and patients".split() in rows
-    assert "sources ward medical questions at the bedside".split() in rows
-    assert f"medical ({installed}/medical/conf)" in done.stdout
+    assert "bedside bedside-trivium 1.2.3 talks between doctors and patients".split() in rows
+    assert "sources ward bedside questions at the bedside".split() in rows
+    assert f"bedside ({installed}/bedside/conf)" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["--help", "plugins list", "explain data.beds phase=sft domain=med"])
 def test_component_module_is_not_imported_by_listing(installed, command):
     script = f"import sys; from trivium.cli import main; code = main({command.split()!r}); "
-    script += "print(code, sorted(m for m in sys.modules if m.startswith('medical')), 'torch' in sys.modules)"
+    script += "print(code, sorted(m for m in sys.modules if m.startswith('bedside')), 'torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(installed)}
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     code, modules = told.stdout.splitlines()[-1].split(" ", 1)
     assert code == "0", told.stderr
-    assert "medical.source" not in modules and modules.endswith("False")
+    assert "bedside.source" not in modules and modules.endswith("False")
     if command.startswith("explain"):
         assert "data.beds = 25" in told.stdout and "default  40" in told.stdout
         assert "more beds, more questions" in told.stdout and "data/med/sft.yaml" in told.stdout

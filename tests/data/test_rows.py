@@ -341,7 +341,7 @@ def test_examples_tokenised_some_at_a_time_make_the_same_table(monkeypatch):
     ):  # fmt: skip
         tables = []
         for together in (3, 4096):
-            monkeypatch.setattr(packing, "TOGETHER", together)
+            monkeypatch.setattr(packing, "CHUNK", together)
             tables.append(packing.tokenise(Listed(examples), tokenizer, 40, form=form))
         small, whole = tables
         assert small.fingerprint == whole.fingerprint and small.ids == whole.ids
@@ -354,7 +354,7 @@ def test_examples_tokenised_some_at_a_time_make_the_same_table(monkeypatch):
 
 
 def test_the_same_id_in_two_blocks_is_refused(monkeypatch):
-    monkeypatch.setattr(packing, "TOGETHER", 2)
+    monkeypatch.setattr(packing, "CHUNK", 2)
     examples = [{"id": str(i % 4), "text": "a heron"} for i in range(5)]
     with pytest.raises(DataError, match="two examples have the id '0'"):
         packing.tokenise(examples, train_bpe(BPEConfig(vocab_size=300), ["a"]), 40)

@@ -26,7 +26,7 @@ from trivium.selftest.harness import Forker
 
 ROOT = Path(__file__).parents[2]
 SHORT = {
-    "training": "trainer.max_steps=4 batch.size=4 batch.micro_size=4 batch.length=64 validation.max_rows=4",
+    "training": "trainer.max_steps=4 batch.size=4 batch.micro_size=4 batch.length=128 validation.max_rows=4",
     "rollout": "rollout.prompts=4",
     "evaluate": "evaluation.max_texts=2 evaluation.max_tasks=6 evaluation.max_pairs=6 evaluation.resamples=10",
 }
