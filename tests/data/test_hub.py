@@ -229,8 +229,8 @@ def test_known_set_is_read_from_a_folder_of_its_columns(name, tmp_path):
 
 def test_a_known_set_is_tuned_on_by_its_name(main, tmp_path):
     """Through the command line, steps and all; the manifest says which data set it was."""
-    said = [{"messages": [{"role": "user", "content": f"What is {i}?"}, TURNS[1]], "prompt": "x"} for i in range(60)]
-    dataset = layout(tmp_path / "chat", {"train_sft": said, "test_sft": said[:4]})
+    said = [{"messages": [{"role": "user", "content": f"What is {i}?"}, TURNS[1]], "prompt": "x"} for i in range(64)]
+    dataset = layout(tmp_path / "chat", {"train_sft": said[4:], "test_sft": said[:4]})
     tiny = [f"model.{k}={v}" for k, v in {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn_dim": 24}.items()]
     done = main("phase=sft", "dataset=ultrachat_200k", f"data.dataset={dataset}", "model=primer", *tiny,
                 "tokenizer.vocab_size=320", "batch.size=4", "batch.micro_size=4", "batch.length=64",
