@@ -113,9 +113,11 @@ def _refuse_trained_text(this: Run, parent: Artifact) -> None:
 
 def _places(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Settings of data as they are, and those of each part of a mixture, flat or not."""
-    parts: dict[str, dict[str, Any]] = {name: dict(own or {}) for name, own in (settings.get("parts") or {}).items()}
+    of_mixture = settings.get("parts")
+    named = of_mixture.items() if isinstance(of_mixture, Mapping) else ()  # the primer's are a list of its own
+    parts: dict[str, dict[str, Any]] = {name: dict(own or {}) for name, own in named}
     for key, value in settings.items():
-        if key.startswith("parts."):
+        if key.count(".") > 1 and key.startswith("parts."):
             _, name, own = key.split(".", 2)
             parts.setdefault(name, {})[own] = value
     return [dict(settings), *parts.values()]
