@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trivium import ConfigError, Example, fetch, split_of
-from trivium.data.source import Source
-from trivium.errors import DataError
+from trivium import ConfigError, fetch
 from trivium_plugins.books.catalogue import CATALOGUE
 from trivium_plugins.books.config import BooksConfig
-
-SAMPLE = Path(__file__).parent / "sample.jsonl"
+from trivium_plugins.records import Records
 
 MARKS = {
     "holmes": ("BOOK, THE ADVENTURES OF SHERLOCK HOLMES ***", "*** END OF THE PROJECT GUTENBERG EBOOK, THE ADVENTURES"),
@@ -82,29 +78,18 @@ def content(record: dict[str, Any]) -> str:
     return record["text"]
 
 
-class Books(Source):
-    """The parts of the config, in its order; a tenth of the records is held out for tests, a twentieth to validate."""
+class Books(Records):
+    """What the functions above say of a record."""
 
     phases: ClassVar[frozenset[str]] = frozenset({"tokenizer", "pretrain", "distill", "evaluate"})
     config: BooksConfig
+    sample = Path(__file__).parent / "sample.jsonl"
 
-    def __init__(self, config: BooksConfig) -> None:
-        super().__init__(config)
-        self.examples = [e for part in config.parts for record in self.records(part) for e in examples(part, record)]
-        if not self.examples:
-            raise DataError(
-                f"data.parts={list(config.parts)} has nothing in data.split={config.split} of "
-                f"{'the sample; set data.sample=false' if config.sample else 'what was fetched'}"
-            )
+    def read(self, part: str) -> Iterator[dict[str, Any]]:
+        return read(part)
 
-    def records(self, part: str) -> Iterator[dict[str, Any]]:
-        """Those of the split."""
-        lines = SAMPLE.read_text("utf-8").split("\n") if self.config.sample else []
-        told = map(json.loads, filter(None, lines)) if self.config.sample else read(part)
-        return (record for record in told if split_of(content(record), 0.05, 0.1) == self.config.split)
+    def made_of(self, part: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        return examples(part, record)
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+    def content(self, record: dict[str, Any]) -> str:
+        return content(record)

@@ -9,13 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trivium import Example, fetch, split_of
-from trivium.data.source import Source
-from trivium.errors import DataError
+from trivium import fetch
 from trivium_plugins.chat.catalogue import CATALOGUE
 from trivium_plugins.chat.config import ChatConfig
-
-SAMPLE = Path(__file__).parent / "sample.jsonl"
+from trivium_plugins.records import Records
 
 EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
 TURNS = 4  # a conversation has at least so many, once messages of one speaker in a row are one
@@ -53,29 +50,18 @@ def content(record: dict[str, Any]) -> str:
     return "\n".join(record["turns"])
 
 
-class Chat(Source):
-    """The parts of the config, in its order; a tenth of the records is held out for tests, a twentieth to validate."""
+class Chat(Records):
+    """What the functions above say of a record."""
 
     phases: ClassVar[frozenset[str]] = frozenset({"tokenizer", "sft", "preference", "reward", "distill", "evaluate"})
     config: ChatConfig
+    sample = Path(__file__).parent / "sample.jsonl"
 
-    def __init__(self, config: ChatConfig) -> None:
-        super().__init__(config)
-        self.examples = [e for part in config.parts for record in self.records(part) for e in examples(part, record)]
-        if not self.examples:
-            raise DataError(
-                f"data.parts={list(config.parts)} has nothing in data.split={config.split} of "
-                f"{'the sample; set data.sample=false' if config.sample else 'what was fetched'}"
-            )
+    def read(self, part: str) -> Iterator[dict[str, Any]]:
+        return read(part)
 
-    def records(self, part: str) -> Iterator[dict[str, Any]]:
-        """Those of the split."""
-        lines = SAMPLE.read_text("utf-8").split("\n") if self.config.sample else []
-        told = map(json.loads, filter(None, lines)) if self.config.sample else read(part)
-        return (record for record in told if split_of(content(record), 0.05, 0.1) == self.config.split)
+    def made_of(self, part: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        return examples(part, record)
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+    def content(self, record: dict[str, Any]) -> str:
+        return content(record)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trivium import ConfigError
-from trivium.data.config import SourceConfig
+from trivium_plugins.records import RecordsConfig
 
 PARTS = ("senses",)
 
 
 @dataclass(frozen=True)
-class PreferencesConfig(SourceConfig):
+class PreferencesConfig(RecordsConfig):
     """Which parts are read, and from where."""
 
     parts: list[str] = field(default_factory=lambda: ["senses"])  # in this order, each once
-    sample: bool = False  # read the few records that come with the package: nothing is fetched, little is learnt
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.parts or len(set(self.parts)) < len(self.parts) or not set(self.parts) <= set(PARTS):
-            raise ConfigError(f"data.parts={list(self.parts)!r} must name some of {', '.join(PARTS)}, each once")
+        self.check_parts(self.parts, PARTS)
