@@ -137,9 +137,9 @@ def build_model(chosen: Component, vocab_size: int, seed: int) -> CausalLM:
     return model
 
 
-def build_backend(chosen: Component, model: CausalLM, pad_id: int, accelerator: str = "auto") -> Backend:
+def build_backend(chosen: Component, model: CausalLM, tokenizer: Tokenizer, accelerator: str = "auto") -> Backend:
     """An inference backend over a model's own weights, on the accelerator's device."""
-    return build(BACKENDS, chosen, model.to(device_of(accelerator)), pad_id=pad_id)
+    return build(BACKENDS, chosen, model.to(device_of(accelerator)), tokenizer)
 
 
 def build_optimizer(chosen: Component, model: CausalLM) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -132,7 +133,17 @@ class Score:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw tokens. `temperature` 0 is greedy (exact argmax); `top_k` 0 and `top_p` 1.0 are off."""
+    """How to draw a request's tokens. Steps in this order: logit_bias, the penalties, what is forbidden (a constraint,
+    stops before min_tokens), temperature, top_k, top_p, min_p.
+
+    temperature: 0 is greedy, exactly argmax. top_k: 0 is off. top_p: 1.0 is off. min_p: keep tokens at least this
+    fraction as likely as the likeliest; 0 is off. repetition_penalty: positive logits of tokens in prompt or answer are
+    divided by it, negative ones multiplied (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1).
+    presence_penalty, frequency_penalty: subtracted from logits of tokens in the answer, once and as often as they
+    occur. logit_bias: (token, what is added). min_tokens: no stop id is drawn before so many others. stop_ids: end the
+    answer. top_logprobs: how many of the likeliest tokens each event tells of. json_schema (a JSON text), regex: what
+    the answer's text must be.
+    """
 
     max_tokens: int = 64
     temperature: float = 0.0
@@ -140,32 +151,67 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    top_logprobs: int = 0
+    json_schema: str = ""
+    regex: str = ""
 
     def __post_init__(self) -> None:
+        numbers = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        odd = [name for name in numbers if not math.isfinite(getattr(self, name))]
+        odd += ["logit_bias"] * any(math.isnan(value) or value == math.inf for _, value in self.logit_bias)
+        if odd:
+            raise BackendError(f"cannot sample with {odd[0]}={getattr(self, odd[0])}: it must be a number")
         if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise BackendError(
                 f"cannot sample with max_tokens={self.max_tokens} (at least 1), temperature={self.temperature} and "
                 f"top_k={self.top_k} (not negative), top_p={self.top_p} (more than 0, at most 1)"
             )
+        if not 0 <= self.min_p <= 1 or self.repetition_penalty <= 0 or self.top_logprobs < 0:
+            raise BackendError(
+                f"cannot sample with min_p={self.min_p} (0 to 1), repetition_penalty={self.repetition_penalty} (more "
+                f"than 0), top_logprobs={self.top_logprobs} (not negative)"
+            )
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise BackendError(f"cannot sample with min_tokens={self.min_tokens} (0 to max_tokens={self.max_tokens})")
+        if self.json_schema and self.regex:
+            raise BackendError("cannot sample with both json_schema and regex: an answer has one form")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt for a backend: token ids in, token ids out."""
+    """One prompt for a backend: token ids in, token ids out. Random numbers are a function of the seed, `stream` and
+    the position; stream: "" is the request's id."""
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    stream: str = ""
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token. `logprob` is the natural log-probability under the unmodified distribution.
+    """One generated token, or the end of a request that failed (`token_id` -1).
 
-    `finish_reason` is None but on a request's last event: "stop" (a stop id, which is this token), or "length".
+    logprob: natural log-probability under the unmodified distribution. finish_reason: None but on a request's last
+    event: "stop" (a stop id, which is this token, or the end of what a constraint allows), "length", or "error".
+    drawn_logprob: under the distribution that it was drawn from; None where that was not computed. kept: the
+    probability, after temperature, of what top_k, top_p and min_p left to draw from. top: the likeliest tokens and
+    their log-probabilities under the unmodified distribution. cached: on a request's first event, how many tokens of
+    its prompt were not computed again. error: why it failed.
     """
 
     request_id: str
     token_id: int
     logprob: float
     finish_reason: str | None = None
+    drawn_logprob: float | None = None
+    kept: float = 1.0
+    top: tuple[tuple[int, float], ...] = ()
+    cached: int = 0
+    error: str = ""

@@ -150,4 +150,4 @@ class TestDistill(ObjectiveContract):
 
 class TestNative(BackendContract):
     def make(self):
-        return NativeBackend(NativeConfig(max_batch=2), tiny_llama(), pad_id=0), 40
+        return NativeBackend(NativeConfig(max_batch=2), tiny_llama()), 40

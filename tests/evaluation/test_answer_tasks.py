@@ -69,7 +69,7 @@ def backend(tokenizer):
     config = LlamaConfig(dim=32, layers=1, heads=2, kv_heads=1, ffn_dim=48, context=64, tied=False, init_std=0.3)
     model = Llama(config, tokenizer.vocab_size)
     model.init_weights(seed=0)
-    return Recording(NativeConfig(max_batch=2), model, pad_id=tokenizer.pad_id)
+    return Recording(NativeConfig(max_batch=2), model, tokenizer)
 
 
 QUESTIONS = ["1+2", "what is this", "4"]

@@ -55,7 +55,7 @@ def backend(tokenizer):
     config = LlamaConfig(dim=32, layers=1, heads=2, kv_heads=1, ffn_dim=48, context=CONTEXT, tied=False, init_std=0.3)
     model = Llama(config, tokenizer.vocab_size)
     model.init_weights(seed=0)
-    return Recording(NativeConfig(), model, pad_id=tokenizer.pad_id)
+    return Recording(NativeConfig(), model, tokenizer)
 
 
 class Scripted(Backend):
@@ -78,7 +78,15 @@ class Scripted(Backend):
     def score(self, token_ids):
         raise NotImplementedError
 
-    def abort(self, request_id):
+    def add(self, request):
+        raise NotImplementedError
+
+    def step(self):
+        raise NotImplementedError
+
+    busy = False
+
+    def drop(self, request_id):
         raise NotImplementedError
 
     def update_weights(self, version):

@@ -12,7 +12,7 @@ from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
 from trivium.types import Request, SamplingParams
 
-VOCAB, PAD, CONTEXT = 61, 0, 160
+VOCAB, CONTEXT = 61, 160
 # init_std 0.3: logits of order 1 to 10, so the largest is apart from the next by far more than fp32's rounding
 CONFIG = LlamaConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, context=CONTEXT, tied=False, init_std=0.3)
 PROMPTS = [(5, 6, 7), (1,), tuple(range(1, 30)), (9, 9, 0, 0, 2), (0,), (33, 4)]  # the pad id is a token like any other
@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture
 def backend(model):
-    return NativeBackend(NativeConfig(), model, PAD)
+    return NativeBackend(NativeConfig(), model)
 
 
 def requests_of(prompts=PROMPTS, **params):
@@ -83,7 +83,7 @@ def test_greedy_among_ragged_neighbours_equals_the_naive_loop(backend, expected)
 
 @pytest.mark.parametrize("max_batch", [1, 2, 4])
 def test_max_batch_changes_no_answer(model, expected, max_batch):
-    events = collect(NativeBackend(NativeConfig(max_batch=max_batch), model, PAD), requests_of(max_tokens=20))
+    events = collect(NativeBackend(NativeConfig(max_batch=max_batch), model), requests_of(max_tokens=20))
     assert ids_of(events) == {str(i): ids for i, (ids, _) in enumerate(expected)}
 
 
@@ -202,10 +202,10 @@ def test_score_refuses_more_than_the_context(backend):
 def test_sampled_answer_is_the_same_alone_in_company_and_in_any_order(model):
     """A row's randomness is (seed, id, position): neither neighbours, nor order, nor the batch size change it."""
     requests = requests_of(max_tokens=15, temperature=1.0, top_p=0.9, seed=4)
-    backend = NativeBackend(NativeConfig(), model, PAD)
+    backend = NativeBackend(NativeConfig(), model)
     together = ids_of(collect(backend, requests))
     assert ids_of(collect(backend, requests[::-1])) == together
-    assert ids_of(collect(NativeBackend(NativeConfig(max_batch=4), model, PAD), requests)) == together
+    assert ids_of(collect(NativeBackend(NativeConfig(max_batch=4), model), requests)) == together
     for request in requests:
         assert ids_of(collect(backend, [request])) == {request.id: together[request.id]}
     greedy = ids_of(collect(backend, requests_of(max_tokens=15)))
@@ -284,7 +284,7 @@ def test_model_mode_is_put_back(training, how):
     model = Llama(config, VOCAB)
     model.init_weights(seed=2)
     wanted = naive_greedy(model.eval(), PROMPTS[0], 8)[0]
-    backend = NativeBackend(NativeConfig(), model.train(training), PAD)
+    backend = NativeBackend(NativeConfig(), model.train(training))
     if how == "to the end":
         assert ids_of(collect(backend, requests_of(PROMPTS[:1], max_tokens=8))) == {"0": wanted}
     elif how == "given up":
@@ -301,7 +301,7 @@ def test_generation_follows_the_weights_that_are_trained(model):
     """Shared weights: after a change, answers are those of the new ones."""
     other = Llama(CONFIG, VOCAB)
     other.init_weights(seed=2)
-    backend = NativeBackend(NativeConfig(), other, PAD)
+    backend = NativeBackend(NativeConfig(), other)
     before = ids_of(collect(backend, requests_of(max_tokens=10)))
     other.init_weights(seed=5)
     backend.update_weights(version=1)

@@ -146,7 +146,7 @@ def test_compiled_blocks_learn_the_same_and_share_one_compilation():
     said = [
         [e.token_id for e in events]
         for m in (module, eager_of(module))
-        for events in collect(NativeBackend(NativeConfig(), m.model.eval(), 0), asked).values()
+        for events in collect(NativeBackend(NativeConfig(), m.model.eval()), asked).values()
     ]
     assert said[:3] == said[3:] and graphs() == (3, 3)
 

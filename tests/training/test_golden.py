@@ -126,8 +126,8 @@ def from_samples(objective):
     model, reference = (tiny_llama(tokenizer.vocab_size, seed=s, context=64, dropout=0.1) for s in (1, 2))
     module = RolloutModule(
         model, *others, {name: reference for name in objective.companions},
-        backend=NativeBackend(NativeConfig(), model, tokenizer.pad_id), source=source, tokenizer=tokenizer,
-        rollouts=RolloutSettings(4, 2, 8, 0.9, 0, 4, 64),
+        backend=NativeBackend(NativeConfig(), model, tokenizer), source=source, tokenizer=tokenizer,
+        rollouts=RolloutSettings(4, 2, 8, 0.9, 2, 4, 64),  # with seed 0 one draw is 1e-8 from falling on another token
     )  # fmt: skip
     steps = PromptDataset(source, tokenizer, size=4, updates=2, seed=0)
     return module, [steps[i] for i in range(STEPS)]

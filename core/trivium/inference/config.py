@@ -40,7 +40,21 @@ class NativeConfig(BackendConfig):
     """Our own engine: batched, ragged, cached, on the weights that are being trained."""
 
     max_batch: int = 64  # rows decoded together; more is faster a token and takes more cache memory
+    step_tokens: int = (
+        512  # tokens that a step computes at most: a long prompt is read in pieces between steps of others
+    )
+    memory: str = "auto"  # slab: contiguous, for CPUs; paged: as much as rows use, for GPUs; auto: by the device
+    slots: int = 0  # tokens whose keys and values are held; 0: a quarter of the free memory, no more than can be used
+    page: int = 16  # tokens of a page: what prompts share is found in whole pages
+    prefix_cache: bool = True  # prompts that begin as earlier ones did do not compute that again
+    prefix_slots: int = 0  # tokens kept for later prompts beside a slab; 0: a quarter of `slots`
 
     def __post_init__(self) -> None:
-        if self.max_batch <= 0:
-            raise ConfigError(f"inference.max_batch={self.max_batch} must be greater than 0")
+        for name in ("max_batch", "step_tokens", "page"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"inference.{name}={getattr(self, name)} must be greater than 0")
+        for name in ("slots", "prefix_slots"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"inference.{name}={getattr(self, name)} must not be negative")
+        if self.memory not in ("auto", "slab", "paged"):
+            raise ConfigError(f"inference.memory={self.memory} is not auto, slab or paged")

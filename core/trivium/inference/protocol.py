@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from trivium.types import Request, TokenEvent
+from torch import Tensor
+
+from trivium.errors import BackendError
+from trivium.types import Request, SamplingParams, TokenEvent
+
+BASIC = frozenset({"temperature", "top_k", "top_p", "seed", "stop_ids", "max_tokens"})
 
 
 @dataclass(frozen=True)
@@ -14,42 +19,67 @@ class Capabilities:
     """What a backend can do; a request beyond it is an error, never a silent change."""
 
     context: int  # tokens of prompt and answer together
-    sampling: frozenset[str] = frozenset({"temperature", "top_k", "top_p", "seed", "stop_ids", "max_tokens"})
+    vocab_size: int = 0  # token ids are below it; 0 is not known
+    sampling: frozenset[str] = BASIC  # fields of SamplingParams that it honours
     shares_weights: bool = False  # samples from the very weights that are being trained
+    embeds: bool = False  # has hidden states for `embed`
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counters since the backend was made."""
+    """Counters since the backend was made, and what it holds now (running, waiting, and so on)."""
 
     requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
     weight_version: int = 0
+    cached_tokens: int = 0  # of prompts, found in the prefix cache
+    drafted_tokens: int = 0  # proposed by speculation
+    accepted_tokens: int = 0  # of those, kept
+    preempted: int = 0  # times a running request made room and began again
+    running: int = 0
+    waiting: int = 0
+    slots: int = 0  # tokens whose keys and values fit in memory
+    used_slots: int = 0  # of those, held by running requests
+    cached_slots: int = 0  # held for later prompts, given up when room is needed
 
 
 class Backend(ABC):
-    """Built as `cls(config, model, pad_id=...)`."""
+    """Built as `cls(config, model, tokenizer)`. Not safe for several threads at once."""
+
+    _aborted: set[str] = set()  # noqa: RUF012 - each `generate` has its own
 
     @abstractmethod
-    def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
-        """Events of all requests as they are made, interleaved; each request's last event has a finish_reason.
+    def add(self, request: Request) -> None:
+        """Take a request, to be served by `step`. Raises BackendError, naming it, for one that can never be served."""
 
-        Raises BackendError before the first event for a request that can never be served, naming it.
-        """
+    @abstractmethod
+    def step(self) -> list[TokenEvent]:
+        """Serve what was added a little further; the events that this made, maybe none. A request that fails gets an
+        event with finish_reason "error", and the others go on."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+
+    @abstractmethod
+    def drop(self, request_id: str) -> None:
+        """Forget a request and free what it held. One that is not known is no error."""
+
+    def abort(self, request_id: str) -> None:
+        """End a request from outside: it gets no further events, not even those of the step that is being read."""
+        self._aborted.add(request_id)
+        self.drop(request_id)
 
     @abstractmethod
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """log p(token t | tokens before t) for t = 1.. of one sequence (the first token has no probability)."""
 
     @abstractmethod
-    def abort(self, request_id: str) -> None:
-        """Stop making tokens for a request; it gets no further events."""
-
-    @abstractmethod
     def update_weights(self, version: int) -> None:
-        """The weights changed: nothing computed from the old ones is used again."""
+        """The weights changed: nothing computed from the old ones is used again. Refused while requests run."""
 
     @abstractmethod
     def capabilities(self) -> Capabilities:
@@ -59,6 +89,69 @@ class Backend(ABC):
     def stats(self) -> Stats:
         """Counters so far."""
 
+    def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """(N, C) fp32: of each sequence the mean of its last hidden states, at length 1."""
+        raise BackendError(f"{type(self).__name__} has no embeddings")
+
     def health(self) -> bool:
         """Whether it can serve."""
         return True
+
+    def check(self, request: Request) -> None:
+        """Refuse what this backend cannot honour. Raises BackendError."""
+        has = self.capabilities()
+        for f in fields(SamplingParams):
+            if f.name not in has.sampling and getattr(request.params, f.name) != f.default:
+                raise BackendError(
+                    f"request {request.id}: {type(self).__name__} cannot honour "
+                    f"{f.name}={getattr(request.params, f.name)!r}"
+                )
+        ids, wanted = request.prompt_ids, len(request.prompt_ids) + request.params.max_tokens
+        if not ids:
+            raise BackendError(f"request {request.id}: the prompt is empty")
+        if wanted > has.context:
+            raise BackendError(
+                f"request {request.id}: {len(ids)} prompt tokens and max_tokens={request.params.max_tokens} need "
+                f"{wanted}, the model's context is {has.context}; shorten the prompt or lower "
+                "inference.sampling.max_tokens"
+            )
+        told = (*ids, *request.params.stop_ids, *(token for token, _ in request.params.logit_bias))
+        if has.vocab_size and not 0 <= min(told) <= max(told) < has.vocab_size:
+            raise BackendError(f"request {request.id}: token ids must be below {has.vocab_size}")
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
+        """Events of all requests as they are made, interleaved; each request's last event has a finish_reason.
+
+        Raises BackendError before the first event for a request that can never be served, naming it, and when one
+        fails. A reader that leaves early aborts what is left. A request that is aborted meanwhile ends without a word.
+        """
+        ids = {request.id for request in requests}
+        if self.busy:
+            raise BackendError("generate was called while other requests are served; use add and step")
+        if len(ids) < len(requests):
+            names = [request.id for request in requests]
+            raise BackendError(f"two requests have the id {next(n for n in names if names.count(n) > 1)!r}")
+        for request in requests:
+            self.check(request)
+        gone = self._aborted = set[str]()
+        try:
+            for request in requests:
+                self.add(request)
+            while self.busy:
+                for event in self.step():
+                    if event.request_id in gone:
+                        continue
+                    if event.finish_reason == "error":
+                        raise BackendError(f"request {event.request_id}: {event.error}")
+                    yield event
+        finally:
+            for name in ids:
+                self.drop(name)
+
+
+def collect(backend: Backend, requests: Sequence[Request]) -> dict[str, list[TokenEvent]]:
+    """Run requests to their end: request id -> its events."""
+    events: dict[str, list[TokenEvent]] = {r.id: [] for r in requests}
+    for event in backend.generate(requests):
+        events[event.request_id].append(event)
+    return events

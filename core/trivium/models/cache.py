@@ -32,14 +32,14 @@ class KVCache:
         self.values[layer].scatter_(2, index, values.to(self.values.dtype))
         return self.keys[layer], self.values[layer]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only `rows`, in that order (finished neighbours leave)."""
-        self.keys = self.keys.index_select(1, rows)
-        self.values = self.values.index_select(1, rows)
+    def part(self, rows: slice, length: int) -> KVCache:
+        """The first `length` slots of some rows, as a cache that writes into this one."""
+        part = object.__new__(type(self))
+        part.keys, part.values = self.keys[:, rows, :, :length], self.values[:, rows, :, :length]
+        return part
 
-    def grow(self, length: int) -> None:
-        """Make room for `length` slots a row."""
-        extra = length - self.length
-        if extra > 0:
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
+    def copy_from(self, other: KVCache) -> None:
+        """Take over what another cache, of no more rows and slots, holds."""
+        rows, length = other.keys.shape[1], other.length
+        self.keys[:, :rows, :, :length] = other.keys
+        self.values[:, :rows, :, :length] = other.values

@@ -376,7 +376,7 @@ def _from_samples(
             f"a prompt of {steps.longest} tokens and inference.sampling.max_tokens={sampling.max_tokens} do not fit "
             f"{room} tokens (batch.length={config.batch.length}, the model's context {model.context})"
         )
-    backend = build_backend(config.inference, model, tokenizer.pad_id, config.trainer.accelerator)
+    backend = build_backend(config.inference, model, tokenizer, config.trainer.accelerator)
     if not backend.capabilities().shares_weights:
         raise ConfigError(
             f"inference={config.inference.name} does not sample from the weights being trained; phase=rlhf needs a "
@@ -567,7 +567,7 @@ def _sampler(
     samples, model, first = this.config.samples, module.model, this.world.is_first
 
     def backend_of(model: CausalLM) -> Backend:
-        return build_backend(this.config.inference, model, tokenizer.pad_id, this.config.trainer.accelerator)
+        return build_backend(this.config.inference, model, tokenizer, this.config.trainer.accelerator)
 
     backend = backend_of(model)
     params = dataclasses.replace(sampling_params(SamplingConfig(), tokenizer.stop_ids), max_tokens=samples.max_tokens)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from trivium.errors import TrainingError
-from trivium.training.memory import free_bytes, hand_back_freed, peak_bytes, reset_peak
+from trivium.models.memory import free_bytes
+from trivium.training.memory import hand_back_freed, peak_bytes, reset_peak
 
 SHARE = 0.8
 """Of the memory that is left: the rest is for what grows later (validation, samples, fragments)."""

@@ -1,157 +1,295 @@
-"""Our own engine: batched, ragged, cached decoding on the very weights that are being trained.
+"""Our own engine: continuous batching over the very weights that are being trained.
 
-Prompts of a batch are padded on the right; since a cache slot is a position and a query sees only slots up to its own
-position, padding is never read and is overwritten as the row grows. Rows that finish leave the batch, rows that wait
-take their place when it is empty.
+A step decodes every running row by one token (or more, where drafts turn out right), then reads prompts until the
+step's budget of tokens is spent: whole prompts of about the same length together, or the next piece of a long one. Rows
+that finish leave, rows that wait come in. Padding of a shorter neighbour is never read, since a cache slot is a
+position and a query sees only slots up to its own, and is overwritten when its position comes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trivium.data.tokenizer import Tokenizer
 from trivium.errors import BackendError
 from trivium.inference.config import NativeConfig
-from trivium.inference.protocol import Backend, Capabilities, Stats
-from trivium.inference.sampling import sample
+from trivium.inference.native.memory import GROWTH, Memory, Paged, Slab
+from trivium.inference.native.row import Row
+from trivium.inference.native.scheduler import Scheduler
+from trivium.inference.protocol import Backend, Capabilities, Stats, collect
+from trivium.inference.sampling import SAMPLING, Drawn, sample_places
+from trivium.models.memory import free_bytes
 from trivium.models.protocol import CausalLM
 from trivium.types import Request, TokenEvent
 
-GROWTH = 64
-"""Cache slots are added this many at a time: few reallocations, little unread memory."""
+__all__ = ["GROWTH", "NativeBackend", "collect"]
+CONSTRAINTS = frozenset({"json_schema", "regex"})
+
+
+class Pass(NamedTuple):
+    """Neighbouring rows that the model reads at once: the last `counts[i]` of row i's ids and drafts, of which the last
+    `wanted[i]` are where tokens are drawn after."""
+
+    rows: list[Row]
+    first: int
+    counts: list[int]
+    wanted: list[int]
 
 
 class NativeBackend(Backend):
     """Decodes in the precision of the weights, in eval mode, and puts the model's mode back."""
 
-    def __init__(self, config: NativeConfig, model: CausalLM, pad_id: int) -> None:
-        self.config, self.model, self.pad_id = config, model, pad_id
+    def __init__(self, config: NativeConfig, model: CausalLM, tokenizer: Tokenizer | None = None) -> None:
+        """tokenizer: for constraints, which are about text."""
+        self.config, self.model, self.tokenizer = config, model, tokenizer
         self._stats = Stats()
-        self._aborted: set[str] = set()
+        self._number = 0
+        self._state = self._weights()
+        self._made: Scheduler | None = None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Rows and their memory; made when first needed."""
+        if self._made is None:
+            c = self.config
+            paged = c.memory == "paged" or (c.memory == "auto" and self._device.type != "cpu")
+            slots = max(c.slots or self._room(), c.page)
+            kept = c.prefix_slots or slots // 4
+            memory: Memory = (Paged if paged else Slab)(self.model, slots, c.page, kept if c.prefix_cache else 0)
+            self._made = Scheduler(memory, c.max_batch, prefix_cache=c.prefix_cache)
+        return self._made
+
+    def _room(self) -> int:
+        """Tokens whose keys and values a quarter of the free memory holds, but no more than can be used."""
+        one = self.model.new_cache(1, 1)
+        size = 2 * one.keys.numel() * one.keys.element_size()
+        return max(1, min(self.config.max_batch * self.model.context, free_bytes() // 4 // size))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(context=self.model.context, shares_weights=True)
+        return Capabilities(
+            context=self.model.context,
+            vocab_size=self.model.vocab_size,
+            sampling=SAMPLING - CONSTRAINTS,
+            shares_weights=True,
+            embeds=True,
+        )
 
     def stats(self) -> Stats:
-        return self._stats
+        scheduler, memory = self.scheduler, self.scheduler.memory
+        return replace(
+            self._stats,
+            preempted=scheduler.preempted,
+            running=len(scheduler.lanes),
+            waiting=len(scheduler.waiting),
+            slots=memory.slots,
+            used_slots=memory.used,
+            cached_slots=memory.kept,
+        )
+
+    @property
+    def busy(self) -> bool:
+        return self._made is not None and bool(self._made.lanes or self._made.waiting)
+
+    def add(self, request: Request) -> None:
+        self.check(request)
+        scheduler = self.scheduler
+        if scheduler.find(request.id) is not None:
+            raise BackendError(f"two requests have the id {request.id!r}")
+        row = Row.of(request, self._number)
+        if row.most > scheduler.memory.slots:
+            raise BackendError(
+                f"request {request.id}: {row.prompt} prompt tokens and max_tokens={request.params.max_tokens} need "
+                f"{row.most} cache slots, there are {scheduler.memory.slots}; raise inference.slots"
+            )
+        self._number += 1
+        scheduler.waiting.append(row)
+        self._count(requests=1, prompt_tokens=row.prompt)
+
+    def drop(self, request_id: str) -> None:
+        row = self.scheduler.find(request_id)
+        if row is not None:
+            self.scheduler.leave(row)
 
     def update_weights(self, version: int) -> None:
-        self._stats = replace(self._stats, weight_version=version)  # weights are shared; nothing derived is kept yet
+        if self.busy:
+            raise BackendError("weights cannot change while requests are being answered")
+        self._stats = replace(self._stats, weight_version=version)
+        self._follow()
 
-    def abort(self, request_id: str) -> None:
-        self._aborted.add(request_id)
+    def _weights(self) -> int:
+        """Another number when a weight was changed, however that was done."""
+        return hash(tuple((p.data_ptr(), p._version) for p in self.model.parameters()))
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
-        seen: set[str] = set()
-        for request in requests:
-            self._admit(request, seen)
-        try:
-            for start in range(0, len(requests), self.config.max_batch):
-                yield from self._batch(list(requests[start : start + self.config.max_batch]))
-        finally:
-            self._aborted -= seen  # a later request may have the same id
+    def _follow(self) -> None:
+        """Drop what was computed from other weights."""
+        state = self._weights()
+        if state == self._state:
+            return
+        if self._made is not None:
+            if self._made.lanes:
+                raise BackendError("the weights were changed while requests were being answered")
+            self._made.memory.forget()
+        self._state = state
 
-    def _admit(self, request: Request, seen: set[str]) -> None:
-        if request.id in seen:
-            raise BackendError(f"two requests have the id {request.id!r}")
-        seen.add(request.id)
-        wanted, room = len(request.prompt_ids) + request.params.max_tokens, self.model.context
-        if not request.prompt_ids:
-            raise BackendError(f"request {request.id}: the prompt is empty")
-        if wanted > room:
-            raise BackendError(
-                f"request {request.id}: {len(request.prompt_ids)} prompt tokens and "
-                f"max_tokens={request.params.max_tokens} need {wanted}, the model's context is {room}; "
-                "shorten the prompt or lower inference.sampling.max_tokens"
-            )
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.model.vocab_size:
-            raise BackendError(f"request {request.id}: token ids must be below {self.model.vocab_size}")
-
-    def _batch(self, rows: list[Request]) -> Iterator[TokenEvent]:
-        """Decode one batch to its end. The state is small: rows, their last tokens, their next positions, a cache."""
-        started, was_training = time.perf_counter(), self.model.training
-        num_requests, num_prompt, made = len(rows), sum(len(r.prompt_ids) for r in rows), 0
-        device = next(self.model.parameters()).device
-        try:
-            lengths = [len(r.prompt_ids) for r in rows]
-            longest = max(lengths)
-            cache = self.model.new_cache(len(rows), min(self.model.context, longest + GROWTH))
-            tokens = torch.full((len(rows), longest), self.pad_id)
-            for b, request in enumerate(rows):
-                tokens[b, : lengths[b]] = torch.tensor(request.prompt_ids)
-            positions = torch.arange(longest).expand(len(rows), -1)
-            logits = self._logits(tokens.to(device), positions.to(device), cache, [n - 1 for n in lengths])
-            generated = [0] * len(rows)
-            while rows:
-                drawn = sample(logits, rows, lengths)
-                logprobs = torch.log_softmax(logits, -1).gather(1, drawn[:, None])[:, 0].tolist()
-                alive = []
-                for b, (request, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
-                    generated[b] += 1
-                    made += 1
-                    reason = self._finish(request, token, generated[b])
-                    if request.id in self._aborted:
-                        continue
-                    yield TokenEvent(request.id, token, logprobs[b], reason)
-                    if reason is None:
-                        alive.append(b)
-                if not alive:
-                    break
-                if len(alive) < len(rows):
-                    keep = torch.tensor(alive, device=device)
-                    cache.select(keep)
-                    drawn = drawn[keep]
-                    rows, lengths, generated = ([xs[b] for b in alive] for xs in (rows, lengths, generated))
-                if max(lengths) >= cache.length:
-                    cache.grow(min(self.model.context, cache.length + GROWTH))
-                logits = self._logits(
-                    drawn[:, None], torch.tensor(lengths, device=device)[:, None], cache, [0] * len(rows)
-                )
-                lengths = [n + 1 for n in lengths]
-        finally:
-            self.model.train(was_training)
-            old = self._stats
-            self._stats = replace(
-                old,
-                requests=old.requests + num_requests,
-                generated_tokens=old.generated_tokens + made,
-                prompt_tokens=old.prompt_tokens + num_prompt,
-                seconds=old.seconds + time.perf_counter() - started,
-            )
-
-    def _finish(self, request: Request, token: int, generated: int) -> str | None:
-        if token in request.params.stop_ids:
-            return "stop"
-        return "length" if generated >= request.params.max_tokens else None
+    def _count(self, **more: float) -> None:
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
 
     @torch.no_grad()
-    def _logits(self, tokens: Tensor, positions: Tensor, cache: object, columns: list[int]) -> Tensor:
-        """(B, V) fp32 logits after each row's column."""
+    def step(self) -> list[TokenEvent]:
+        started, was_training, scheduler = time.perf_counter(), self.model.training, self.scheduler
+        self._follow()
         self.model.eval()
-        hidden = self.model(tokens, positions, cache=cache)  # type: ignore[arg-type]
-        states = hidden[torch.arange(len(columns)), torch.tensor(columns)]
-        return self.model.head(states).float()
+        try:
+            events = self._decode()
+            budget = self.config.step_tokens - scheduler.decoding
+            while budget > 0:
+                scheduler.admit()
+                count, length = scheduler.group(budget)
+                if not count:
+                    break
+                events += self._read(count, length)
+                budget -= count * length
+        finally:
+            self.model.train(was_training)
+            self._count(seconds=time.perf_counter() - started)
+        return events
+
+    def _decode(self) -> list[TokenEvent]:
+        """The next token of every row whose prompt is read."""
+        scheduler = self.scheduler
+        while scheduler.decoding:
+            rows = scheduler.lanes[: scheduler.decoding]
+            counts = [1 + len(row.drafts) for row in rows]
+            if scheduler.make_room(slice(0, len(rows)), [len(row.ids) + len(row.drafts) for row in rows]):
+                return self._run(Pass(rows, 0, counts, counts))
+        return []
+
+    def _read(self, count: int, length: int) -> list[TokenEvent]:
+        """The next `length` prompt tokens of each of the first `count` reading rows; of those then read, a token."""
+        scheduler = self.scheduler
+        first = scheduler.decoding
+        rows = scheduler.reading[:count]
+        counts = [min(length, row.unread) for row in rows]
+        if not scheduler.make_room(
+            slice(first, first + count), [row.read + n for row, n in zip(rows, counts, strict=True)]
+        ):
+            return []
+        return self._run(Pass(rows, first, counts, [int(n == row.unread) for row, n in zip(rows, counts, strict=True)]))
+
+    def _run(self, this: Pass) -> list[TokenEvent]:
+        """Events of a pass. What fails together is tried again one by one, so that one request fails alone."""
+        try:
+            drawn = self._drawn(this)
+        except Exception as error:
+            if len(this.rows) == 1:
+                return [self._fail(this.rows[0], error)]
+            events = []
+            for row, count, wanted in zip(this.rows, this.counts, this.wanted, strict=True):
+                if row in self.scheduler.lanes:  # lanes move when a neighbour fails
+                    events += self._run(Pass([row], self.scheduler.lanes.index(row), [count], [wanted]))
+            return events
+        scheduler, events, done = self.scheduler, [], []
+        for row, count, found in zip(this.rows, this.counts, drawn, strict=True):
+            row.read += count - len(row.drafts)
+            if not found:
+                continue
+            if not row.began and scheduler.prefix_cache:
+                scheduler.memory.keep(scheduler.lanes.index(row), row.ids[: row.read])
+            mine, error = self._commit(row, found)
+            events += mine
+            if error is not None:
+                events.append(self._fail(row, error))
+            elif mine[-1].finish_reason is not None:
+                done.append(row)
+        scheduler.count_decoding()
+        for row in done:
+            scheduler.leave(row)
+        return events
+
+    def _fail(self, row: Row, error: Exception) -> TokenEvent:
+        scheduler = self.scheduler
+        scheduler.memory.wipe(scheduler.lanes.index(row))
+        row.read = 0  # nothing of it is worth keeping
+        scheduler.leave(row)
+        return row.failed(error)
+
+    def _commit(self, row: Row, found: list[Drawn | BackendError]) -> tuple[list[TokenEvent], BackendError | None]:
+        """Take the drawn tokens into the row, up to the first that its draft did not foresee."""
+        events: list[TokenEvent] = []
+        drafts, row.drafts = row.drafts, []
+        for number, one in enumerate(found):
+            if isinstance(one, BackendError):
+                return events, one
+            row.ids.append(one.token)
+            if row.constraint is not None:
+                row.constraint.accept(one.token)
+            reason = row.finish(one.token)
+            cached = 0 if row.began else row.cached
+            row.began = True
+            events.append(
+                TokenEvent(row.request.id, one.token, one.logprob, reason, one.drawn_logprob, one.kept, one.top, cached)
+            )
+            if reason is not None or number == len(drafts) or one.token != drafts[number]:
+                break
+        self._count(generated_tokens=len(events), accepted_tokens=len(events) - 1, drafted_tokens=len(drafts))
+        row.read += len(events) - 1
+        return events, None
+
+    def _drawn(self, this: Pass) -> list[list[Drawn | BackendError]]:
+        """Run the model over a pass and draw what it asks for."""
+        longest, rows = max(this.counts), this.rows
+        told = [[*row.ids[row.read :], *row.drafts][:n] for row, n in zip(rows, this.counts, strict=True)]
+        tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in told], device=self._device)
+        starts = torch.tensor([row.read for row in rows], device=self._device)
+        positions = starts[:, None] + torch.arange(longest, device=self._device)
+        lanes = slice(this.first, this.first + len(rows))
+        length = max(row.read for row in rows) + longest
+        hidden = self.model(tokens, positions, cache=self.scheduler.memory.view(lanes, length))
+        places = [
+            (i, n - w + j) for i, (n, w) in enumerate(zip(this.counts, this.wanted, strict=True)) for j in range(w)
+        ]
+        if not places:
+            return [[] for _ in rows]
+        at = torch.tensor(places, device=self._device)
+        logits = self.model.head(hidden[at[:, 0], at[:, 1]]).float()
+        drafted = [j for w in this.wanted for j in range(w)]
+        found = sample_places(logits, [rows[i].place(j) for (i, _), j in zip(places, drafted, strict=True)])
+        out, end = [], 0
+        for wanted in this.wanted:
+            out.append(found[end : end + wanted])
+            end += wanted
+        return out
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
+        hidden = self._hidden(token_ids)
+        logprobs = torch.log_softmax(self.model.head(hidden).float(), -1)
+        targets = torch.tensor(list(token_ids[1:]), device=hidden.device)
+        return logprobs[:-1].gather(1, targets[:, None])[:, 0].tolist()
+
+    @torch.no_grad()
+    def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        means = torch.stack([self._hidden(ids).float().mean(0) for ids in sequences]).cpu()
+        return torch.nn.functional.normalize(means, dim=-1)
+
+    def _hidden(self, token_ids: Sequence[int]) -> Tensor:
+        """(T, C) of one sequence, without the cache."""
         if len(token_ids) > self.model.context:
             raise BackendError(f"{len(token_ids)} tokens do not fit the model's context of {self.model.context}")
         was_training = self.model.training
         self.model.eval()
-        tokens = torch.tensor([list(token_ids)], device=next(self.model.parameters()).device)
-        hidden = self.model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None])
-        logprobs = torch.log_softmax(self.model.head(hidden).float(), -1)
-        self.model.train(was_training)
-        return logprobs[0, :-1].gather(1, tokens[0, 1:, None])[:, 0].tolist()
-
-
-def collect(backend: Backend, requests: Sequence[Request]) -> dict[str, list[TokenEvent]]:
-    """Run requests to their end: request id -> its events."""
-    events: dict[str, list[TokenEvent]] = {r.id: [] for r in requests}
-    for event in backend.generate(requests):
-        events[event.request_id].append(event)
-    return events
+        try:
+            tokens = torch.tensor([list(token_ids)], device=self._device)
+            return self.model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None])[0]
+        finally:
+            self.model.train(was_training)
