@@ -108,7 +108,11 @@ def timed(tmp_path_factory):
     )  # fmt: skip
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    trainer.fit(module, DataLoader(Slow(), batch_size=None))
+    slept = []
+    with pytest.MonkeyPatch.context() as patch:  # a clock that other processes do not move: what is computed and slept
+        patch.setattr(time, "sleep", slept.append)
+        patch.setattr(time, "perf_counter", lambda: time.process_time() + sum(slept))
+        trainer.fit(module, DataLoader(Slow(), batch_size=None))
     torch.set_num_threads(before)
     assert len(spent) == 10
     return clock.seconds, sum(spent) + 5 * ASIDE, logger.rows
