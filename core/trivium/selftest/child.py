@@ -64,6 +64,7 @@ def obey(order: dict[str, Any]) -> int:
     """Plan the order's faults, then be the command line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as launch.py does
     os.environ.update(order.get("environment", {}))
+    os.chdir(order.get("home", "."))
     if "faults" in order:
         install(**order["faults"])
     return load("trivium.cli:main")(order["args"])

@@ -132,7 +132,7 @@ class Forker:
         return self.folder / f"p{self._count}"
 
     def fork(self, *args: object, **more: Any) -> Process:
-        """Start a command line, at once. more: `environment`, `faults` and `input` (a file) of the process."""
+        """Start a command line, at once. more: `environment`, `faults`, `input` (a file) and `home` (a folder)."""
         with self._lock:
             if self._forker is None:
                 code = "from trivium.selftest.child import serve; serve()"
