@@ -13,6 +13,8 @@ import pytest
 from trivium.selftest.harness import Forker
 from trivium.selftest.recipes import overridden
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share the cores, small models need one
+
 ROOT = Path(__file__).parents[1]
 TINY_MODEL = ("model.dim=32", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.ffn_dim=64")
 TINY_RUN = (
