@@ -138,8 +138,8 @@ def test_samples_and_init_from_use_the_average(main, pretraining, tmp_path):
     run = main(*pretraining(tmp_path, "base", *how))
     assert run.code == 0, run.err
     sample = json.loads((tmp_path / "base/samples.jsonl").read_text().splitlines()[-1])
-    said = main("phase=generate", f"init_from={tmp_path}/base", "prompt=abc", "inference.sampling.temperature=0",
-                "inference.sampling.max_tokens=12")  # fmt: skip
+    said = main("phase=generate", f"runs={tmp_path}", f"init_from={tmp_path}/base", "prompt=abc",
+                "inference.sampling.temperature=0", "inference.sampling.max_tokens=12")  # fmt: skip
     assert said.code == 0 and sample["completion"].strip() in said.out and sample["completion"].strip()
     shown = json.loads((tmp_path / "base/metrics.jsonl").read_text().splitlines()[-1])["val/loss"]
     still = main(*pretraining(tmp_path, "next", f"init_from={tmp_path}/base", "optim.lr=1e-12", "trainer.max_steps=1",
