@@ -48,6 +48,7 @@ class NativeConfig(BackendConfig):
     page: int = 16  # tokens of a page: what prompts share is found in whole pages
     prefix_cache: bool = True  # prompts that begin as earlier ones did do not compute that again
     prefix_slots: int = 0  # tokens kept for later prompts beside a slab; 0: a quarter of `slots`
+    weights: str = "same"  # the very ones being trained; or a copy made for speed: bf16, int8, int4
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "step_tokens", "page"):
@@ -58,3 +59,5 @@ class NativeConfig(BackendConfig):
                 raise ConfigError(f"inference.{name}={getattr(self, name)} must not be negative")
         if self.memory not in ("auto", "slab", "paged"):
             raise ConfigError(f"inference.memory={self.memory} is not auto, slab or paged")
+        if self.weights not in ("same", "bf16", "int8", "int4"):
+            raise ConfigError(f"inference.weights={self.weights} is not same, bf16, int8 or int4")

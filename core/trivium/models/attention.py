@@ -50,6 +50,23 @@ def mean_seen(context: int, window: int) -> float:
     return context / 2 if not window or context <= window else window - window**2 / (2 * context)
 
 
+FEW = 16
+"""Queries of a head up to which heads that share keys are better taken as queries of one head: a step of decoding."""
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """(B, H, T, D) queries over (B, K, S, D) keys and values with a (B, 1, T, S) mask -> (B, H, T, D).
+
+    The same as `enable_gqa`, whose CPU kernel in bf16 takes four to six times as long for a single query (LOG.md).
+    """
+    rows, heads, length, width = q.shape
+    groups = heads // k.shape[1]
+    q = q.reshape(rows, -1, groups * length, width)
+    if length > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(rows, heads, length, width)
+
+
 class Attention(nn.Module):
     """Causal self-attention with H query heads over K shared key/value heads.
 
@@ -91,9 +108,10 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         rows, length, _ = x.shape
         heads = (rows, length, -1, self.width)  # as many as are here: several processes may share them out
-        q = rotate(self.q_norm(self.q(x).view(heads)).transpose(1, 2), *angles)
-        k = rotate(self.k_norm(self.k(x).view(heads)).transpose(1, 2), *angles)
-        v = self.v(x).view(heads).transpose(1, 2)
+        q, k, v = (part.view(heads) for part in self.project(x))
+        q = rotate(self.q_norm(q).transpose(1, 2), *angles)
+        k = rotate(self.k_norm(k).transpose(1, 2), *angles)
+        v = v.transpose(1, 2)
         dtype, given = v.dtype if cache is not None else training_precision(v), v.dtype
         if cache is not None:
             k, v = cache.update(layer, k, v, positions)
@@ -102,7 +120,13 @@ class Attention(nn.Module):
             out = self._capped(q, k, v, mask) if self.cap else self._attend(q, k, v, mask)
         return self.out(out.to(given).transpose(1, 2).reshape(rows, length, -1))
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, C) -> queries, keys and values, each (B, T, heads * D)."""
+        return self.q(x), self.k(x), self.v(x)
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and q.shape[2] <= FEW and q.device.type == "cpu" and q.shape[1] != k.shape[1]:
+            return grouped_attention(q, k, v, mask, self.scale)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=self.heads != self.kv_heads
         )

@@ -27,10 +27,15 @@ class KVCache:
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, K, T, D) keys and values at (B, T) positions; return all slots of the layer, (B, K, S, D)."""
-        index = positions[:, None, :, None].expand(keys.shape)
-        self.keys[layer].scatter_(2, index, keys.to(self.keys.dtype))
-        self.values[layer].scatter_(2, index, values.to(self.values.dtype))
-        return self.keys[layer], self.values[layer]
+        held = self.keys[layer], self.values[layer]
+        for slots, new in zip(held, (keys, values), strict=True):
+            new = new.to(slots.dtype)
+            if len(new) == 1:
+                slots.index_copy_(2, positions[0], new)
+            else:
+                rows = torch.arange(len(new), device=new.device)[:, None]
+                slots[rows, :, positions] = new.transpose(1, 2)
+        return held
 
     def part(self, rows: slice, length: int) -> KVCache:
         """The first `length` slots of some rows, as a cache that writes into this one."""

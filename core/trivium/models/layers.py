@@ -23,7 +23,11 @@ class GatedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        return self.down(self.gated(x))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., hidden)."""
+        return self.act(self.gate(x)) * self.up(x)
 
 
 class Head(nn.Linear):

@@ -25,6 +25,7 @@ from trivium.inference.native.scheduler import Scheduler
 from trivium.inference.protocol import Backend, Capabilities, Stats, collect
 from trivium.inference.sampling import SAMPLING, Drawn, sample_places
 from trivium.models.memory import free_bytes
+from trivium.models.packed import packed
 from trivium.models.protocol import CausalLM
 from trivium.types import Request, TokenEvent
 
@@ -51,6 +52,7 @@ class NativeBackend(Backend):
         self._stats = Stats()
         self._number = 0
         self._state = self._weights()
+        self._copy: CausalLM | None = None
         self._made: Scheduler | None = None
 
     @property
@@ -61,15 +63,24 @@ class NativeBackend(Backend):
             paged = c.memory == "paged" or (c.memory == "auto" and self._device.type != "cpu")
             slots = max(c.slots or self._room(), c.page)
             kept = c.prefix_slots or slots // 4
-            memory: Memory = (Paged if paged else Slab)(self.model, slots, c.page, kept if c.prefix_cache else 0)
+            memory: Memory = (Paged if paged else Slab)(self.reader, slots, c.page, kept if c.prefix_cache else 0)
             self._made = Scheduler(memory, c.max_batch, prefix_cache=c.prefix_cache)
         return self._made
 
     def _room(self) -> int:
         """Tokens whose keys and values a quarter of the free memory holds, but no more than can be used."""
-        one = self.model.new_cache(1, 1)
+        one = self.reader.new_cache(1, 1)
         size = 2 * one.keys.numel() * one.keys.element_size()
         return max(1, min(self.config.max_batch * self.model.context, free_bytes() // 4 // size))
+
+    @property
+    def reader(self) -> CausalLM:
+        """What decodes: the model itself, or a copy of it in fewer bits, made anew when its weights have changed."""
+        if self.config.weights == "same":
+            return self.model
+        if self._copy is None:
+            self._copy = packed(self.model, self.config.weights)
+        return self._copy
 
     @property
     def _device(self) -> torch.device:
@@ -80,7 +91,7 @@ class NativeBackend(Backend):
             context=self.model.context,
             vocab_size=self.model.vocab_size,
             sampling=SAMPLING - CONSTRAINTS,
-            shares_weights=True,
+            shares_weights=self.config.weights == "same",
             embeds=True,
         )
 
@@ -139,7 +150,7 @@ class NativeBackend(Backend):
             if self._made.lanes:
                 raise BackendError("the weights were changed while requests were being answered")
             self._made.memory.forget()
-        self._state = state
+        self._state, self._copy = state, None
 
     def _count(self, **more: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
@@ -254,14 +265,14 @@ class NativeBackend(Backend):
         positions = starts[:, None] + torch.arange(longest, device=self._device)
         lanes = slice(this.first, this.first + len(rows))
         length = max(row.read for row in rows) + longest
-        hidden = self.model(tokens, positions, cache=self.scheduler.memory.view(lanes, length))
+        hidden = self.reader(tokens, positions, cache=self.scheduler.memory.view(lanes, length))
         places = [
             (i, n - w + j) for i, (n, w) in enumerate(zip(this.counts, this.wanted, strict=True)) for j in range(w)
         ]
         if not places:
             return [[] for _ in rows]
         at = torch.tensor(places, device=self._device)
-        logits = self.model.head(hidden[at[:, 0], at[:, 1]]).float()
+        logits = self.reader.head(hidden[at[:, 0], at[:, 1]]).float()
         drafted = [j for w in this.wanted for j in range(w)]
         found = sample_places(logits, [rows[i].place(j) for (i, _), j in zip(places, drafted, strict=True)])
         out, end = [], 0

@@ -135,8 +135,7 @@ class Slab(Memory):
         return found
 
     def reach(self, lanes: slice, lengths: Sequence[int]) -> bool:
-        self._grow(self.rows, max(lengths))
-        return True
+        return True  # a lane's `most` was held for it from the beginning
 
     def _grow(self, rows: int, length: int) -> None:
         has_rows, has = self.cache.keys.shape[1], self.cache.length
@@ -150,6 +149,7 @@ class Slab(Memory):
         self.cache = grown
 
     def view(self, lanes: slice, length: int) -> KVCache:
+        self._grow(self.rows, length)
         return self.cache.part(lanes, length)
 
     def keep(self, lane: int, tokens: Sequence[int]) -> None:

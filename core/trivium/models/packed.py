@@ -1,0 +1,162 @@
+"""A model's weights laid out for reading prompts and decoding: bf16, or 8 or 4 bits a weight. A copy, never trained.
+
+On CPUs decoding waits for memory: a step cannot be faster than the weights can be read. So fewer bits are faster there,
+and layers that see the same input are one product. Weights are rounded in groups of 64 along the input, symmetrically,
+to -128..127 or -8..7 times the group's scale; activations stay bf16, sums fp32.
+
+torch's kernel for 4 bits is the only one of its CPU kernels that reads weights as fast as memory gives them, for few rows
+at a time. 8 bits are two weights of 4 there: w = 16 high + low. Prompts, with many rows, multiply restored bf16 weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trivium.errors import BackendError
+from trivium.models import adapters
+from trivium.models.attention import Attention
+from trivium.models.layers import GatedFFN, Head
+from trivium.models.protocol import CausalLM
+
+GROUP = 64
+KINDS = ("bf16", "int8", "int4")
+FEW = {"int8": 8, "int4": 16}
+"""Rows up to which reading fewer bits beats restoring them (LOG.md)."""
+
+
+@torch.no_grad()
+def packed(model: CausalLM, kind: str) -> CausalLM:
+    """A copy of `model` for inference. Adapters are merged into the copy. Raises BackendError for another kind."""
+    if kind not in KINDS:
+        raise BackendError(f"weights of kind {kind!r} are not known; there are {', '.join(KINDS)}")
+    made = copy.deepcopy(model).requires_grad_(False).eval()
+    if adapters.has_adapter(made):
+        adapters.dequantise(made)
+        adapters.merge(made)
+        adapters.detach(made)
+    on_cpu = next(made.parameters()).device.type == "cpu"
+    made = made.to(torch.bfloat16)
+    if kind != "bf16" and not on_cpu:
+        from trivium.models.quantised import quantiser
+
+        adapters.quantise(made, quantiser("nf4" if kind == "int4" else "int8", double=False))
+    elif on_cpu:
+        for module in list(made.modules()):
+            _pack_children(module, kind)
+    return made
+
+
+def _pack_children(module: nn.Module, kind: str) -> None:
+    """Put packed layers in place of a module's linear ones."""
+    if isinstance(module, Attention):
+        module.__dict__["project"] = Together([module.q, module.k, module.v], kind)
+        del module.q, module.k, module.v
+    elif isinstance(module, GatedFFN):
+        module.__dict__["gated"] = Gated(Together([module.gate, module.up], kind), module.act)
+        del module.gate, module.up
+    for name, child in list(module.named_children()):
+        if type(child) in (nn.Linear, Head):
+            setattr(module, name, Packed(child.weight, child.bias, kind, getattr(child, "cap", 0.0)))
+
+
+class Packed(nn.Module):
+    """A linear layer of (N, K) weights. cap: as of Head."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, cap: float = 0.0) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias, self.cap = bias, cap
+        self.kind = kind if self.in_features % GROUP == 0 and self.out_features % 32 == 0 else "bf16"
+        if self.kind == "bf16":
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
+        else:
+            self.codes, self.scales = rounded(weight.float(), 8 if self.kind == "int8" else 4)
+            self.planes = _planes(self.codes, self.scales, self.kind)
+            if self.kind == "int4":
+                self.codes = _halved(self.codes)
+
+    def restored(self) -> Tensor:
+        """(N, K) bf16: the values that it computes with."""
+        codes = _unhalved(self.codes) if self.kind == "int4" else self.codes
+        return (codes.view(self.out_features, -1, GROUP) * self.scales[..., None]).view(self.out_features, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if self.kind == "bf16":
+            out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            rows = x.reshape(-1, self.in_features)
+            if len(rows) <= FEW[self.kind]:
+                parts = [torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, scales) for codes, scales in self.planes]
+                out = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            else:
+                out = F.linear(rows, self.restored())
+            out = out.view(*x.shape[:-1], self.out_features)
+            out = out if self.bias is None else out + self.bias
+        return self.cap * (out / self.cap).tanh() if self.cap else out
+
+
+class Together:
+    """Layers of one input as one product."""
+
+    def __init__(self, layers: Sequence[nn.Linear], kind: str) -> None:
+        biases = [layer.bias for layer in layers]
+        bias = None if biases[0] is None else torch.cat(biases)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        self.sizes = [layer.out_features for layer in layers]
+        self.layer = Packed(torch.cat([layer.weight for layer in layers]), bias, kind)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.layer(x).split(self.sizes, -1)
+
+
+class Gated:
+    """act(gate x) * up x."""
+
+    def __init__(self, together: Together, act: Callable[[Tensor], Tensor]) -> None:
+        self.together, self.act = together, act
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.together(x)
+        return self.act(gate) * up
+
+
+def rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(N, K) fp32 -> (N, K) int8 codes and (N, K / GROUP) bf16 scales: weight is about code * scale.
+
+    >>> codes, scales = rounded(torch.linspace(-1.0, 1.0, 64)[None], 4)
+    >>> codes[0, [0, 32, 63]].tolist(), round(scales.item(), 4)  # 1 / 7.5 = 0.1333, in bf16
+    ([-7, 0, 7], 0.1338)
+    """
+    groups = weight.view(len(weight), -1, GROUP)
+    most = 2 ** (bits - 1)
+    scales = (groups.abs().amax(-1) / (most - 0.5)).to(torch.bfloat16)
+    wide = scales.float().clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (groups / wide[..., None]).round().clamp(-most, most - 1)
+    return codes.to(torch.int8).view(weight.shape), scales
+
+
+def _planes(codes: Tensor, scales: Tensor, kind: str) -> list[tuple[Tensor, Tensor]]:
+    """What the kernel reads: it computes (q - 8) * scale + zero of q in 0..15."""
+    if kind == "int4":
+        return [_plane(codes.int() + 8, scales, torch.zeros_like(scales))]
+    shifted = codes.int() + 128  # 16 high + low, both 0..15: the code is 16 (high - 8) + low
+    return [_plane(shifted // 16, 16 * scales, torch.zeros_like(scales)), _plane(shifted % 16, scales, 8 * scales)]
+
+
+def _plane(values: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    pairs = torch.stack([scales, zeros], -1).transpose(0, 1).contiguous()
+    return torch._convert_weight_to_int4pack_for_cpu(values, 1), pairs
+
+
+def _halved(codes: Tensor) -> Tensor:
+    """Two codes of -8..7 a byte."""
+    return (codes[:, ::2] << 4) | (codes[:, 1::2] & 15)
+
+
+def _unhalved(pairs: Tensor) -> Tensor:
+    return torch.stack([pairs >> 4, (pairs << 4) >> 4], -1).flatten(1)
