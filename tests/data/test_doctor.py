@@ -14,10 +14,19 @@ from trivium.build import build_objective, build_source
 from trivium.compose import compose, run_config
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
+from trivium.data.contamination import find_overlap
 from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.lint import RULES, Finding, check_names, judged, verdict
 from trivium.data.lint_examples import How, look, look_at_prompts, spans
-from trivium.data.lint_sets import check_batch, check_held_out, check_set, check_vocabulary, sample, spread
+from trivium.data.lint_sets import (
+    check_batch,
+    check_held_out,
+    check_overlap,
+    check_set,
+    check_vocabulary,
+    sample,
+    spread,
+)
 from trivium.data.packing import table_of
 from trivium.data.shown import Stretch, plain, stretches, visible
 from trivium.data.tokenizer import Tokenizer
@@ -26,6 +35,7 @@ from trivium.lineage.report import write_report
 from trivium.phases.doctor import coloured
 from trivium.phases.preflight import examine
 from trivium.schema import TRAINING_PHASES
+from trivium.training.parallel import ALONE
 from trivium.types import IGNORE, Score
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +50,9 @@ def found_in(animal, tokenizer):
     how = How(
         animal.tokenizer(tokenizer) if animal.tokenizer else tokenizer, animal.form, animal.train_on, animal.length
     )
-    return judged([*check_set(animal.examples), *look(animal.examples, how)[1]], [])
+    held = find_overlap(Listed(animal.examples), Listed(animal.held), 13)
+    sets = [*check_held_out(animal.examples, animal.held), *check_overlap("held.jsonl", held, 0.0, fails=animal.fails)]
+    return judged([*check_set(animal.examples), *look(animal.examples, how)[1], *sets], [])
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -397,7 +409,7 @@ def test_the_shipped_pack_raises_no_alarm(phase, monkeypatch, cache, tokenizer):
     monkeypatch.setenv("TRIVIUM_CACHE", str(cache))
     config = run_config(compose([f"phase={phase}"]))
     objective = build_objective(config.objective, phase)
-    this = SimpleNamespace(config=config, source=lambda split: build_source(config.data, phase, split))
+    this = SimpleNamespace(config=config, source=lambda split: build_source(config.data, phase, split), world=ALONE)
     seen = examine(this, objective, build_source(config.data, phase), tokenizer, None, count=200)
     assert seen.findings == [] and seen.looked > 190
     assert all(any(d.trained) for one in seen.seen for d in one.documents) == (phase != "rlhf")
@@ -416,3 +428,56 @@ def test_the_real_template_raises_no_alarm():
     assert findings == [] and len(seen) == len(examples)
     (finding,) = look(talk(user("hi"), bot("no<|im_end|>")), How(tokenizer, "chat", "assistant", 256))[1]
     assert finding.rule == "special_spelling" and finding.fatal
+
+
+LETTER = "one heron stood in the cold river and looked at the two of us for a very long time"
+
+
+def test_the_doctor_and_the_run_find_a_planted_leak(main, rows, tmp_path):
+    """A question of a held-out file, with a greeting before it, and half of another: one is a copy, one is not.
+
+    The verb warns or fails by data.contamination as the run does, and the run's manifest has the worst of it.
+    """
+    ask, other = f"what is this: {LETTER}?", f"who said that {LETTER[::-1]}?"
+    talk_of = lambda a, b: {"messages": [user(a), bot(b)]}  # noqa: E731
+    path = rows([*CHATS, talk_of(f"Hello! {ask}", f"a heron, {LETTER}"), talk_of(other[:40], "no.")])
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps(row) for row in (talk_of(other, "yes."), talk_of(ask, f"a heron, {LETTER}"))))
+    base = ("validation.every_steps=0", "data.validation_share=0.0")
+    asked = settings(path, *base, f"data.held_out=[{held}]")
+    one_of_two = f"1 of 2 held-out examples ({held}) are in the training data, such as {held}:2 in {path}:61"
+    said = main("doctor", *asked)
+    assert said.code == 0 and f"! [leak] {one_of_two}" in said.out and "1 warned" in said.out
+    said = main("doctor", *asked, "data.contamination=fail")
+    assert said.code == 1 and f"✗ [leak] {one_of_two}" in said.out and "1 fatal" in said.out
+    said = main("doctor", *asked, "data.contamination=fail", "doctor.ignore=[leak]")
+    assert said.code == 0 and "1 warned (ignored)" in said.out
+    for off in (("data.contamination=off",), ("data.contamination_share=0.5",)):
+        assert "held-out examples" not in main("doctor", *asked, *off).out
+    run = (*asked, f"runs={tmp_path}", "name=r")
+    for more in ((), ("doctor.preflight=false",)):
+        said = main(*run, *more, "data.contamination=fail")
+        assert said.code == 1 and one_of_two in said.err and said.err.count("\n") == 1
+    said = main(*run)
+    facts = json.loads((tmp_path / "r" / "MANIFEST.json").read_text())
+    assert said.code == 0 and facts["doctor"]["counts"] == {"leak": 1}
+    assert facts["contamination"][str(held)]["contaminated"] == 1
+
+
+def test_forks_are_named_and_counted(main, rows, tmp_path):
+    """60 chats of one turn, and 3 of two turns whose first answer thinks: of 63 conversations 3 are 6 documents."""
+    template = tmp_path / "thoughtless.jinja"
+    template.write_text(zoo.turns(zoo.THOUGHTLESS))
+    thinks = [
+        {"messages": [user(f"is {i}?"), bot("<think>so</think>yes."), user("why?"), bot("no.")]} for i in range(3)
+    ]
+    asked = settings(rows([*CHATS, *thinks]), f"tokenizer.chat_template={template}", "data.validation_share=0.0")
+    asked = (*asked, "validation.every_steps=0")
+    words = "3 conversations, whose earlier turns the template rewrites, are 6 documents (objective.turns=fork)"
+    said = main("doctor", *asked, "--show", "63")
+    assert said.code == 0 and f"turns     {words}" in said.out and "66 documents" in said.out
+    assert said.out.count("<think>so</think>yes.<|end|>]") == 3 and said.out.count("<|assistant|>yes.<|end|>") == 3
+    said = main(*asked, f"runs={tmp_path}", "name=r")
+    assert said.code == 0 and words in " ".join(said.out.split())
+    said = main(*asked, f"runs={tmp_path}", "name=s", "objective.turns=refuse")
+    assert said.code == 1 and "[rewrites_history]" in said.err and "objective.turns=fork" in said.err

@@ -36,7 +36,7 @@ from trivium.models.protocol import CausalLM
 from trivium.objectives.logprobs import target_logprobs
 from trivium.objectives.protocol import Objective
 from trivium.phases.equivalence import accumulation_error, packing_error
-from trivium.phases.preflight import Examination, examine, table_of_some
+from trivium.phases.preflight import Examination, examine, forked_words, reading_of, table_of_some
 from trivium.phases.run import Run
 from trivium.phases.start import with_checkpoint_model
 from trivium.phases.train import _count, _model_and_tokenizer, memory_of
@@ -199,7 +199,7 @@ def _sizes(
     sizes: dict[str, Any] = {"size": config.batch.size, "micro_size": config.batch.micro_size, "seed": config.seed}
     length = config.batch.length
     try:
-        table = cached_table(source, how.tokenizer, length, form=how.form, train_on=how.train_on)
+        table = cached_table(source, how.tokenizer, length, form=how.form, **reading_of(objective))
         mixture = source if isinstance(source, Mixture) else None
         if mixture:
             table.ends = document_ends(mixture, table)
@@ -212,6 +212,8 @@ def _sizes(
         return [] if known else [Finding(error.rule or "form", True, "", str(error))]
     share = table.trained.mean()
     console.print(f"tokens    {len(table.tokens):,}, {share:.1%} of them trained; {len(table.ids):,} documents")
+    if table.forked:
+        console.print(f"turns     {forked_words(table.forked, table.forks)}")
     console.print(f"lengths   {_lengths(table.lengths)} tokens")
     console.print(f"rows      {len(steps.rows):,} of {config.batch.length} tokens, {steps.utilisation:.1%} full")
     cut = (
