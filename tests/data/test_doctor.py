@@ -1,6 +1,10 @@
 """The doctor: every animal of the zoo is caught by its rule and by no other, and nothing good is taken for one."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +32,7 @@ from trivium.data.lint_sets import (
     spread,
 )
 from trivium.data.packing import table_of
-from trivium.data.shown import Stretch, plain, stretches, visible
+from trivium.data.shown import Stretch, exchanges, plain, stretches, visible
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError
 from trivium.lineage.report import write_report
@@ -271,6 +275,13 @@ def test_stretches_show_trained_text_and_special_tokens(tokenizer):
     assert visible("a\n  b \n") == "a⏎\n··b·⏎\n"
 
 
+def test_each_exchange_is_shown_on_a_line_of_its_own_unless_the_template_breaks_lines(tokenizer):
+    ask, say, end = Stretch("hi", False, False), Stretch("no", True, False), Stretch("<|end|>", True, True)
+    broken = Stretch("\n<|user|>", False, False)
+    assert exchanges([ask, say, end, ask, say, end]) == [[ask, say, end], [ask, say, end]]
+    assert exchanges([ask, say, end, broken, say]) == [[ask, say, end, broken, say]] and exchanges([]) == [[]]
+
+
 def test_trained_text_is_green_and_special_tokens_are_bold():
     parts = [Stretch("<|user|>", False, True), Stretch("hi\n", False, False), Stretch("no[/]", True, False)]
     text = coloured([*parts, Stretch("<|end|>", True, True)])
@@ -481,3 +492,67 @@ def test_forks_are_named_and_counted(main, rows, tmp_path):
     assert said.code == 0 and words in " ".join(said.out.split())
     said = main(*asked, f"runs={tmp_path}", "name=s", "objective.turns=refuse")
     assert said.code == 1 and "[rewrites_history]" in said.err and "objective.turns=fork" in said.err
+
+
+@pytest.mark.parametrize(
+    "more, trained, kept",
+    [
+        # weights and two moments of 4 bytes
+        (("optim=adamw",), 12, 2),
+        # one checkpoint, of the last step; the average beside the weights
+        (("optim=adamw", "checkpoint.every_steps=9", "trainer.average=0.9"), 16, 1),
+        (("optim=adamw", "validation.every_steps=2", "checkpoint.keep_best=val/loss", "trainer.max_steps=7"), 12, 3),
+    ],
+)
+def test_estimates_are_what_a_run_takes(main, rows, tmp_path, more, trained, kept):
+    """Steps and tokens exactly; disk of `trained` bytes a weight, and the tokenizer."""
+    asked = (*settings(rows(CHATS)), "trainer.max_steps=5", "checkpoint.every_steps=2", "batch.size=4", *more)
+    said = " ".join(main("doctor", *asked).out.split())
+    read = re.search(r"parameters, ([\d,]+) steps of (\d+) rows, ([\d,]+) tokens", said).groups()
+    steps, size, tokens = (int(number.replace(",", "")) for number in read)
+    disk, count = re.search(r"([\d.e-]+) GB of disk for (\d+) checkpoint", said).groups()
+    done = main(*asked, f"runs={tmp_path}", "name=r")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "r" / "MANIFEST.json").read_text())
+    assert (steps, tokens, size, int(count)) == (told["steps"], told["tokens_seen"], 4, kept)
+    folders = [path for path in (tmp_path / "r/checkpoints").glob("step-*")]
+    assert len(folders) <= kept  # the best may be one of the newest
+    taken = sum(path.stat().st_size for path in folders[0].rglob("*") if path.is_file())
+    tokenizer = sum(path.stat().st_size for path in (folders[0] / "tokenizer").iterdir())
+    assert float(disk) * 1e9 / kept == pytest.approx(told["model"]["parameters"] * trained + tokenizer, rel=0.02)
+    assert float(disk) * 1e9 / kept == pytest.approx(taken, rel=0.15)  # JSON of some kB beside half a megabyte
+
+
+def test_an_adapter_takes_what_is_trained(main, tuned, tuning, tmp_path):
+    """On disk only the adapter and its moments, and the tokenizer; the same tokens as every weight."""
+    asked = [o for o in tuning(tmp_path, "r") if not o.startswith("model")]
+    asked += [f"init_from={tuned}", "adapter=lora", "trainer.max_steps=4", "checkpoint.every_steps=2"]
+    said = " ".join(main("doctor", *(o for o in asked if not o.startswith(("name=", "runs=")))).out.split())
+    tokens = int(re.search(r"rows, ([\d,]+) tokens", said)[1].replace(",", ""))
+    disk, count = re.search(r"([\d.e-]+) GB of disk for (\d+) checkpoint", said).groups()
+    done = main(*asked)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "r" / "MANIFEST.json").read_text())["tokens_seen"] == tokens
+    taken = sum(p.stat().st_size for p in (tmp_path / "r/checkpoints").rglob("step-*/**/*") if p.is_file())
+    assert int(count) == 2 and float(disk) * 1e9 == pytest.approx(taken, rel=0.25)
+
+
+MEMORY = """
+import resource, sys
+from trivium.cli import main
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+def test_memory_is_what_a_run_takes(rows, tmp_path):
+    """A process of its own: its peak, within a third, of a model whose weights and activations both count (56 M)."""
+    shape = ("model.dim=512", "model.layers=12", "model.heads=8", "model.kv_heads=8", "model.ffn_dim=2048")
+    asked = (*settings(rows(CHATS)), *shape, "batch.length=128", "trainer.threads=1", "samples.every_steps=0",
+             "validation.every_steps=0", f"runs={tmp_path}", "name=r", "trainer.max_steps=2")  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", MEMORY, *asked], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    told, peak = re.search(r"about ([\d.]+) GB", done.stdout)[1], int(re.search(r"peak (\d+)", done.stdout)[1])
+    assert 0.75 < float(told) * 1e9 / peak < 1.33, (told, peak)

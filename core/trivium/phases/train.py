@@ -42,10 +42,10 @@ from trivium.models.protocol import CausalLM
 from trivium.models.sizes import DERIVED
 from trivium.models.weights import resize_vocabulary, weights_of
 from trivium.objectives.protocol import Objective
+from trivium.phases.estimates import memory_of
 from trivium.phases.preflight import forked_words, preflight, reading_of
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
-from trivium.schema import BatchConfig
 from trivium.training.checkpoint import CheckpointStore, read_checkpoint_json
 from trivium.training.companions import COLUMN, AdapterOff, note_reference
 from trivium.training.compiler import check_compiler
@@ -543,16 +543,6 @@ def _header(this: Run, ready: Ready, precision: Precision) -> None:
             "below about 1/256 of a weight are lost; precision=bf16 keeps them in 32"
         )
     this.say(f"about {memory / 1e9:.1f} GB of memory")
-
-
-def memory_of(model: CausalLM, batch: BatchConfig, companions: int = 0) -> float:
-    """About how many bytes training holds. companions: parameters of frozen models beside it."""
-    # the libraries, weights with gradients and two moments, and about 40 fp32 values a layer, token and width
-    held = batch.micro_size * batch.length * model.width_times_depth * 160
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    memory = 0.6e9 + trained * 16 + sum(p.numel() for p in frozen) * 4 + held + companions * 4
-    return memory + (model.num_parameters - sum(p.numel() for p in model.parameters())) * 0.6  # held in few bits
 
 
 def _sampler(
