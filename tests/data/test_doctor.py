@@ -1,6 +1,10 @@
 """The doctor: every animal of the zoo is caught by its rule and by no other, and nothing good is taken for one."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,18 +18,28 @@ from trivium.build import build_objective, build_source
 from trivium.compose import compose, run_config
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
+from trivium.data.contamination import find_overlap
 from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.lint import RULES, Finding, check_names, judged, verdict
 from trivium.data.lint_examples import How, look, look_at_prompts, spans
-from trivium.data.lint_sets import check_batch, check_held_out, check_set, check_vocabulary, sample, spread
+from trivium.data.lint_sets import (
+    check_batch,
+    check_held_out,
+    check_overlap,
+    check_set,
+    check_vocabulary,
+    sample,
+    spread,
+)
 from trivium.data.packing import table_of
-from trivium.data.shown import Stretch, plain, stretches, visible
+from trivium.data.shown import Stretch, exchanges, plain, stretches, visible
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError
 from trivium.lineage.report import write_report
 from trivium.phases.doctor import coloured
 from trivium.phases.preflight import examine
 from trivium.schema import TRAINING_PHASES
+from trivium.training.parallel import ALONE
 from trivium.types import IGNORE, Score
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +54,9 @@ def found_in(animal, tokenizer):
     how = How(
         animal.tokenizer(tokenizer) if animal.tokenizer else tokenizer, animal.form, animal.train_on, animal.length
     )
-    return judged([*check_set(animal.examples), *look(animal.examples, how)[1]], [])
+    held = find_overlap(Listed(animal.examples), Listed(animal.held), 13)
+    sets = [*check_held_out(animal.examples, animal.held), *check_overlap("held.jsonl", held, 0.0, fails=animal.fails)]
+    return judged([*check_set(animal.examples), *look(animal.examples, how)[1], *sets], [])
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -259,6 +275,13 @@ def test_stretches_show_trained_text_and_special_tokens(tokenizer):
     assert visible("a\n  b \n") == "a⏎\n··b·⏎\n"
 
 
+def test_each_exchange_is_shown_on_a_line_of_its_own_unless_the_template_breaks_lines(tokenizer):
+    ask, say, end = Stretch("hi", False, False), Stretch("no", True, False), Stretch("<|end|>", True, True)
+    broken = Stretch("\n<|user|>", False, False)
+    assert exchanges([ask, say, end, ask, say, end]) == [[ask, say, end], [ask, say, end]]
+    assert exchanges([ask, say, end, broken, say]) == [[ask, say, end, broken, say]] and exchanges([]) == [[]]
+
+
 def test_trained_text_is_green_and_special_tokens_are_bold():
     parts = [Stretch("<|user|>", False, True), Stretch("hi\n", False, False), Stretch("no[/]", True, False)]
     text = coloured([*parts, Stretch("<|end|>", True, True)])
@@ -397,7 +420,7 @@ def test_the_shipped_pack_raises_no_alarm(phase, monkeypatch, cache, tokenizer):
     monkeypatch.setenv("TRIVIUM_CACHE", str(cache))
     config = run_config(compose([f"phase={phase}"]))
     objective = build_objective(config.objective, phase)
-    this = SimpleNamespace(config=config, source=lambda split: build_source(config.data, phase, split))
+    this = SimpleNamespace(config=config, source=lambda split: build_source(config.data, phase, split), world=ALONE)
     seen = examine(this, objective, build_source(config.data, phase), tokenizer, None, count=200)
     assert seen.findings == [] and seen.looked > 190
     assert all(any(d.trained) for one in seen.seen for d in one.documents) == (phase != "rlhf")
@@ -416,3 +439,120 @@ def test_the_real_template_raises_no_alarm():
     assert findings == [] and len(seen) == len(examples)
     (finding,) = look(talk(user("hi"), bot("no<|im_end|>")), How(tokenizer, "chat", "assistant", 256))[1]
     assert finding.rule == "special_spelling" and finding.fatal
+
+
+LETTER = "one heron stood in the cold river and looked at the two of us for a very long time"
+
+
+def test_the_doctor_and_the_run_find_a_planted_leak(main, rows, tmp_path):
+    """A question of a held-out file, with a greeting before it, and half of another: one is a copy, one is not.
+
+    The verb warns or fails by data.contamination as the run does, and the run's manifest has the worst of it.
+    """
+    ask, other = f"what is this: {LETTER}?", f"who said that {LETTER[::-1]}?"
+    talk_of = lambda a, b: {"messages": [user(a), bot(b)]}  # noqa: E731
+    path = rows([*CHATS, talk_of(f"Hello! {ask}", f"a heron, {LETTER}"), talk_of(other[:40], "no.")])
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps(row) for row in (talk_of(other, "yes."), talk_of(ask, f"a heron, {LETTER}"))))
+    base = ("validation.every_steps=0", "data.validation_share=0.0")
+    asked = settings(path, *base, f"data.held_out=[{held}]")
+    one_of_two = f"1 of 2 held-out examples ({held}) are in the training data, such as {held}:2 in {path}:61"
+    said = main("doctor", *asked)
+    assert said.code == 0 and f"! [leak] {one_of_two}" in said.out and "1 warned" in said.out
+    said = main("doctor", *asked, "data.contamination=fail")
+    assert said.code == 1 and f"✗ [leak] {one_of_two}" in said.out and "1 fatal" in said.out
+    said = main("doctor", *asked, "data.contamination=fail", "doctor.ignore=[leak]")
+    assert said.code == 0 and "1 warned (ignored)" in said.out
+    for off in (("data.contamination=off",), ("data.contamination_share=0.5",)):
+        assert "held-out examples" not in main("doctor", *asked, *off).out
+    run = (*asked, f"runs={tmp_path}", "name=r")
+    for more in ((), ("doctor.preflight=false",)):
+        said = main(*run, *more, "data.contamination=fail")
+        assert said.code == 1 and one_of_two in said.err and said.err.count("\n") == 1
+    said = main(*run)
+    facts = json.loads((tmp_path / "r" / "MANIFEST.json").read_text())
+    assert said.code == 0 and facts["doctor"]["counts"] == {"leak": 1}
+    assert facts["contamination"][str(held)]["contaminated"] == 1
+
+
+def test_forks_are_named_and_counted(main, rows, tmp_path):
+    """60 chats of one turn, and 3 of two turns whose first answer thinks: of 63 conversations 3 are 6 documents."""
+    template = tmp_path / "thoughtless.jinja"
+    template.write_text(zoo.turns(zoo.THOUGHTLESS))
+    thinks = [
+        {"messages": [user(f"is {i}?"), bot("<think>so</think>yes."), user("why?"), bot("no.")]} for i in range(3)
+    ]
+    asked = settings(rows([*CHATS, *thinks]), f"tokenizer.chat_template={template}", "data.validation_share=0.0")
+    asked = (*asked, "validation.every_steps=0")
+    words = "3 conversations, whose earlier turns the template rewrites, are 6 documents (objective.turns=fork)"
+    said = main("doctor", *asked, "--show", "63")
+    assert said.code == 0 and f"turns     {words}" in said.out and "66 documents" in said.out
+    assert said.out.count("<think>so</think>yes.<|end|>]") == 3 and said.out.count("<|assistant|>yes.<|end|>") == 3
+    said = main(*asked, f"runs={tmp_path}", "name=r")
+    assert said.code == 0 and words in " ".join(said.out.split())
+    said = main(*asked, f"runs={tmp_path}", "name=s", "objective.turns=refuse")
+    assert said.code == 1 and "[rewrites_history]" in said.err and "objective.turns=fork" in said.err
+
+
+@pytest.mark.parametrize(
+    "more, trained, kept",
+    [
+        # weights and two moments of 4 bytes
+        (("optim=adamw",), 12, 2),
+        # one checkpoint, of the last step; the average beside the weights
+        (("optim=adamw", "checkpoint.every_steps=9", "trainer.average=0.9"), 16, 1),
+        (("optim=adamw", "validation.every_steps=2", "checkpoint.keep_best=val/loss", "trainer.max_steps=7"), 12, 3),
+    ],
+)
+def test_estimates_are_what_a_run_takes(main, rows, tmp_path, more, trained, kept):
+    """Steps and tokens exactly; disk of `trained` bytes a weight, and the tokenizer."""
+    asked = (*settings(rows(CHATS)), "trainer.max_steps=5", "checkpoint.every_steps=2", "batch.size=4", *more)
+    said = " ".join(main("doctor", *asked).out.split())
+    read = re.search(r"parameters, ([\d,]+) steps of (\d+) rows, ([\d,]+) tokens", said).groups()
+    steps, size, tokens = (int(number.replace(",", "")) for number in read)
+    disk, count = re.search(r"([\d.e-]+) GB of disk for (\d+) checkpoint", said).groups()
+    done = main(*asked, f"runs={tmp_path}", "name=r")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "r" / "MANIFEST.json").read_text())
+    assert (steps, tokens, size, int(count)) == (told["steps"], told["tokens_seen"], 4, kept)
+    folders = [path for path in (tmp_path / "r/checkpoints").glob("step-*")]
+    assert len(folders) <= kept  # the best may be one of the newest
+    taken = sum(path.stat().st_size for path in folders[0].rglob("*") if path.is_file())
+    tokenizer = sum(path.stat().st_size for path in (folders[0] / "tokenizer").iterdir())
+    assert float(disk) * 1e9 / kept == pytest.approx(told["model"]["parameters"] * trained + tokenizer, rel=0.02)
+    assert float(disk) * 1e9 / kept == pytest.approx(taken, rel=0.15)  # JSON of some kB beside half a megabyte
+
+
+def test_an_adapter_takes_what_is_trained(main, tuned, tuning, tmp_path):
+    """On disk only the adapter and its moments, and the tokenizer; the same tokens as every weight."""
+    asked = [o for o in tuning(tmp_path, "r") if not o.startswith("model")]
+    asked += [f"init_from={tuned}", "adapter=lora", "trainer.max_steps=4", "checkpoint.every_steps=2"]
+    said = " ".join(main("doctor", *(o for o in asked if not o.startswith(("name=", "runs=")))).out.split())
+    tokens = int(re.search(r"rows, ([\d,]+) tokens", said)[1].replace(",", ""))
+    disk, count = re.search(r"([\d.e-]+) GB of disk for (\d+) checkpoint", said).groups()
+    done = main(*asked)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "r" / "MANIFEST.json").read_text())["tokens_seen"] == tokens
+    taken = sum(p.stat().st_size for p in (tmp_path / "r/checkpoints").rglob("step-*/**/*") if p.is_file())
+    assert int(count) == 2 and float(disk) * 1e9 == pytest.approx(taken, rel=0.25)
+
+
+MEMORY = """
+import resource, sys
+from trivium.cli import main
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+def test_memory_is_what_a_run_takes(rows, tmp_path):
+    """A process of its own: its peak, within a third, of a model whose weights and activations both count (56 M)."""
+    shape = ("model.dim=512", "model.layers=12", "model.heads=8", "model.kv_heads=8", "model.ffn_dim=2048")
+    asked = (*settings(rows(CHATS)), *shape, "batch.length=128", "trainer.threads=1", "samples.every_steps=0",
+             "validation.every_steps=0", f"runs={tmp_path}", "name=r", "trainer.max_steps=2")  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", MEMORY, *asked], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    told, peak = re.search(r"about ([\d.]+) GB", done.stdout)[1], int(re.search(r"peak (\d+)", done.stdout)[1])
+    assert 0.75 < float(told) * 1e9 / peak < 1.33, (told, peak)

@@ -112,3 +112,26 @@ def test_real_vocabularies_survive_a_gguf_file(pair):
         assert again.encode(text) == ours.encode(text)
     assert again.start == ours.start and set(again.stop_ids) == set(ours.stop_ids)
     assert again.config["chat_template"] == ours.config["chat_template"]
+
+
+def test_real_templates_fork_or_go_on_as_they_ask(pair):
+    """Qwen's leaves out earlier thoughts: two answers, two documents. Llama's asks after every answer: one. Before
+    each trained turn stands what transformers asks it with."""
+    ours, theirs, name = pair
+    talk = [*TALK, {"role": "assistant", "content": "Twice that is 24692."}]
+    talk[2] = {"role": "assistant", "content": "<think>\nAdd one.\n</think>\n\nIt is 12346."}
+    found = Chat(ours).encode_turns([{"id": "e", "messages": talk}], "assistant", "fork")[0]
+    assert len(found) == {"qwen3": 2, "llama3": 1}[name]
+    starts = [(d, i) for d in found for i in range(len(d.ids)) if d.trained[i] and not d.trained[i - 1]]
+    for (document, start), number in zip(starts, (2, 4), strict=True):
+        asked = theirs.apply_chat_template(talk[:number], add_generation_prompt=True, return_dict=False)
+        assert document.ids[:start] == asked
+    said = [ours.decode([i for i, t in zip(d.ids, d.trained, strict=True) if t], special=True) for d in found]
+    first, last = "<think>\nAdd one.\n</think>\n\nIt is 12346.", "Twice that is 24692."
+    assert (
+        said
+        == {
+            "qwen3": [f"{first}<|im_end|>", f"<think>\n\n</think>\n\n{last}<|im_end|>"],
+            "llama3": [f"{first}<|eot_id|>{last}<|eot_id|>"],
+        }[name]
+    )

@@ -1,6 +1,7 @@
 """A tokenised data set comes from the cache only where the same text would be tokenised in the same way."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,11 @@ from helpers import Listed
 from trivium.data import cache, packing
 from trivium.data.cache import cached_plan, cached_table
 from trivium.data.config import BPEConfig
+from trivium.data.datamodule import StepDataset
 from trivium.data.loader import StepLoader
 from trivium.data.packing import plan, tokenise
 from trivium.data.tokenizer import train_bpe
+from trivium.data.transfer import LEAST, share, shared_value
 from trivium.disk import keep, kept
 from trivium.errors import DataError
 
@@ -151,6 +154,41 @@ def test_what_is_wrong_in_a_later_part_is_found_and_nothing_is_kept(calls, token
         with pytest.raises(DataError, match=sentence):
             cached_table(Listed(examples), tokenizers[0], 8, form=form, train_on="assistant")
         assert list((tmp_path / "tables").iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_wrong_is_said_alike_whoever_finds_it(calls, tokenizers, monkeypatch, workers):
+    """In the 150th conversation of 200, which another process reads where there are two: one sentence, one rule."""
+    monkeypatch.setattr(cache, "ALONE", -1.0)
+    monkeypatch.setattr(packing, "CHUNK", 100)
+    started = []
+    monkeypatch.setattr(cache, "StepLoader", lambda *a, **k: started.append(k) or StepLoader(*a, **k))
+    ask = [{"role": "user", "content": "is odd"}, {"role": "assistant", "content": "yes"}]
+    examples = [{"id": f"n{i}", "messages": ask} for i in range(200)]
+    examples[150]["messages"] = [ask[0], {"role": "assistant", "content": " "}]
+    with pytest.raises(DataError) as caught:
+        cached_table(Listed(examples), tokenizers[0], 64, form="chat", train_on="assistant", workers=workers)
+    assert (str(caught.value), caught.value.rule) == ("example n150: an assistant turn is empty", "empty_turn")
+    assert len(started) == workers - 1
+
+
+def test_a_cache_that_is_emptied_under_a_run_is_not_missed(calls, tokenizers, tmp_path):
+    """Workers that start after it is gone get what the run still has; one that was just told where it lay says so."""
+    table = cached_table(texts(9000), tokenizers[0], 16, form="text", train_on="all")
+    rows = cached_plan(table, 16, seed=0)
+    assert isinstance(table.tokens, np.memmap) and table.tokens.nbytes > LEAST < rows.documents.nbytes
+    steps = StepDataset(table, size=4, micro_size=2, length=16, pad_id=0, seed=0, rows=rows)
+    here = [[batch.tokens.tolist() for batch in steps[i]] for i in range(6)]
+    with open(tmp_path / "shared", "w+b") as shared:
+        told = share(steps, shared)
+        for folder in ("tables", "plans"):
+            shutil.rmtree(tmp_path / folder)
+        shared.write(b"x")
+        shared.flush()
+        with pytest.raises(DataError, match=r"tokens.bin is gone .* the same command makes it anew and continues"):
+            shared_value(told, shared.fileno())
+    loader = StepLoader(steps, range(6), workers=2)
+    assert [[batch.tokens.tolist() for batch in item] for item in loader] == here
 
 
 def test_a_source_that_no_process_can_be_given_is_read_here(calls, tokenizers, monkeypatch):

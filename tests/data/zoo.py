@@ -63,6 +63,7 @@ ASK, ANSWER = user("what is 2 + 2?"), bot("it is 4.")
 GOOD = talk(ASK, ANSWER)
 THINKING = bot("<think>two and two</think>it is 4.")
 LONG = "how are you? " * 12
+SAID = "one heron stood in the cold river and looked at the two of us for long"
 
 
 def turns(body, *, before="{{ bos_token }}", prompt="<|assistant|>"):
@@ -107,6 +108,10 @@ class Broken:
     fatal: bool = True
     more: set = field(default_factory=set)
     """Rules that break with it."""
+    held: list = field(default_factory=list)
+    """Examples that are held out."""
+    fails: bool = False
+    """Whether data.contamination is fail."""
 
 
 def pair(chosen, rejected, **prompt):
@@ -217,6 +222,17 @@ ZOO = {
     "a pair that differs after the cut": Broken(
         "pair_identical", pair([ASK, bot(LONG + "yes")], [ASK, bot(LONG + "no")]), form="pairs", train_on="last_turn",
         length=24, more={"cut_end"},
+    ),
+    # what is held out
+    "a held-out text inside a longer one": Broken(
+        "leak", text(f"before it came {SAID} and after"), form="text", held=[{"id": "h", "text": SAID}], fatal=False
+    ),
+    "a held-out answer with another greeting": Broken(
+        "leak", talk(user("Hello. " + SAID), bot(SAID + " it is 4")),
+        held=[{"id": "h", "messages": [user(SAID), bot(SAID + " it is 4.")]}], fails=True, length=400,
+    ),
+    "a held-out text in capitals": Broken(
+        "leak", text(SAID), form="text", held=[{"id": "h", "text": SAID.upper()}], fatal=False
     ),
     "verdicts of one kind": Broken(
         "one_sided", [{"id": str(i), "messages": [user(f"is it {i}?"), ANSWER], "label": True} for i in range(4)],

@@ -27,7 +27,7 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.disk import cache_folder, digest_file, keep, kept, make_folder, sync_folder
 from trivium.errors import CheckpointError
 
-VERSION = 4
+VERSION = 5
 """Of how text becomes documents, and documents rows; raise it when either makes others of the same source."""
 FACTS = "facts.bin"
 ALONE = 3.0
@@ -37,16 +37,23 @@ DAY = 86_400.0
 
 
 def cached_table(
-    source: Source, tokenizer: Tokenizer, length: int, *, form: str, train_on: str, workers: int | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    form: str,
+    train_on: str,
+    turns: str = "refuse",
+    workers: int | None = None,
 ) -> TokenTable:
     """A source as documents, from the cache where it was tokenised in the same way before.
 
     workers: processes that tokenise, if there is much to do; one a core unless given. They change nothing else.
     """
-    made_of = [VERSION, source.fingerprint, tokenizer.fingerprint, length, form, train_on]
+    made_of = [VERSION, source.fingerprint, tokenizer.fingerprint, length, form, train_on, turns]
     folder = _folder("tables", made_of)
     if (table := _read(folder)) is None:
-        chunks = Chunks(source, tokenizer, length, form, train_on)
+        chunks = Chunks(source, tokenizer, length, form, train_on, turns)
         count = _cores() if workers is None else workers
         _write(folder, lambda here: _write_table(here, _parts(chunks, count), length))
         table = _read(folder)

@@ -3,6 +3,10 @@
 The rule: training tokenises exactly as a conversation does. While chatting, the prompt is rendered and encoded, the
 answer's ids are appended as they were drawn, and the next turn is encoded by itself. So a conversation is cut at the
 borders of assistant turns and each piece is encoded alone; the mask is then a matter of which piece a token is in.
+
+Some templates write earlier turns otherwise once there are later ones (Qwen3's leaves out what was thought before the
+last question). Such a conversation is forked: where what was written so far is no longer how the next prompt begins,
+another document begins with that prompt. Each answer is then trained once, and after exactly what it is asked with.
 """
 
 from __future__ import annotations
@@ -24,7 +28,12 @@ Tools = Sequence[Mapping[str, Any]]
 
 REWRITES = (
     "the chat template rewrites earlier turns, so what is trained is not what is asked; make of each answer a "
-    "conversation of its own, or set tokenizer.chat_template= to a template that keeps them"
+    "conversation of its own (objective.turns=fork does, but for objective.train_on=all), or set "
+    "tokenizer.chat_template= to a template that keeps them"
+)
+BEGINS = (
+    "the chat template begins an answer otherwise than it asks for one (add_generation_prompt), so what is trained is "
+    "not what is asked; set tokenizer.chat_template= to a template that begins both alike"
 )
 
 
@@ -39,10 +48,24 @@ class Piece:
 
 @dataclass
 class Encoded:
-    """ids: token ids. trained: for each id, whether the loss counts it."""
+    """ids: token ids. trained: for each id, whether the loss counts it.
+
+    turns: of a conversation that is forked, the first and the last of its messages, by number, that this document is
+    about; those before are what the first is asked with. None where it is all of a conversation.
+    """
 
     ids: list[int]
     trained: list[bool]
+    turns: tuple[int, int] | None = None
+
+
+@dataclass
+class Document:
+    """A rendered conversation, or a part of it, cut at the borders of assistant turns. turns: as in `Encoded`."""
+
+    pieces: list[Piece]
+    turns: tuple[int, int]
+    forked: bool = False
 
 
 class Chat:
@@ -64,62 +87,90 @@ class Chat:
         template = self.tokenizer.template_for(tools=bool(tools))
         return render(template, {**variables, "documents": None, **self.tokenizer.words}, marked=marked)
 
-    def pieces(self, messages: Sequence[Message], train_on: str = "assistant", tools: Tools = ()) -> list[Piece]:
-        """The rendered conversation, cut at the borders of assistant turns.
+    def documents(
+        self, messages: Sequence[Message], train_on: str = "assistant", tools: Tools = (), turns: str = "refuse"
+    ) -> list[Document]:
+        """The rendered conversation as one document, or as several where the template rewrites what came before.
 
-        Raises DataError for a template that rewrites history: its prefixes would not be what was trained on.
+        turns: "fork" or "refuse", which raises DataError for such a template, as train_on="all" always does: what
+        nobody draws has no prompt to stand after. Where the last turn alone is trained, there is one document anyway.
         """
         messages = _checked(messages)
         for m in messages:
             if m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls"):
                 raise DataError("an assistant turn is empty", "empty_turn")
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if not turns:
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if not answers:
             raise DataError("a conversation without an assistant turn has nothing to train on", "no_answer")
         messages, tools = self._protected(messages), self._protected(tools)
-        pieces, done = [], ""
-        for i in turns:
+        refuses = train_on == "all" or (train_on == "assistant" and turns == "refuse")
+        found: list[Document] = []
+        done = ""
+        for i in answers:
             before = self.render(messages[:i], prompt=True, tools=tools)
             after = self.render(messages[: i + 1], prompt=False, tools=tools)
-            if not before.startswith(done) or not after.startswith(before):
+            kept = self._kept(done, before)
+            if found and not kept and refuses:
                 raise DataError(REWRITES, "rewrites_history")
-            trained = train_on == "assistant" or i == turns[-1]
-            pieces += [Piece(before[len(done) :], False), Piece(after[len(before) :], trained)]
-            _ensure_written(_names(messages[i].get("tool_calls") or ()), pieces[-1].text, "tool_calls")
+            if not after.startswith(before):
+                raise DataError(BEGINS, "rewrites_history")
+            if kept:
+                _shorten(found[-1], len(done) - len(kept))
+            else:
+                found.append(Document([], (i, i)))
+            trained = train_on == "assistant" or i == answers[-1]
+            pieces = [Piece(before[len(kept) :], False), Piece(after[len(before) :], trained)]
+            _ensure_written(_names(messages[i].get("tool_calls") or ()), pieces[1].text, "tool_calls")
+            found[-1].pieces += pieces
+            found[-1].turns = found[-1].turns[0], i
             done = after
-        _ensure_written(_names(tools), pieces[0].text, "tools")
-        if turns[-1] != len(messages) - 1:
+        for document in found:
+            _ensure_written(_names(tools), document.pieces[0].text, "tools")
+        if answers[-1] != len(messages) - 1:
             whole = self.render(messages, prompt=False, tools=tools)
-            if not whole.startswith(done):
+            if kept := self._kept(done, whole):
+                _shorten(found[-1], len(done) - len(kept))
+                found[-1].pieces.append(Piece(whole[len(kept) :], False))
+                found[-1].turns = found[-1].turns[0], len(messages) - 1
+            elif refuses:
                 raise DataError(REWRITES, "rewrites_history")
-            pieces.append(Piece(whole[len(done) :], False))
+        forked = len(found) > 1 or found[-1].turns[1] < len(messages) - 1
+        found = [Document(d.pieces, d.turns, forked) for d in found if any(p.trained for p in d.pieces)]
         if train_on == "all":
-            return [Piece(p.text, True) for p in pieces]
+            return [Document([Piece(p.text, True) for p in d.pieces], d.turns) for d in found]
         if has_generation(self.tokenizer.template_for(tools=bool(tools))):
-            return _cut_at_marks(pieces, self.render(messages, prompt=False, tools=tools, marked=True))
-        return pieces
+            for d in found:
+                marked = self.render(messages[: d.turns[1] + 1], prompt=False, tools=tools, marked=True)
+                d.pieces = _cut_at_marks(d.pieces, marked, begun=d.turns[0] > answers[0])
+        return found
 
     def encode(self, examples: Sequence[Mapping], train_on: str = "assistant") -> list[Encoded]:
         """Ids and masks of examples with `id`, `messages` and maybe `tools`, encoded together on all cores.
 
         train_on: assistant | last_turn (completion is the same) | all. A bad conversation is named by its id.
         """
+        return [document for [document] in self.encode_turns(examples, train_on, "refuse")]
+
+    def encode_turns(self, examples: Sequence[Mapping], train_on: str, turns: str) -> list[list[Encoded]]:
+        """`encode`, to the documents of each example: several where `turns` is "fork" and the template rewrites."""
         cut = []
         for example in examples:
             with _naming(example):
-                cut.append(self.pieces(example["messages"], train_on, example.get("tools") or ()))
-        ids = iter(self._encode_rendered([piece.text for pieces in cut for piece in pieces]))
-        found = []
-        for example, pieces in zip(examples, cut, strict=True):
-            encoded = Encoded([], [])
-            for piece in pieces:
-                tokens = next(ids)
-                encoded.ids += tokens
-                with _naming(example):
-                    answer = piece.trained and train_on != "all"
-                    encoded.trained += self._mask(tokens, piece) if answer else [piece.trained] * len(tokens)
-            found.append(encoded)
-        return found
+                cut.append(self.documents(example["messages"], train_on, example.get("tools") or (), turns))
+        ids = iter(self._encode_rendered([piece.text for found in cut for d in found for piece in d.pieces]))
+        encoded = []
+        for example, found in zip(examples, cut, strict=True):
+            encoded.append([])
+            for document in found:
+                one = Encoded([], [], document.turns if document.forked else None)
+                for piece in document.pieces:
+                    tokens = next(ids)
+                    one.ids += tokens
+                    with _naming(example):
+                        answer = piece.trained and train_on != "all"
+                        one.trained += self._mask(tokens, piece) if answer else [piece.trained] * len(tokens)
+                encoded[-1].append(one)
+        return encoded
 
     def prompt_ids(self, messages: Sequence[Message], earlier: Sequence[int] = (), tools: Tools = ()) -> list[int]:
         """Ids to answer `messages` from. earlier: the ids of the conversation so far, kept as they are.
@@ -133,13 +184,27 @@ class Chat:
             return self._encode_rendered([text])[0]
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
         asked = self.render(messages[:last], prompt=True, tools=tools)
-        before = self.render(messages[: last + 1], prompt=False, tools=tools)
-        if not text.startswith(before) or not before.startswith(asked):
-            raise DataError("the chat template rewrites earlier turns; start a new conversation")
+        before = self._kept(self.render(messages[: last + 1], prompt=False, tools=tools), text)
+        if not before or not before.startswith(asked):
+            raise DataError("the chat template rewrites earlier turns; start a new conversation", "rewrites_history")
         # a line break after the end of the turn was not drawn; in training it is there, encoded by itself
-        _, end, rest = before[len(asked) :].rpartition(self.tokenizer.decode([self.tokenizer.eot_id], special=True))
+        _, end, rest = before[len(asked) :].rpartition(self._end)
         after, new = self._encode_rendered([rest if end else "", text[len(before) :]])
         return [*earlier, *after, *new]
+
+    @cached_property
+    def _end(self) -> str:
+        return self.tokenizer.decode([self.tokenizer.eot_id], special=True)
+
+    def _kept(self, done: str, text: str) -> str:
+        """What was rendered so far, if `text` begins with it; empty if not.
+
+        Llama 3's template writes the prompt of an answer even after one: then it is all up to the last end of turn.
+        """
+        if text.startswith(done):
+            return done
+        kept = done[: done.rfind(self._end) + len(self._end)] if self._end in done else ""
+        return kept if text.startswith(kept) else ""
 
     def _mask(self, tokens: list[int], piece: Piece) -> list[bool]:
         """True up to and including the end-of-turn token; what the template writes after it is not the assistant's."""
@@ -183,6 +248,12 @@ class Chat:
         return ids
 
 
+def _shorten(document: Document, by: int) -> None:
+    """Take characters off its end."""
+    last = document.pieces[-1]
+    last.text = last.text[: len(last.text) - by]
+
+
 def _names(functions: Sequence[Mapping[str, Any]]) -> list[str]:
     """What tools, or calls of them, are called."""
     inner = (f.get("function") or f for f in functions)
@@ -208,8 +279,11 @@ def _naming(example: Mapping) -> Iterator[None]:
         raise DataError(f"example {example['id']}: {error}", error.rule) from error
 
 
-def _cut_at_marks(pieces: Sequence[Piece], marked: str) -> list[Piece]:
-    """Cut each answer where its `{% generation %}` block ends. Raises DataError where it begins elsewhere."""
+def _cut_at_marks(pieces: Sequence[Piece], marked: str, begun: bool) -> list[Piece]:
+    """Cut each answer where its `{% generation %}` block ends. Raises DataError where it begins elsewhere.
+
+    begun: the first piece holds answers itself, with blocks of their own.
+    """
     spans, place = [], 0
     for i, part in enumerate(marked.replace(END, START).split(START)):
         if i % 2:
@@ -218,6 +292,8 @@ def _cut_at_marks(pieces: Sequence[Piece], marked: str) -> list[Piece]:
     plain = "".join(p.text for p in pieces)
     if marked.replace(START, "").replace(END, "") != plain:
         raise DataError("the chat template's generation blocks change what it writes", "generation_marks")
+    if begun:
+        spans = [(start, end) for start, end in spans if end > len(pieces[0].text)]
     cut, place, answer = [], 0, iter(spans)
     for i, piece in enumerate(pieces):
         if i % 2:  # an answer: the pieces before it and after it are not

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,13 +143,22 @@ def shared_grams(
 
 
 def compared_text(example: Example) -> str:
-    """What of an example must not be in both: everything that is asked and rightly answered."""
+    """What of an example must not be in both: everything that is asked and rightly answered.
+
+    Of fields of a wrong form, which the doctor names, what they look like as text.
+    """
     if "text" in example:
-        return example["text"]
-    said: Any = example["chosen"] if "chosen" in example else example.get("messages", example.get("completion"))
-    said = said if said is not None else "\n".join(example["completions"])
-    told = said if isinstance(said, str) else "\n".join(m.get("content") or "" for m in said)
-    return f"{example['prompt']}\n{told}" if "prompt" in example else told
+        return _as_text(example["text"])
+    said: Any = next(
+        (example[key] for key in ("chosen", "messages", "completion", "completions") if key in example), ""
+    )
+    turns = said if isinstance(said, (list, tuple)) else [said]
+    told = "\n".join(_as_text(t.get("content") if isinstance(t, Mapping) else t) for t in turns)
+    return f"{_as_text(example['prompt'])}\n{told}" if "prompt" in example else told
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
 
 
 def each_once(hashes: np.ndarray, whose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

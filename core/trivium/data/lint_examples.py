@@ -16,7 +16,7 @@ from typing import Any
 
 from trivium.data.chat import Chat, Encoded, _checked
 from trivium.data.lint import MOST_CUT, Finding, found
-from trivium.data.packing import _encode_texts, encode_examples, pair_sides
+from trivium.data.packing import _encode_texts, encode_turns, pair_sides
 from trivium.data.source import FORM_WORDS, Example, Source, form_of
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
@@ -36,13 +36,17 @@ ANSWERS = ("assistant", "completion", "text")
 
 @dataclass(frozen=True)
 class How:
-    """How a run reads its examples. form: what the objective reads. length: tokens that a document may have."""
+    """How a run reads its examples. form: what the objective reads. length: tokens that a document may have.
+
+    turns: what becomes of a conversation whose template rewrites earlier turns, see `Chat.documents`.
+    """
 
     tokenizer: Tokenizer
     form: str
     train_on: str
     length: int
     room: int = 0  # for prompts that a policy answers: tokens of the longest prompt
+    turns: str = "refuse"
     chat: Chat = field(init=False)
     special: dict[int, str] = field(init=False)  # the special tokens' spelling, by id
 
@@ -54,7 +58,10 @@ class How:
 
 @dataclass
 class Seen:
-    """An example, its answers as examples of their own (two of a pair), and what each is encoded to."""
+    """An example, what it becomes as examples of their own, and what each is encoded to.
+
+    sides: the two answers of a pair; of a conversation that is forked, its beginning up to each fork's end.
+    """
 
     example: Example
     sides: Sequence[Example]
@@ -94,21 +101,34 @@ def look(examples: Sequence[Example], how: How) -> tuple[list[Seen], list[Findin
 def _encoded(examples: Sequence[Example], how: How) -> list[Seen]:
     """What training makes of the examples, before documents are cut to rows."""
     texts = [e for e in examples if "text" in e]
-    encoded = iter([_listed(unit[0]) for unit in _encode_texts(texts, how.tokenizer, how.train_on)])
+    encoded = iter([_listed(unit[0]) for unit in _encode_texts(texts, how.tokenizer)])
     asked = {e["id"]: pair_sides(e) if how.form == "pairs" else [e] for e in examples if "text" not in e}
     flat = [side for sides in asked.values() for side in sides]
-    documents = map(_listed, encode_examples(flat, how.tokenizer, how.train_on))
-    answers = dict(zip((s["id"] for s in flat), documents, strict=True))
-    return [
-        Seen(e, [e], [next(encoded)]) if "text" in e else
-        Seen(e, asked[e["id"]], [answers[s["id"]] for s in asked[e["id"]]])
-        for e in examples
-    ]  # fmt: skip
+    documents = encode_turns(flat, how.tokenizer, how.train_on, how.turns)
+    found = {side["id"]: (side, [_listed(d) for d in made]) for side, made in zip(flat, documents, strict=True)}
+    seen = []
+    for e in examples:
+        if "text" in e:
+            seen.append(Seen(e, [e], [next(encoded)]))
+            continue
+        made = [pair for s in asked[e["id"]] for pair in _forks(*found[s["id"]])]
+        seen.append(Seen(e, [side for side, _ in made], [document for _, document in made]))
+    return seen
+
+
+def _forks(side: Example, documents: Sequence[Encoded]) -> Iterator[tuple[Example, Encoded]]:
+    """Each document with the part of the conversation that it is of."""
+    for number, document in enumerate(documents, 1):
+        if document.turns is None:
+            yield side, document
+        else:
+            name = f"{side['id']}#{number}" if len(documents) > 1 else side["id"]
+            yield {**side, "id": name, "messages": side["messages"][: document.turns[1] + 1]}, document
 
 
 def _listed(document: Encoded) -> Encoded:
     """Plain numbers, whatever array they come in."""
-    return Encoded([int(i) for i in document.ids], [bool(t) for t in document.trained])
+    return Encoded([int(i) for i in document.ids], [bool(t) for t in document.trained], document.turns)
 
 
 # ---- words
@@ -297,7 +317,8 @@ def _check_talk(example: Example, document: Encoded, how: How) -> Iterator[Findi
         if ends < sum(m["role"] == "assistant" for m in messages):
             yield found("end_of_turn", id_, "an assistant turn has no end-of-turn token")
         return
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    first = document.turns[0] if document.turns else 0  # those before are context, and trained in other documents
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
     wanted = answers if how.train_on == "assistant" else answers[-1:]
     trained = spans(document)
     if len(trained) != len(wanted):

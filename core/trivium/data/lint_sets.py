@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from trivium.data.contamination import Overlap
 from trivium.data.lint import Finding, found
 from trivium.data.lint_examples import content_of, words_of
 from trivium.data.source import Example, Source, form_of, prompt_of
@@ -86,6 +87,23 @@ def check_held_out(train: Iterable[Example], held_out: Sequence[Example]) -> Ite
         elif form_of(example) != "text" and (twin := prompts.get(_prompt(example))) is not None:
             message = f"its prompt is held out, and trained on with another answer in example {twin}"
             yield found("same_prompt", example["id"], message)
+
+
+def check_overlap(name: str, overlap: Overlap, allowed: float, *, fails: bool) -> Iterator[Finding]:
+    """More of the held-out set `name` in the training data than the share `allowed`; fatal if `fails`."""
+    if overlap.share <= allowed:
+        return
+    worst = overlap.worst[0]
+    then = (
+        "take them out of either (data.contamination=fail)"
+        if fails
+        else "a figure on them is of what was learned by heart"
+    )
+    message = (
+        f"{overlap.contaminated:,} of {overlap.examples:,} held-out examples ({name}) are in the training data, such "
+        f"as {worst.held_out} in {worst.train} ({worst.shared:,} of its {worst.of:,} n-grams); {then}"
+    )
+    yield found("leak", "", message, fatal=fails)
 
 
 def _digest(text: str) -> bytes:

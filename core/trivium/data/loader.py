@@ -1,8 +1,9 @@
 """Items of training data in order, made by the training process or by workers: the same items either way.
 
 An item is a pure function of its number, so workers need no coordination: worker w of n makes items w, w + n, w + 2n,
-... What goes wrong in one ends the run with a sentence that names the sample; a worker that is stuck does not keep a
-signal from ending the run, since an item that is not here yet is lost work of nobody.
+... What goes wrong in one ends the run with a sentence that names the sample: what is wrong with the data in the words
+of who found it, the same from a worker as from here. A worker that is stuck does not keep a signal from ending the run,
+since an item that is not here yet is lost work of nobody.
 """
 
 from __future__ import annotations
@@ -82,9 +83,8 @@ class StepLoader:
         for item in self.items:
             try:
                 made = self.steps[item]
-            except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError, DataError) as error:
-                said = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-                raise DataError(f"{self._named(item)} cannot be made: {said}") from error
+            except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+                raise DataError(f"{self._named(item)} cannot be made: {type(error).__name__}: {error}") from error
             yield made
 
     def _from_workers(self) -> Iterator[Any]:
@@ -137,6 +137,8 @@ class StepLoader:
             worker.process.wait()
             self._look(shared)
             raise
+        if kind == "wrong":
+            raise DataError(*value)
         if kind == "error":
             raise DataError(f"{self._named(worker.at(shared))} cannot be made by data worker {worker.number}: {value}")
         return value

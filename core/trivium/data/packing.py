@@ -25,6 +25,8 @@ WINDOW = 8192
 
 CHUNK = 256
 """Examples that are tokenised together."""
+JUDGED = ("pairs", "labels")
+"""What is read two answers at a time, that share a row."""
 BATCH = 1_000_000
 
 
@@ -43,13 +45,15 @@ def tokenise(
     *,
     form: str = "text",
     train_on: str = "assistant",
+    turns: str = "refuse",
 ) -> TokenTable:
     """Tokenise a whole source, or some examples, into documents that fit rows of `length` tokens, in memory.
 
-    form: what an objective reads: "text", "chat", "pairs", "labels", or "any" of text and chat. Raises DataError for
-    examples of another form, naming the first, and when nothing would be trained on.
+    form: what an objective reads: "text", "chat", "pairs", "labels", or "any" of text and chat. turns: what becomes of
+    conversations whose template rewrites earlier turns, see `Chat.documents`. Raises DataError for examples of another
+    form, naming the first, and when nothing would be trained on.
     """
-    chunks = Chunks(source, tokenizer, length, form, train_on)
+    chunks = Chunks(source, tokenizer, length, form, train_on, turns)
     return joined((chunks[n] for n in range(len(chunks))), length)
 
 
@@ -57,14 +61,21 @@ class Chunks(Sequence):
     """The examples of a source, CHUNK at a time, as what they become: a pure function of the chunk's number."""
 
     def __init__(
-        self, source: Source | Sequence[Example], tokenizer: Tokenizer, length: int, form: str, train_on: str
+        self,
+        source: Source | Sequence[Example],
+        tokenizer: Tokenizer,
+        length: int,
+        form: str,
+        train_on: str,
+        turns: str = "refuse",
     ) -> None:
         if not len(source):
             split = f" (split={source.config.split})" if isinstance(source, Source) else ""
             raise DataError(f"the data set is empty{split}")
         if form not in _ENCODERS:
             raise DataError(f"this objective reads {FORM_WORDS.get(form, form)}, and nothing makes tokens of that yet")
-        self.source, self.tokenizer, self.length, self.form, self.train_on = source, tokenizer, length, form, train_on
+        self.source, self.tokenizer, self.length, self.form = source, tokenizer, length, form
+        self.train_on, self.turns = train_on, turns
         # a judged answer is told apart from others' answers, so that all labels must be seen at once
         self.size = len(source) if form == "labels" else CHUNK
 
@@ -87,16 +98,23 @@ class Chunks(Sequence):
         part = Part([e["id"] for e in examples], [origin(e) for e in examples], {})
         part.num_bytes = sum(len(e["text"].encode()) for e in examples if "text" in e)
         part.talks = any("text" not in e and "prompt" not in e for e in examples)
-        self._fill(part, examples, _ENCODERS[self.form](examples, self.tokenizer, self.train_on))
+        self._fill(part, examples, _ENCODERS[self.form](examples, self.tokenizer, self.train_on, self.turns))
         return part
 
     def _fill(self, part: Part, examples: Sequence[Example], encoded: Sequence[Sequence[Encoded]]) -> None:
         """Cut documents to the rows' length, and put them into arrays."""
-        part.group = len(encoded[0])
+        part.group = 2 if self.form in JUDGED else 1
         most = self.length // part.group
         tokens, trained, lengths, numbers = [], [], [], []
-        for number, (example, unit) in enumerate(zip(examples, encoded, strict=True)):
-            if "text" in example:
+        units = [  # what is kept or left out as one: both sides of a pair, each document of a conversation
+            (number, documents[i : i + part.group])
+            for number, documents in enumerate(encoded)
+            for i in range(0, len(documents), part.group)
+        ]
+        forked = [len(documents) for documents in encoded if any(d.turns for d in documents)]
+        part.forked, part.forks = len(forked), sum(forked)
+        for number, unit in units:
+            if "text" in examples[number]:
                 pieces = [piece for document in unit for piece in _split(document, self.length)]
             else:
                 pieces = [Encoded(d.ids[:most], d.trained[:most]) for d in unit]
@@ -145,30 +163,33 @@ def _text(ids: list[int], tokenizer: Tokenizer) -> Encoded:
 
 def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str) -> list[Encoded]:
     """Conversations through the template; prompt/completion pairs as plain text ending in the end-of-text token."""
+    return [document for [document] in encode_turns(examples, tokenizer, train_on, "refuse")]
+
+
+def encode_turns(
+    examples: Sequence[Example], tokenizer: Tokenizer, train_on: str, turns: str = "refuse"
+) -> list[list[Encoded]]:
+    """`encode_examples`, to the documents of each example: a conversation may be forked (see `Chat.documents`)."""
     chat = Chat(tokenizer)
     talks = [e for e in examples if "messages" in e]
     pairs = [e for e in examples if "messages" not in e]
-    encoded = dict(zip((e["id"] for e in talks), chat.encode(talks, train_on), strict=True))
+    encoded = dict(zip((e["id"] for e in talks), chat.encode_turns(talks, train_on, turns), strict=True))
     prompts = tokenizer.encode_batch([e["prompt"] for e in pairs])
     completions = tokenizer.encode_batch([e["completion"] for e in pairs])
     for example, prompt, completion in zip(pairs, prompts, completions, strict=True):
         ids = [*tokenizer.start, *prompt, *completion, tokenizer.eos_id]
         num_prompt = 0 if train_on == "all" else len(ids) - len(completion) - 1
-        encoded[example["id"]] = Encoded(ids, [i >= num_prompt for i in range(len(ids))])
+        encoded[example["id"]] = [Encoded(ids, [i >= num_prompt for i in range(len(ids))])]
     return [encoded[e["id"]] for e in examples]
 
 
-def _encode_texts(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: str) -> list[list[Encoded]]:
+def _encode_texts(examples: Sequence[Example], tokenizer: Tokenizer, *_: str) -> list[list[Encoded]]:
     return [[_text(ids, tokenizer)] for batch in _batches(examples) for ids in tokenizer.encode_batch(batch)]
 
 
-def _encode_chats(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str) -> list[list[Encoded]]:
-    return [[document] for document in encode_examples(examples, tokenizer, train_on)]
-
-
-def _encode_any(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str) -> list[list[Encoded]]:
+def _encode_any(examples: Sequence[Example], tokenizer: Tokenizer, train_on: str, turns: str) -> list[list[Encoded]]:
     texts, chats = [e for e in examples if "text" in e], [e for e in examples if "text" not in e]
-    found = iter(_encode_texts(texts, tokenizer, train_on)), iter(_encode_chats(chats, tokenizer, train_on))
+    found = iter(_encode_texts(texts, tokenizer)), iter(encode_turns(chats, tokenizer, train_on, turns))
     return [next(found[0] if "text" in e else found[1]) for e in examples]
 
 
@@ -183,7 +204,7 @@ def pair_sides(example: Example) -> list[dict[str, Any]]:
     return sides
 
 
-def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: str) -> list[list[Encoded]]:
+def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer, *_: str) -> list[list[Encoded]]:
     """What is compared is each side's last turn."""
     encoded = encode_examples([side for e in examples for side in pair_sides(e)], tokenizer, "last_turn")
     pairs = [encoded[i : i + 2] for i in range(0, len(encoded), 2)]
@@ -193,7 +214,7 @@ def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: 
     return pairs
 
 
-def _encode_labels(examples: Sequence[Example], tokenizer: Tokenizer, _train_on: str) -> list[list[Encoded]]:
+def _encode_labels(examples: Sequence[Example], tokenizer: Tokenizer, *_: str) -> list[list[Encoded]]:
     """Each judged answer, and its prompt with the answer of the last example before it that has another prompt."""
     prompts = [prompt_of(e) for e in examples]
     if all(p == prompts[0] for p in prompts):
@@ -218,7 +239,7 @@ def _encode_labels(examples: Sequence[Example], tokenizer: Tokenizer, _train_on:
 
 _ENCODERS = {
     "text": _encode_texts,
-    "chat": _encode_chats,
+    "chat": encode_turns,
     "any": _encode_any,
     "pairs": _encode_pairs,
     "labels": _encode_labels,

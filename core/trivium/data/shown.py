@@ -33,6 +33,17 @@ def stretches(document: Encoded, tokenizer: Tokenizer, most: int = 0) -> list[St
     return made
 
 
+def exchanges(parts: list[Stretch]) -> list[list[Stretch]]:
+    """Cut behind each answer, to be shown on lines of their own; not where the text itself breaks the line there."""
+    cut: list[list[Stretch]] = [[]]
+    for part in parts:
+        before = cut[-1][-1] if cut[-1] else None
+        if before and before.trained and not part.trained and not part.text.startswith("\n"):
+            cut.append([])
+        cut[-1].append(part)
+    return cut
+
+
 def visible(text: str) -> str:
     """Text with its white space shown where it would be missed: line breaks, tabs, and spaces at the ends or in a row.
 

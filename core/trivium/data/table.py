@@ -17,6 +17,8 @@ NO_ORIGIN = MOST_ORIGINS + 1
 KINDS = {"tokens": np.int32, "trained": np.bool_, "offsets": np.int64, "example": np.int64, "origin": np.int64,
          "ids": np.uint8, "id_ends": np.int64, "desirable": np.float32}  # fmt: skip
 """The arrays of a table, by name."""
+COUNTS = ("num_bytes", "truncated", "lost_ends", "forked", "forks")
+"""What a table's parts are added up to."""
 
 
 class Ids(Sequence):
@@ -64,6 +66,8 @@ class TokenTable:
     num_bytes: int = 0
     truncated: int = 0  # documents cut at the row length
     lost_ends: int = 0  # of those, conversations whose last end-of-turn token went with it
+    forked: int = 0  # conversations whose template rewrites earlier turns
+    forks: int = 0  # documents that they became
     group: int = 1
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     origins: tuple[str, ...] = ()
@@ -101,7 +105,7 @@ class Part:
     """What some examples in a row become. names: the id of each; origins: the name of each.
 
     arrays: tokens, trained, and for each document its length (`lengths`), its example's number among these (`example`)
-    and maybe `desirable`. truncated, lost_ends, num_bytes: see TokenTable.
+    and maybe `desirable`. truncated, lost_ends, forked, forks, num_bytes: see TokenTable.
     """
 
     names: list[str]
@@ -110,6 +114,8 @@ class Part:
     num_bytes: int = 0
     truncated: int = 0
     lost_ends: int = 0
+    forked: int = 0
+    forks: int = 0
     group: int = 1
     talks: bool = False
 
@@ -121,7 +127,7 @@ class Joiner:
     """
 
     def __init__(self) -> None:
-        self.facts: dict[str, Any] = {"num_bytes": 0, "truncated": 0, "lost_ends": 0, "group": 1, "talks": False}
+        self.facts: dict[str, Any] = {**dict.fromkeys(COUNTS, 0), "group": 1, "talks": False}
         self._examples = self._tokens = self._id_bytes = 0
         self._learns = False
         self._hashes: list[np.ndarray] = []
@@ -139,7 +145,7 @@ class Joiner:
         grown["id_ends"] = _ends(np.fromiter(map(len, names), np.int64, len(names)), self._id_bytes, first)
         grown["origin"] = np.fromiter(map(self._number, part.origins), np.int64, len(names))[part.arrays["example"]]
         self._hashes.append(np.fromiter(map(hash, part.names), np.int64, len(names)))
-        for key in ("num_bytes", "truncated", "lost_ends"):
+        for key in COUNTS:
             self.facts[key] += getattr(part, key)
         self.facts["group"] = part.group
         self.facts["talks"] |= part.talks

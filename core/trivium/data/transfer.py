@@ -1,13 +1,16 @@
 """What travels between training and its data workers: the data set once, batches all the time.
 
 Arrays stay outside the pickles (PEP 574). Those of the data set lie in one file without a name, which all workers map:
-it costs its size once, not once a worker. Batches go through a socket, so a small /dev/shm is no limit.
+it costs its size once, not once a worker. What is mapped from the cache they map from there, unless that was emptied
+meanwhile: this process still has it then, and shares it like the rest. Batches go through a socket, so a small /dev/shm
+is no limit.
 """
 
 from __future__ import annotations
 
 import io
 import mmap
+import os
 import pickle
 import socket
 import struct
@@ -17,6 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+
+from trivium.errors import DataError
 
 LEAST = 1 << 14
 """Bytes from which an array of the data set is shared; smaller ones are copied."""
@@ -85,8 +90,8 @@ class _Sharer(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray) or value.nbytes < LEAST or value.dtype.hasobject:
             return None
-        if isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap):  # a whole file: they map it themselves
-            return str(value.filename), value.dtype.str, value.shape
+        if isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap) and os.path.exists(str(value.filename)):
+            return str(value.filename), value.dtype.str, value.shape  # a whole file: they map it themselves
         self.shared.write(bytes(-self.shared.tell() % ALIGNED))
         start = self.shared.tell()
         self.shared.write(np.ascontiguousarray(value).data.cast("B"))
@@ -101,7 +106,13 @@ class _Mapper(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> np.ndarray:
         start, kind, shape = pid
         if isinstance(start, str):
-            return np.memmap(start, kind, "r", shape=shape)
+            try:
+                return np.memmap(start, kind, "r", shape=shape)
+            except (OSError, ValueError) as error:  # ValueError: it is empty, or shorter than it was
+                raise DataError(
+                    f"{start} is gone or cut short: the cache was emptied while data workers were starting; the same "
+                    "command makes it anew and continues"
+                ) from error
         count = int(np.prod(shape))
         return np.frombuffer(self.shared, np.dtype(kind), count, start).reshape(shape)
 

@@ -17,7 +17,7 @@ from threading import Event, Thread
 import torch
 
 from trivium.data.transfer import pack, receive, send, shared_value
-from trivium.errors import TriviumError
+from trivium.errors import DataError, TriviumError
 
 SLOT = 8
 """Bytes at the start of the shared file, for each worker, that say which item it is at."""
@@ -37,6 +37,8 @@ def main(channel: int, alive: int, shared: int, parent: int) -> None:
         for item in items:
             os.pwrite(shared, struct.pack("<q", item), number * SLOT)
             ready.put(pack(("item", steps[item])))
+    except DataError as error:  # the data's own sentence: whoever reads it says it unchanged
+        ready.put(pack(("wrong", (str(error), error.rule))))
     except Exception as error:
         said = str(error) if isinstance(error, TriviumError) else f"{type(error).__name__}: {error}"
         ready.put(pack(("error", said)))

@@ -1,4 +1,7 @@
-"""A conversation: turns in, streamed answers out, history kept as the ids that were really read and drawn."""
+"""A conversation: turns in, streamed answers out, history kept as the ids that were really read and drawn.
+
+Where the template writes earlier turns otherwise than they were drawn, the history is what it writes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from trivium.data.chat import Chat
 from trivium.data.tokenizer import Tokenizer
-from trivium.errors import BackendError, TriviumError
+from trivium.errors import BackendError, DataError, TriviumError
 from trivium.inference.config import SamplingConfig
 from trivium.inference.protocol import Backend
 from trivium.inference.text import TextStream
@@ -44,7 +47,12 @@ class Conversation:
     def ask(self, content: str) -> Iterator[str]:
         """Answer one user turn, as text pieces. The turn is kept when the answer is complete."""
         messages = [*self.messages, {"role": "user", "content": content}]
-        prompt = self.chat.prompt_ids(messages, self.ids)
+        try:
+            prompt = self.chat.prompt_ids(messages, self.ids)
+        except DataError as error:
+            if error.rule != "rewrites_history":
+                raise
+            prompt = self.chat.prompt_ids(messages)  # as it was trained: what is asked with is rendered anew
         room = self.backend.capabilities().context - len(prompt)
         if room < 1:
             raise BackendError(f"the conversation fills the model's context ({len(prompt)} tokens); /reset starts anew")

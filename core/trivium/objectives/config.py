@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from trivium.errors import ConfigError
 
 TRAIN_ON = ("assistant", "last_turn", "completion", "all")
+TURNS = ("fork", "refuse")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class SFTConfig(NextTokenConfig):
     """Next token on the tokens that the assistant wrote, its end-of-turn token included."""
 
     train_on: str = "assistant"  # assistant: every assistant turn | last_turn | completion: after the prompt | all
+    turns: str = (
+        "fork"  # a template rewrites earlier turns: fork trains each answer after what it is asked with | refuse
+    )
     dft: bool = False  # weight each token by its own probability, detached (DFT, 2508.05629)
     neftune_alpha: float = 0.0  # uniform noise on the embeddings, alpha / sqrt(length * width) (2310.05914)
 
@@ -35,6 +39,7 @@ class SFTConfig(NextTokenConfig):
         super().__post_init__()
         if self.train_on not in TRAIN_ON:
             raise ConfigError(f"objective.train_on={self.train_on!r} is not one of {', '.join(TRAIN_ON)}")
+        _among(self, "turns", TURNS)
         if self.neftune_alpha < 0:
             raise ConfigError(f"objective.neftune_alpha={self.neftune_alpha} must not be negative")
 
@@ -135,6 +140,7 @@ class DistillConfig:
     """Divergence from a teacher."""
 
     train_on: str = "assistant"  # which tokens of conversations: as for sft
+    turns: str = "fork"  # where a template rewrites earlier turns: as for sft
     beta: float = 0.0  # 0: forward KL | 1: reverse KL | between: generalised Jensen-Shannon
     temperature: float = 1.0  # of both; more shows more of what the teacher thinks unlikely
     temperature_squared: bool = False  # times temperature^2: gradients keep their size (1503.02531, section 2.1)
@@ -142,6 +148,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         _among(self, "train_on", TRAIN_ON)
+        _among(self, "turns", TURNS)
         _above_zero(self, "temperature")
         if not 0 <= self.beta <= 1:
             raise ConfigError(f"objective.beta={self.beta} must be between 0 (forward KL) and 1 (reverse KL)")

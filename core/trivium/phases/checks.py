@@ -1,27 +1,35 @@
-"""What a run says of its data before it trains: whether it holds what is held out."""
+"""Whether a run's training data holds what the run measures on, and what is to become of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from trivium.build import build_held_out
-from trivium.data.contamination import Overlap, overlap
+from trivium.data.contamination import overlap
+from trivium.data.lint import Finding
+from trivium.data.lint_sets import check_overlap
 from trivium.data.source import Source
-from trivium.errors import DataError
+from trivium.objectives.protocol import Objective
 from trivium.phases.run import Run
 
 
-def told_contamination(this: Run, train: Source, validation: Source | None) -> dict[str, Any]:
-    """Compare training data with each held-out set that the run knows, and act by `data.contamination`.
+def validates(this: Run, objective: Objective) -> bool:
+    """Whether a run measures on its validation split: what samples its own answers does not."""
+    return this.config.validation.every_steps > 0 and objective.reads != "answers"
 
-    Returns what was found, for the manifest. Raises DataError where the policy is to fail.
+
+def leaks(this: Run, objective: Objective, train: Source) -> tuple[dict[str, Any], list[Finding]]:
+    """Compare training data with every set that the run measures on: its validation split, and `data.held_out`.
+
+    Returns what is shared, for the manifest, and what is wrong with that by `data.contamination`. From the cache where
+    the same sets were compared before.
     """
     settings: Any = train.config
     if settings.contamination == "off":
-        return {}
-    held_out = {"validation": validation} if validation is not None else {}
+        return {}, []
+    held_out = {"validation": this.source("validation")} if validates(this, objective) else {}
     held_out |= {path: build_held_out(path) for path in settings.held_out}
-    reports = {}
+    reports, findings = {}, []
     for name, source in held_out.items():
         with this.world.first():
             found = overlap(train, source, settings.contamination_words)
@@ -31,19 +39,5 @@ def told_contamination(this: Run, train: Source, validation: Source | None) -> d
             "share": round(found.share, 6),
             "worst": [vars(f) for f in found.worst],
         }
-        if found.share > settings.contamination_share:
-            sentence = _sentence(name, found)
-            if settings.contamination == "fail":
-                raise DataError(
-                    f"{sentence}; take them out of either, or set data.contamination=warn to train all the same"
-                )
-            this.say(f"warning: {sentence}; a figure on them is of what was learned by heart")
-    return reports
-
-
-def _sentence(name: str, found: Overlap) -> str:
-    worst = found.worst[0]
-    return (
-        f"{found.contaminated:,} of {found.examples:,} held-out examples ({name}) are in the training data, such as "
-        f"{worst.held_out} in {worst.train} ({worst.shared:,} of its {worst.of:,} n-grams)"
-    )
+        findings += check_overlap(name, found, settings.contamination_share, fails=settings.contamination == "fail")
+    return reports, findings

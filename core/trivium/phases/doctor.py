@@ -6,8 +6,8 @@ Nothing is trained and no run folder is made. Data, tokenizer and masks are made
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,39 +18,42 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trivium.build import build_objective, cached_tokenizer, device_of
+from trivium.build import build_objective, cached_tokenizer
 from trivium.compose import compose, run_config
 from trivium.data.cache import cached_plan, cached_table
+from trivium.data.chat import Encoded
 from trivium.data.collate import collate
 from trivium.data.datamodule import StepDataset
 from trivium.data.lint import RULES, Finding, check_names
 from trivium.data.lint_sets import spread
 from trivium.data.mixture import Mixture, document_ends
 from trivium.data.packing import plan
-from trivium.data.shown import Stretch, plain, stretches, visible
+from trivium.data.shown import Stretch, exchanges, plain, stretches, visible
 from trivium.data.source import Source
-from trivium.data.table import TokenTable
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError, DataError
 from trivium.models.protocol import CausalLM
-from trivium.objectives.logprobs import target_logprobs
 from trivium.objectives.protocol import Objective
 from trivium.phases.equivalence import accumulation_error, packing_error
-from trivium.phases.preflight import Examination, examine, table_of_some
+from trivium.phases.estimates import estimate
+from trivium.phases.preflight import Examination, examine, forked_words, reading_of, table_of_some
 from trivium.phases.run import Run
 from trivium.phases.start import with_checkpoint_model
-from trivium.phases.train import _count, _model_and_tokenizer, memory_of
+from trivium.phases.train import _count, _model_and_tokenizer
 from trivium.schema import TRAINING_PHASES
 
-USAGE = "write `doctor [--show N] [--examples N | --all] [--equivalence] [overrides]`, as for the run itself"
+USAGE = "write `doctor [--show N] [--examples N | --all] [--rules] [--equivalence] [overrides]`, as for the run itself"
 SHOWN_FINDINGS = 5
 """Findings of a rule that are printed; the others are counted."""
+SHOWN_FIRST, SHOWN_LAST = 400, 200
+"""Tokens of an example that are shown of its beginning and of its end, which an answer may be."""
 
 
 def doctor(args: list[str]) -> int:
     """The verb: 0 if nothing fatal is found, 1 if something is."""
     options, overrides = _options(args)
-    console = Console(soft_wrap=True, highlight=False)
+    # a terminal gets whole words; what reads a pipe gets whole lines
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         config = run_config(compose(with_checkpoint_model(overrides)))
         if config.phase not in TRAINING_PHASES:
@@ -66,13 +69,13 @@ def doctor(args: list[str]) -> int:
 
 def _options(args: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     """Flags with their numbers (1 where they have none), and what is left."""
-    given, left, rest = {"show": 0, "examples": 0, "all": 0, "equivalence": 0}, [], list(args)
+    given, left, rest = {"show": 0, "examples": 0, "all": 0, "rules": 0, "equivalence": 0}, [], list(args)
     while rest:
         word, _, value = rest.pop(0).partition("=")
         name = word.removeprefix("--")
         if not word.startswith("--"):
             left.append(f"{word}={value}" if _ else word)
-        elif name in ("all", "equivalence") and not value:
+        elif name in ("all", "rules", "equivalence") and not value:
             given[name] = 1
         elif name in ("show", "examples"):
             value = value or (rest.pop(0) if rest else "")
@@ -101,7 +104,7 @@ def _examined(this: Run, options: dict[str, int]) -> int:
         return 1
     if options["show"]:
         show(console, seen, options["show"])
-    console.print(rules_table(seen, config.doctor.ignore))
+    _print_rules(console, seen, config.doctor.ignore, whole=bool(options["rules"]))
     _print_findings(console, seen.findings)
     wrong = [f for f in seen.findings if f.fatal]
     if seen.how.form == "answers":
@@ -124,7 +127,8 @@ def _made(this: Run, source: Source, objective: Objective) -> tuple[CausalLM | N
     if this.parent is not None:
         return None, this.parent.tokenizer.extended(settings.add_tokens, settings.chat_template)
     tokenizer, how = cached_tokenizer(this.config.tokenizer, source)
-    this.say(f"{how}; no model: the run itself needs init_from= or model=")
+    this.say(how)
+    this.say("no model: the run itself needs init_from= or model=")
     return None, tokenizer
 
 
@@ -138,11 +142,27 @@ def show(console: Console, seen: Examination, number: int) -> None:
     for side, document in shown:
         trained = sum(document.trained)
         cut = f", cut at {seen.how.length}" if len(document.ids) > seen.how.length and "text" not in side else ""
-        share = f"{trained} trained ({trained / max(1, len(document.ids)):.0%})"
-        title = Text(f"example {side['id']}: {len(document.ids)} tokens, {share}{cut}")  # an id may look like markup
-        console.rule(title, align="left", style="dim")
-        parts = stretches(document, seen.how.tokenizer)
-        console.print(coloured(parts) if console.is_terminal else Text(plain(parts)))
+        share = f", {trained} trained ({trained / max(1, len(document.ids)):.0%})" * (seen.how.form != "answers")
+        title = f"example {side['id']}: {len(document.ids)} tokens{share}{cut} "
+        line = "─" * (console.width - len(title) % console.width)  # to the end, however long an id is
+        console.print(Text.assemble(title, (line, "dim")), soft_wrap=True)
+        for part in _told(document):
+            if isinstance(part, int):
+                console.print(Text(f"... {part:,} tokens are not shown ...", "italic"))
+                continue
+            for turns in exchanges(stretches(part, seen.how.tokenizer)):
+                text = coloured(turns) if console.is_terminal else Text(plain(turns))
+                console.print(text, soft_wrap=True)  # a terminal breaks it where it will: every space counts
+
+
+def _told(document: Encoded) -> list[Encoded | int]:
+    """A long document's beginning and end, and how many tokens are between them."""
+    more = len(document.ids) - SHOWN_FIRST - SHOWN_LAST
+    if more <= 0:
+        return [document]
+    ends = (slice(None, SHOWN_FIRST), slice(-SHOWN_LAST, None))
+    first, last = (Encoded(document.ids[end], document.trained[end]) for end in ends)
+    return [first, more, last]
 
 
 def coloured(parts: list[Stretch]) -> Text:
@@ -151,8 +171,16 @@ def coloured(parts: list[Stretch]) -> Text:
     return Text.assemble(*((visible(p.text), styles[p.trained, p.special]) for p in parts))
 
 
-def rules_table(seen: Examination, ignored: Sequence[str]) -> Table:
-    """Every rule that was asked, with what became of it."""
+def _print_rules(console: Console, seen: Examination, ignored: Sequence[str], whole: bool) -> None:
+    """A line for each rule that something broke, or for all; how many hold."""
+    asked = sum(seen.how.form in rule.forms for rule in RULES.values())
+    if whole or seen.counts:
+        console.print(rules_table(seen, ignored, whole))
+    console.print(f"rules     {asked} asked, {len(seen.counts)} broken" + " (--rules lists all)" * (not whole))
+
+
+def rules_table(seen: Examination, ignored: Sequence[str], whole: bool = True) -> Table:
+    """Every rule that was asked, with what became of it; those that hold only if `whole`."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("rule")
     table.add_column("what must hold")
@@ -160,7 +188,7 @@ def rules_table(seen: Examination, ignored: Sequence[str]) -> Table:
     fatal = {f.rule for f in seen.findings if f.fatal}
     for name, rule in RULES.items():
         number = seen.counts.get(name, 0)
-        if seen.how.form not in rule.forms and not number:
+        if not number and not (whole and seen.how.form in rule.forms):
             continue
         word = f"{number} found" if name in fatal else f"{number} warned" if number else "passed"
         style = "red" if name in fatal else "yellow" if number else "green"
@@ -199,7 +227,7 @@ def _sizes(
     sizes: dict[str, Any] = {"size": config.batch.size, "micro_size": config.batch.micro_size, "seed": config.seed}
     length = config.batch.length
     try:
-        table = cached_table(source, how.tokenizer, length, form=how.form, train_on=how.train_on)
+        table = cached_table(source, how.tokenizer, length, form=how.form, **reading_of(objective))
         mixture = source if isinstance(source, Mixture) else None
         if mixture:
             table.ends = document_ends(mixture, table)
@@ -212,6 +240,8 @@ def _sizes(
         return [] if known else [Finding(error.rule or "form", True, "", str(error))]
     share = table.trained.mean()
     console.print(f"tokens    {len(table.tokens):,}, {share:.1%} of them trained; {len(table.ids):,} documents")
+    if table.forked:
+        console.print(f"turns     {forked_words(table.forked, table.forks)}")
     console.print(f"lengths   {_lengths(table.lengths)} tokens")
     console.print(f"rows      {len(steps.rows):,} of {config.batch.length} tokens, {steps.utilisation:.1%} full")
     cut = (
@@ -219,33 +249,13 @@ def _sizes(
     )
     console.print(f"cut       {cut if table.truncated else 'nothing'}")
     if model is not None:
-        console.print(f"the run   {_estimates(this, model, table, steps)}")
+        taken = estimate(config, model, how.tokenizer, steps)
+        console.print(
+            f"the run   {_count(model.num_parameters)} parameters, {taken.steps:,} steps of {config.batch.size} rows, "
+            f"{taken.tokens:,} tokens ({taken.epochs:.1f} epochs)"
+        )
+        console.print(f"it takes  {taken}")
     return []
-
-
-def _estimates(this: Run, model: CausalLM, table: TokenTable, steps: StepDataset) -> str:
-    """Memory, time and disk, about. Time: of one row, forward and backward, on this device."""
-    config = this.config
-    memory = memory_of(model, config.batch)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = config.checkpoint.keep + bool(config.checkpoint.keep_best)
-    disk = kept * (trained * 12 + 4 * (model.num_parameters - trained) * (trained == model.num_parameters))
-    device = device_of(config.trainer.accelerator)
-    batch = steps.collated(steps.first_rows(1)).to(device)
-    model.to(device).train()
-    took = []
-    for _ in range(3):  # the first one fills caches
-        start = time.monotonic()
-        target_logprobs(model, batch).sum().backward()
-        took.append(time.monotonic() - start)
-        model.zero_grad(set_to_none=True)
-    seconds = min(took) * config.batch.size * config.trainer.max_steps
-    epochs = config.trainer.max_steps * config.batch.size / len(steps.rows)
-    return (
-        f"{_count(model.num_parameters)} parameters, {config.trainer.max_steps} steps ({epochs:.1f} epochs): about "
-        f"{memory / 1e9:.1f} GB of memory, {seconds / 60:.1f} min ({min(took) * 1e3:.0f} ms a row here), "
-        f"{disk / 1e9:.2f} GB of disk for {kept} checkpoints"
-    )
 
 
 # ---- equivalence

@@ -19,6 +19,7 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 from trivium.models.protocol import CausalLM
 from trivium.objectives.protocol import Objective
+from trivium.phases.checks import leaks, validates
 from trivium.phases.run import Run
 
 COLLATED = 32
@@ -32,7 +33,10 @@ KEPT = 20
 
 @dataclass
 class Examination:
-    """What was looked at, and found. seen: encoded examples. looked: how many were looked at closely, of so many."""
+    """What was looked at, and found. seen: encoded examples. looked: how many were looked at closely, of so many.
+
+    shared: what the training data holds of each held-out set, as `leaks` says.
+    """
 
     how: How
     seen: list[Seen]
@@ -40,6 +44,7 @@ class Examination:
     looked: int
     of: int
     seconds: float
+    shared: dict[str, Any]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -47,16 +52,30 @@ class Examination:
         return dict(Counter(f.rule for f in self.findings))
 
 
+def reading_of(objective: Objective) -> dict[str, Any]:
+    """What an objective says of how conversations are tokenised, as `cached_table` takes it."""
+    settings = objective.config
+    return {"train_on": getattr(settings, "train_on", "all"), "turns": getattr(settings, "turns", "refuse")}
+
+
+def forked_words(conversations: int, documents: int) -> str:
+    """What became of conversations whose template rewrites earlier turns."""
+    return (
+        f"{conversations:,} conversations, whose earlier turns the template rewrites, are {documents:,} documents "
+        "(objective.turns=fork)"
+    )
+
+
 def how_of(this: Run, objective: Objective, tokenizer: Tokenizer, model: CausalLM | None) -> How:
     """How a run reads its examples."""
     judged_answers = objective.reads in ("pairs", "labels")
-    train_on = "last_turn" if judged_answers else getattr(objective.config, "train_on", "all")
+    reading = reading_of(objective) | ({"train_on": "last_turn"} if judged_answers else {})
     length = this.config.batch.length
     room = 0
     if objective.reads == "answers":
         room = min(length, model.context if model is not None else length)
         room -= this.config.inference.config.sampling.max_tokens
-    return How(tokenizer, objective.reads, train_on, length // (2 if judged_answers else 1), room)
+    return How(tokenizer, objective.reads, length=length // (2 if judged_answers else 1), room=room, **reading)
 
 
 def examine(
@@ -88,10 +107,12 @@ def examine(
         good = [one for one in seen if str(one.example["id"]) not in bad]
         more += _check_batches(good, objective, how, this, model)
     findings += more
-    if this.config.validation.every_steps and how.form != "answers":
+    shared, more = leaks(this, objective, source)
+    findings += more
+    if validates(this, objective):
         findings += check_held_out(read, _held_out(this, among))
     findings = judged(findings, this.config.doctor.ignore)
-    return Examination(how, seen, findings, len(chosen), len(source), time.monotonic() - start)
+    return Examination(how, seen, findings, len(chosen), len(source), time.monotonic() - start, shared)
 
 
 def _held_out(this: Run, among: int) -> list[Example]:
@@ -120,30 +141,38 @@ def _check_batches(
 def table_of_some(examples: list[Example], how: How, length: int) -> TokenTable:
     """What training makes of some examples."""
     unique = {e["id"]: e for e in examples}  # two with one id are a finding already
-    return tokenise(list(unique.values()), how.tokenizer, length, form=how.form, train_on=how.train_on)
+    return tokenise(list(unique.values()), how.tokenizer, length, form=how.form, train_on=how.train_on, turns=how.turns)
 
 
 def preflight(
     this: Run, objective: Objective, source: Source, tokenizer: Tokenizer, model: CausalLM
-) -> dict[str, Any] | None:
-    """Look at a sample before training; returns what the manifest is to say of it. Raises DataError if it is fatal."""
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Look at a sample before training. Returns what the manifest is to say of it, and of what is shared with held-out
+    data. Raises DataError if something is fatal.
+    """
     settings = this.config.doctor
     if not settings.preflight:
         this.say("warning: doctor.preflight=false, so nobody looks at the data before it is trained on")
-        return None
+        shared, findings = leaks(this, objective, source)
+        _act_on(this, judged(findings, settings.ignore))
+        return None, shared
     seen = examine(this, objective, source, tokenizer, model, count=settings.examples)
-    # whether prompts leave room is looked at for every one when they are made, and told by the settings to change
-    stop = verdict([f for f in seen.findings if f.rule != "prompt_room"])
-    if stop:
-        raise DataError(stop)
-    for rule, number in seen.counts.items():
-        first = next(f for f in seen.findings if f.rule == rule)
-        more = f" ({number - 1} more)" if number > 1 else ""
-        this.say(f"warning: {first} [{rule}]{more}")
+    _act_on(this, seen.findings)
     asked = sum(seen.how.form in rule.forms for rule in RULES.values())
     outcome = "nothing found" if not seen.findings else f"{len(seen.findings)} warnings"
     this.say(f"doctor: {seen.looked:,} of {seen.of:,} examples, {asked} rules, {seen.seconds:.2f} s: {outcome}")
-    return record_of(seen, settings.ignore)
+    return record_of(seen, settings.ignore), seen.shared
+
+
+def _act_on(this: Run, findings: list[Finding]) -> None:
+    # whether prompts leave room is looked at for every one when they are made, and told by the settings to change
+    stop = verdict([f for f in findings if f.rule != "prompt_room"])
+    if stop:
+        raise DataError(stop)
+    for rule, number in Counter(f.rule for f in findings).items():
+        first = next(f for f in findings if f.rule == rule)
+        more = f" ({number - 1} more)" if number > 1 else ""
+        this.say(f"warning: {first} [{rule}]{more}")
 
 
 def record_of(seen: Examination, ignored: list[str]) -> dict[str, Any]:

@@ -42,11 +42,10 @@ from trivium.models.protocol import CausalLM
 from trivium.models.sizes import DERIVED
 from trivium.models.weights import resize_vocabulary, weights_of
 from trivium.objectives.protocol import Objective
-from trivium.phases.checks import told_contamination
-from trivium.phases.preflight import preflight
+from trivium.phases.estimates import memory_of
+from trivium.phases.preflight import forked_words, preflight, reading_of
 from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
-from trivium.schema import BatchConfig
 from trivium.training.checkpoint import CheckpointStore, read_checkpoint_json
 from trivium.training.companions import COLUMN, AdapterOff, note_reference
 from trivium.training.compiler import check_compiler
@@ -99,13 +98,11 @@ def run_training(this: Run) -> int:
     source.expect(config.phase)
     if objective.reads == "pairs" and "label" in source[0]:
         raise ConfigError("the data holds verdicts (label), not pairs; choose objective=kto")
-    validates = config.validation.every_steps > 0 and objective.reads != "answers"
-    contamination = told_contamination(this, source, this.source("validation") if validates else None)
     model, record, tokenizer = _model_and_tokenizer(this, source, objective)
     if model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
     _check_optimizer(this, model)
-    looked = preflight(this, objective, source, tokenizer, model)
+    looked, contamination = preflight(this, objective, source, tokenizer, model)
     precision = precision_of(config.precision, config.trainer.accelerator)
     fresh_head = objective.scores and not (this.parent and this.parent.scores)
     equal = not (config.keep_layers or config.stretch_context)
@@ -260,8 +257,7 @@ def _from_data(
 
     def table_of(split: Source) -> TokenTable:
         with this.world.first():
-            train_on = getattr(objective.config, "train_on", "all")
-            return cached_table(split, tokenizer, length, form=form, train_on=train_on)
+            return cached_table(split, tokenizer, length, form=form, **reading_of(objective))
 
     table = table_of(source)
     longest = length // table.group
@@ -331,6 +327,8 @@ def _from_data(
     if mixture:
         read = steps.figures(config.trainer.max_steps)
         about += "; " + ", ".join(f"{name} {read[f'data/{name}/epochs']:.2f} epochs" for name in mixture.parts)
+    if table.forked:
+        about += f"; {forked_words(table.forked, table.forks)}"
     if table.truncated:
         about += f"; {table.truncated} documents cut at {longest} tokens, {table.lost_ends} of them without their end"
     data = {name: t.fingerprint for name, t in tables.items()}
@@ -545,16 +543,6 @@ def _header(this: Run, ready: Ready, precision: Precision) -> None:
             "below about 1/256 of a weight are lost; precision=bf16 keeps them in 32"
         )
     this.say(f"about {memory / 1e9:.1f} GB of memory")
-
-
-def memory_of(model: CausalLM, batch: BatchConfig, companions: int = 0) -> float:
-    """About how many bytes training holds. companions: parameters of frozen models beside it."""
-    # the libraries, weights with gradients and two moments, and about 40 fp32 values a layer, token and width
-    held = batch.micro_size * batch.length * model.width_times_depth * 160
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    memory = 0.6e9 + trained * 16 + sum(p.numel() for p in frozen) * 4 + held + companions * 4
-    return memory + (model.num_parameters - sum(p.numel() for p in model.parameters())) * 0.6  # held in few bits
 
 
 def _sampler(

@@ -33,12 +33,12 @@ def digest(name: str) -> str:
 
 def words() -> tuple[str, ...]:
     """Common English words of 3 to 8 letters, a to z only."""
-    return _first_column(DATA / WORDS)
+    return _words(DATA)  # a path whose hash is known: tasks ask for words some 100,000 times
 
 
 @lru_cache(maxsize=8)
-def _first_column(path: Path) -> tuple[str, ...]:
-    return tuple(row[0] for row in _table(path, 1))
+def _words(folder: Path) -> tuple[str, ...]:
+    return tuple(row[0] for row in _table(folder / WORDS, 1))
 
 
 @lru_cache(maxsize=8)
