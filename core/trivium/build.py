@@ -138,7 +138,17 @@ def build_model(chosen: Component, vocab_size: int, seed: int) -> CausalLM:
 
 
 def build_backend(chosen: Component, model: CausalLM, tokenizer: Tokenizer, accelerator: str = "auto") -> Backend:
-    """An inference backend over a model's own weights, on the accelerator's device."""
+    """An inference backend over a model's own weights, on the accelerator's device.
+
+    Raises ConfigError for a draft model with another tokenizer: its guesses would be of other text.
+    """
+    if named := getattr(chosen.config, "draft", ""):
+        draft = load_artifact(named)
+        if draft.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ConfigError(f"inference.draft={named} has another tokenizer than the model; take one with the same")
+        small, _ = draft.model(None)
+        device = device_of(accelerator)
+        return build(BACKENDS, chosen, model.to(device), tokenizer, draft=small.to(device))
     return build(BACKENDS, chosen, model.to(device_of(accelerator)), tokenizer)
 
 

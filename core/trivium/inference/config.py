@@ -48,10 +48,21 @@ class NativeConfig(BackendConfig):
     page: int = 16  # tokens of a page: what prompts share is found in whole pages
     prefix_cache: bool = True  # prompts that begin as earlier ones did do not compute that again
     prefix_slots: int = 0  # tokens kept for later prompts beside a slab; 0: a quarter of `slots`
+    speculate: str = "none"  # guess tokens, confirm them together: ngram (what followed before), draft (a small model)
+    draft: str = ""  # for speculate=draft: a run, a folder or a file of a model with the same tokenizer
+    draft_tokens: int = 4  # guesses at a time
+    draft_rows: int = 4  # guess while so many rows are decoded at most: with more, a pass has enough to do
     weights: str = "same"  # the very ones being trained; or a copy made for speed: bf16, int8, int4
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "step_tokens", "page"):
+        if self.speculate not in ("none", "ngram", "draft"):
+            raise ConfigError(f"inference.speculate={self.speculate} is not none, ngram or draft")
+        if (self.speculate == "draft") != bool(self.draft):
+            raise ConfigError(
+                f"inference.speculate={self.speculate} and inference.draft={self.draft or '(none)'} do not go "
+                "together: speculate=draft takes the model that draft names"
+            )
+        for name in ("max_batch", "step_tokens", "page", "draft_tokens", "draft_rows"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"inference.{name}={getattr(self, name)} must be greater than 0")
         for name in ("slots", "prefix_slots"):

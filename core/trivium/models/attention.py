@@ -95,6 +95,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * width, dim, bias=False)
         self.q_norm = nn.Identity() if norm_eps is None else nn.RMSNorm(width, eps=norm_eps)
         self.k_norm = nn.Identity() if norm_eps is None else nn.RMSNorm(width, eps=norm_eps)
+        self.project: nn.Module | None = None  # (B, T, C) -> queries, keys and values, in place of the three
 
     def forward(
         self,
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         rows, length, _ = x.shape
         heads = (rows, length, -1, self.width)  # as many as are here: several processes may share them out
-        q, k, v = (part.view(heads) for part in self.project(x))
+        q, k, v = (part.view(heads) for part in (self.project or self._project)(x))
         q = rotate(self.q_norm(q).transpose(1, 2), *angles)
         k = rotate(self.k_norm(k).transpose(1, 2), *angles)
         v = v.transpose(1, 2)
@@ -120,8 +121,7 @@ class Attention(nn.Module):
             out = self._capped(q, k, v, mask) if self.cap else self._attend(q, k, v, mask)
         return self.out(out.to(given).transpose(1, 2).reshape(rows, length, -1))
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, T, C) -> queries, keys and values, each (B, T, heads * D)."""
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.q(x), self.k(x), self.v(x)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,14 +20,11 @@ class GatedFFN(nn.Module):
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         self.act = ACTIVATIONS[activation]
+        self.gated: nn.Module | None = None  # (..., C) -> (..., hidden), in place of gate and up
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.down(self.gated(x))
-
-    def gated(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., hidden)."""
-        return self.act(self.gate(x)) * self.up(x)
+        return self.down(self.gated(x) if self.gated is not None else self.act(self.gate(x)) * self.up(x))
 
 
 class Head(nn.Linear):

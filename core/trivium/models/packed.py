@@ -4,8 +4,8 @@ On CPUs decoding waits for memory: a step cannot be faster than the weights can 
 and layers that see the same input are one product. Weights are rounded in groups of 64 along the input, symmetrically,
 to -128..127 or -8..7 times the group's scale; activations stay bf16, sums fp32.
 
-torch's kernel for 4 bits is the only one of its CPU kernels that reads weights as fast as memory gives them, for few rows
-at a time. 8 bits are two weights of 4 there: w = 16 high + low. Prompts, with many rows, multiply restored bf16 weights.
+Of torch's CPU kernels the one for 4 bits alone reads weights as fast as memory gives them, for few rows at a time.
+8 bits are two weights of 4 there: w = 16 high + low. Prompts, with many rows, multiply restored bf16 weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trivium.models.attention import Attention
 from trivium.models.layers import GatedFFN, Head
 from trivium.models.protocol import CausalLM
 
+multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
 GROUP = 64
 KINDS = ("bf16", "int8", "int4")
 FEW = {"int8": 8, "int4": 16}
@@ -48,19 +49,21 @@ def packed(model: CausalLM, kind: str) -> CausalLM:
     elif on_cpu:
         for module in list(made.modules()):
             _pack_children(module, kind)
+        if not any(isinstance(module, Packed) and module.kind == kind for module in made.modules()):
+            raise BackendError(f"no layer of this model can be held as {kind}: inputs must be multiples of {GROUP}")
     return made
 
 
 def _pack_children(module: nn.Module, kind: str) -> None:
     """Put packed layers in place of a module's linear ones."""
     if isinstance(module, Attention):
-        module.__dict__["project"] = Together([module.q, module.k, module.v], kind)
+        module.project = Together([module.q, module.k, module.v], kind)
         del module.q, module.k, module.v
     elif isinstance(module, GatedFFN):
-        module.__dict__["gated"] = Gated(Together([module.gate, module.up], kind), module.act)
+        module.gated = Gated(Together([module.gate, module.up], kind), module.act)
         del module.gate, module.up
     for name, child in list(module.named_children()):
-        if type(child) in (nn.Linear, Head):
+        if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Head):
             setattr(module, name, Packed(child.weight, child.bias, kind, getattr(child, "cap", 0.0)))
 
 
@@ -92,7 +95,7 @@ class Packed(nn.Module):
         else:
             rows = x.reshape(-1, self.in_features)
             if len(rows) <= FEW[self.kind]:
-                parts = [torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, scales) for codes, scales in self.planes]
+                parts = [multiply(rows, codes, GROUP, scales) for codes, scales in self.planes]
                 out = parts[0] if len(parts) == 1 else parts[0] + parts[1]
             else:
                 out = F.linear(rows, self.restored())
@@ -101,26 +104,30 @@ class Packed(nn.Module):
         return self.cap * (out / self.cap).tanh() if self.cap else out
 
 
-class Together:
+class Together(nn.Module):
     """Layers of one input as one product."""
 
     def __init__(self, layers: Sequence[nn.Linear], kind: str) -> None:
+        super().__init__()
         biases = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat(biases)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self.sizes = [layer.out_features for layer in layers]
         self.layer = Packed(torch.cat([layer.weight for layer in layers]), bias, kind)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., K) -> one (..., N) for each layer."""
         return self.layer(x).split(self.sizes, -1)
 
 
-class Gated:
+class Gated(nn.Module):
     """act(gate x) * up x."""
 
     def __init__(self, together: Together, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
         self.together, self.act = together, act
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., hidden)."""
         gate, up = self.together(x)
         return self.act(gate) * up
 
@@ -150,7 +157,7 @@ def _planes(codes: Tensor, scales: Tensor, kind: str) -> list[tuple[Tensor, Tens
 
 def _plane(values: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
     pairs = torch.stack([scales, zeros], -1).transpose(0, 1).contiguous()
-    return torch._convert_weight_to_int4pack_for_cpu(values, 1), pairs
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1), pairs
 
 
 def _halved(codes: Tensor) -> Tensor:

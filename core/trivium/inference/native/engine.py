@@ -22,6 +22,7 @@ from trivium.inference.config import NativeConfig
 from trivium.inference.native.memory import GROWTH, Memory, Paged, Slab
 from trivium.inference.native.row import Row
 from trivium.inference.native.scheduler import Scheduler
+from trivium.inference.native.speculative import Draft, Guesser, NGrams
 from trivium.inference.protocol import Backend, Capabilities, Stats, collect
 from trivium.inference.sampling import SAMPLING, Drawn, sample_places
 from trivium.models.memory import free_bytes
@@ -46,14 +47,24 @@ class Pass(NamedTuple):
 class NativeBackend(Backend):
     """Decodes in the precision of the weights, in eval mode, and puts the model's mode back."""
 
-    def __init__(self, config: NativeConfig, model: CausalLM, tokenizer: Tokenizer | None = None) -> None:
-        """tokenizer: for constraints, which are about text."""
+    def __init__(
+        self, config: NativeConfig, model: CausalLM, tokenizer: Tokenizer | None = None, draft: CausalLM | None = None
+    ) -> None:
+        """tokenizer: for constraints, which are about text. draft: the model of speculate=draft."""
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self._stats = Stats()
         self._number = 0
         self._state = self._weights()
         self._copy: CausalLM | None = None
         self._made: Scheduler | None = None
+        self._guesser: Guesser | None = None
+        if config.speculate == "ngram":
+            self._guesser = NGrams()
+        elif config.speculate == "draft":
+            if draft is None or draft.vocab_size != model.vocab_size:
+                has = "none was given" if draft is None else f"that has {draft.vocab_size} tokens"
+                raise BackendError(f"speculate=draft needs a model of the same {model.vocab_size} tokens; {has}")
+            self._guesser = Draft(draft.eval())
 
     @property
     def scheduler(self) -> Scheduler:
@@ -178,12 +189,19 @@ class NativeBackend(Backend):
     def _decode(self) -> list[TokenEvent]:
         """The next token of every row whose prompt is read."""
         scheduler = self.scheduler
+        self._guess(scheduler.lanes[: scheduler.decoding])
         while scheduler.decoding:
             rows = scheduler.lanes[: scheduler.decoding]
             counts = [1 + len(row.drafts) for row in rows]
             if scheduler.make_room(slice(0, len(rows)), [len(row.ids) + len(row.drafts) for row in rows]):
                 return self._run(Pass(rows, 0, counts, counts))
         return []
+
+    def _guess(self, rows: list[Row]) -> None:
+        if self._guesser is not None and len(rows) <= self.config.draft_rows:
+            most = self.config.draft_tokens
+            counts = [0 if row.constraint else min(most, row.most - len(row.ids) - 1) for row in rows]
+            self._guesser.guess(rows, counts)
 
     def _read(self, count: int, length: int) -> list[TokenEvent]:
         """The next `length` prompt tokens of each of the first `count` reading rows; of those then read, a token."""
@@ -247,6 +265,7 @@ class NativeBackend(Backend):
             reason = row.finish(one.token)
             cached = 0 if row.began else row.cached
             row.began = True
+            self._count(cached_tokens=cached)
             events.append(
                 TokenEvent(row.request.id, one.token, one.logprob, reason, one.drawn_logprob, one.kept, one.top, cached)
             )
@@ -284,7 +303,7 @@ class NativeBackend(Backend):
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
         hidden = self._hidden(token_ids)
-        logprobs = torch.log_softmax(self.model.head(hidden).float(), -1)
+        logprobs = torch.log_softmax(self.reader.head(hidden).float(), -1)
         targets = torch.tensor(list(token_ids[1:]), device=hidden.device)
         return logprobs[:-1].gather(1, targets[:, None])[:, 0].tolist()
 
@@ -301,6 +320,6 @@ class NativeBackend(Backend):
         self.model.eval()
         try:
             tokens = torch.tensor([list(token_ids)], device=self._device)
-            return self.model(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None])[0]
+            return self.reader(tokens, torch.arange(tokens.shape[1], device=tokens.device)[None])[0]
         finally:
             self.model.train(was_training)
