@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from trivium.data.config import SPLITS
 from trivium.errors import ConfigError, DataError
 from trivium.testing import SourceContract
 from trivium_plugins.books.config import BooksConfig
-from trivium_plugins.books.source import Books
+from trivium_plugins.books.source import NOVELS, Books, read
 from trivium_plugins.chat.config import ChatConfig
 from trivium_plugins.chat.source import EMAIL, Chat, paired
 from trivium_plugins.preferences.config import PreferencesConfig
@@ -99,3 +100,31 @@ def test_who_does_not_read_the_conversation_is_right_in_half_of_the_pairs():
     for e in source.examples:
         assert len(e["chosen"]) == 4 and e["chosen"][:3] == e["rejected"][:3]
         assert [m["role"] for m in e["rejected"]] == ["user", "assistant"] * 2
+
+
+def test_six_novels_come_out_of_the_file_of_r():
+    """Their lengths are those of the package's own texts with lines of a paragraph joined; no word of R is left."""
+    pytest.importorskip("rdata", reason="NOT TESTED ON AUSTEN: pip install rdata")
+    try:
+        records = list(read("austen"))
+    except DataError as error:
+        pytest.skip(f"NOT TESTED ON AUSTEN: {error}")
+    books = {novel: "\n\n".join(r["text"] for r in records if r["id"].startswith(f"{novel}/")) for novel in NOVELS}
+    firsts = {novel: text.partition("\n")[0] for novel, text in books.items()}
+    assert [firsts[n] for n in ("sensesensibility", "emma", "persuasion")] == [
+        "SENSE AND SENSIBILITY", "EMMA", "Persuasion",
+    ]  # fmt: skip
+    assert "It is a truth universally acknowledged, that a single man in possession" in books["prideprejudice"]
+    assert [books[n].split()[-1] for n in ("sensesensibility", "mansfieldpark", "emma")] == ["END", "END", "FINIS"]
+    assert len(records) == 1275 and sum(len(r["text"]) for r in records) == 4_014_847
+    assert all(len(r["text"]) >= 2_700 for r in records if r["id"] not in _lasts(records))
+    assert {s: len(Books(BooksConfig(parts=["austen"], split=s))) for s in SPLITS} == {
+        "train": 1068,
+        "validation": 71,
+        "test": 136,
+    }
+
+
+def _lasts(records):
+    """The last document of each novel may be short."""
+    return {r["id"].partition("/")[0]: r["id"] for r in records}.values()

@@ -21,8 +21,7 @@ from trivium.phases.run import Run
 
 
 def run_evaluate(this: Run) -> int:
-    """What the data allows: bits per byte of texts, and of answers in conversations; accuracy and reward on tasks; chosen
-    over rejected; KL to a teacher."""
+    """Bits per byte, accuracy and reward on tasks, chosen over rejected, KL to a teacher: what the data allows."""
     config, settings = this.config, this.config.evaluation
     parent = this.needs_parent()
     sampling = config.inference.config.sampling

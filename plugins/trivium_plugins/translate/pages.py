@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 
 from trivium import FetchEntry, fetch, files_of
 
@@ -46,6 +48,7 @@ CATALOGUE: Mapping[str, FetchEntry] = {
 PACKAGES = {
     "en": ("manpages", "manpages-dev"), "de": ("manpages-de", "manpages-de-dev"), "fr": ("manpages-fr",),
 }  # fmt: skip
+SAMPLE = Path(__file__).with_name("data") / "sentences.jsonl"
 PAGE = re.compile(r"usr/share/man/(?:\w\w/)?(man\d/[^/]+)\.gz")
 
 
@@ -59,3 +62,9 @@ def pages(language: str) -> dict[str, str]:
             page = PAGE.sub(r"\1", file)
             found[page] = gzip.decompress(content).decode("utf-8", "replace")
     return found
+
+
+def sentences(language: str) -> list[tuple[str, str, str]]:
+    """("sample", English, translation) of what comes with the pack."""
+    rows = map(json.loads, SAMPLE.read_text("utf-8").splitlines())
+    return [("sample", row["en"], row[language]) for row in rows]
