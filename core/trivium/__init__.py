@@ -22,6 +22,7 @@ _PUBLIC = {
     "MEASURES": "trivium.evaluation.measures",
     "fetch": "trivium.data.fetch",
     "FetchEntry": "trivium.data.fetch",
+    "files_of": "trivium.data.fetch",
     "CausalLM": "trivium.models.protocol",
     "KVCache": "trivium.models.cache",
     "Objective": "trivium.objectives.protocol",

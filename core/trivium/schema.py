@@ -273,7 +273,7 @@ class EvaluationConfig:
     max_texts: int = 100  # documents for bits per byte; more is steadier and slower
     max_tasks: int = 480  # verifiable examples, for accuracy and reward
     max_pairs: int = 300  # preference pairs, for chosen over rejected
-    max_chats: int = 200  # conversations (texts where there are none), for the KL to teacher.init_from
+    max_chats: int = 200  # conversations, for the bits of their answers and the KL to teacher.init_from (else of texts)
     stride: int = 0  # tokens scored a window after the first; 0 is half the window
     confidence: float = 0.95  # of the bootstrap intervals
     resamples: int = 1000

@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import tarfile
 import threading
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from trivium import FetchEntry, fetch
+from trivium import FetchEntry, fetch, files_of
 from trivium.errors import DataError
 
 CONTENT = bytes(range(256)) * 5000  # 1.28 MB: more than one piece
@@ -342,3 +343,26 @@ def test_another_version_with_another_file_will_not_do(apt, tmp_path):
 def test_entries_that_cannot_be_right_are_a_mistake_of_the_pack(changes):
     with pytest.raises(AssertionError):
         dataclasses.replace(NOUNS, **changes)
+
+
+def test_the_files_of_a_whole_archive_have_the_names_of_the_catalogue(tmp_path):
+    """A Debian package, an npm package (and so an sdist) and a wheel; only what is wanted is read."""
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("words/", b"")
+        wheel.writestr("words/nouns.txt", b"cat")
+    put(tmp_path, "a.deb", DEB)
+    put(tmp_path, "a.tgz", TGZ)
+    found = {kind: dict(files_of(tmp_path / f"a.{kind}")) for kind in ("deb", "tgz", "whl")}
+    assert found["deb"] == {"usr/share/words/data.noun": CONTENT, "usr/share/doc/copyright": b"free"}
+    assert found["tgz"].keys() == {"package.json", "a/b.json"} and found["tgz"]["a/b.json"] == b"{}"
+    assert found["whl"] == {"words/nouns.txt": b"cat"}
+    assert list(files_of(tmp_path / "a.deb", lambda name: name.endswith("copyright"))) == [
+        ("usr/share/doc/copyright", b"free")
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.deb", "a.tgz", "a.whl"])
+def test_a_damaged_whole_archive_is_named(tmp_path, name):
+    put(tmp_path, name, {"a.deb": DEB, "a.tgz": TGZ, "a.whl": b"PK"}[name][:70])
+    with pytest.raises(DataError, match=rf"{name} cannot be read .*; remove it, and it is fetched again"):
+        list(files_of(tmp_path / name))

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from trivium.data.chat import Chat
 from trivium.data.config import BPEConfig
 from trivium.data.tokenizer import train_bpe
 from trivium.errors import ConfigError
-from trivium.evaluation.perplexity import ROWS, bits_per_byte, document_nats
+from trivium.evaluation.perplexity import ROWS, answer_bits_per_byte, bits_per_byte, document_nats, whole
 from trivium.models.config import LlamaConfig
 from trivium.models.llama import Llama
 
@@ -130,3 +131,49 @@ def test_bits_per_byte_of_a_long_text_counts_every_byte():
     tokenizer = train_bpe(BPEConfig(vocab_size=300), ["x"])
     found = bits_per_byte(uniform(263), tokenizer, ["0123456789" * 6], stride=5, resamples=10, confidence=0.9)
     assert found.value == pytest.approx(math.log2(263), rel=1e-6)
+
+
+def talk(name, *said):
+    roles = ("user", "assistant")
+    return {"id": name, "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]}
+
+
+def test_answer_bits_per_byte_of_a_uniform_model_by_hand():
+    """One token a byte. Of a: 4 bytes in 4 tokens and the end of the turn, 5 log2 V bits; of b: "é" has 2 bytes, so 3;
+    of c, a completion: 1 byte and the end of the text, 2. So 10 / 7 log2 V, and a alone 5 / 4, the least, c alone 2."""
+    tokenizer = train_bpe(BPEConfig(vocab_size=300), ["x"])
+    chats = [talk("a", "x", "abcd"), talk("b", "xyz", "é"), {"id": "c", "prompt": "123", "completion": "4"}]
+    found = answer_bits_per_byte(uniform(263), tokenizer, chats, resamples=500, confidence=0.999)
+    bits = math.log2(263)
+    assert (found.value, found.low, found.high) == pytest.approx((bits * 10 / 7, bits * 5 / 4, bits * 2), rel=1e-6)
+    assert found.count == 3
+
+
+def test_answer_bits_are_those_of_the_answer_given_its_prompt(model):
+    """A real model, against one document's tokens one by one: the prompt's cost nothing, two turns are added up."""
+    tokenizer = train_bpe(BPEConfig(vocab_size=300), ["x"])
+    own = Llama(CONFIG, 263)
+    own.init_weights(seed=1)
+    chat = talk("a", "x", "ab", "y", "c")
+    encoded = Chat(tokenizer).encode([chat])[0]
+    assert len(encoded.ids) <= CONTEXT and sum(encoded.trained) == 5  # ab and c, each with the end of its turn
+    ids = torch.tensor([encoded.ids])
+    with torch.no_grad():
+        logits = own.head(own(ids, torch.arange(len(encoded.ids))[None]))[0].double().log_softmax(-1)
+    nats = -sum(logits[t - 1, i].item() for t, i in enumerate(encoded.ids) if encoded.trained[t])
+    other = talk("b", "zzz", "d")  # shares the packed row
+    found = answer_bits_per_byte(own, tokenizer, [chat, chat | {"id": "c"}], resamples=10, confidence=0.9)
+    assert found.value == pytest.approx(nats / math.log(2) / 3, rel=1e-5)
+    both = answer_bits_per_byte(own, tokenizer, [other, chat], resamples=1000, confidence=0.999)
+    assert found.value in (pytest.approx(both.low, rel=1e-5), pytest.approx(both.high, rel=1e-5))
+
+
+def test_conversations_that_would_be_cut_or_call_tools_are_not_whole():
+    """A context of 16 tokens: the longest that fits has exactly so many."""
+    tokenizer = train_bpe(BPEConfig(vocab_size=300), ["x"])
+    length = len(Chat(tokenizer).encode([talk("a", "x", "y")])[0].ids)
+    fits, too_long = talk("fits", "x", "y" * (17 - length)), talk("long", "x", "y" * (18 - length))
+    calls = talk("calls", "x", "y")
+    calls["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": {}}}]
+    assert [e["id"] for e in whole([fits, too_long, calls], tokenizer, CONTEXT)] == ["fits"]
+    assert whole([], tokenizer, CONTEXT) == []

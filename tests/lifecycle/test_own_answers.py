@@ -48,3 +48,19 @@ def test_steps_are_refused_by_training_in_one_sentence(tuned, main, tmp_path):
         done = main("phase=sft", *base, *more, "data.validation_share=0")
         assert done.code == 1 and done.err.count("\n") == 1 and "Traceback" not in done.err
         assert "steps" in done.err
+
+
+def test_held_out_conversations_are_measured_in_bits_of_their_answers(tuned, main, tmp_path):
+    """Ten with answers of 1 byte, and one too long for the context, which is left out and said."""
+    path = tmp_path / "talks.jsonl"
+    asked = [("How many letters: a b c", "3") for _ in range(10)] + [("How many letters: " + "a " * 3000, "3000")]
+    turns = [[{"role": "user", "content": f"{i}. {q}"}, {"role": "assistant", "content": a}] for i, (q, a) in
+             enumerate(asked)]  # fmt: skip
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in turns))
+    done = main("phase=evaluate", "domain=files", f"data.validation_path={path}", f"init_from={tuned}",
+                f"runs={tmp_path}", "name=talked", "evaluation.resamples=10")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "1 of 11 conversations are left out: they are longer than the context of" in done.out
+    found = json.loads((tmp_path / "talked/MANIFEST.json").read_text())["results"]
+    assert found.keys() == {"answer_bits_per_byte"} and found["answer_bits_per_byte"]["count"] == 10
+    assert 0 < found["answer_bits_per_byte"]["low"] <= found["answer_bits_per_byte"]["value"] < 100

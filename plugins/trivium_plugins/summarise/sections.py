@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import gzip
-import io
 import re
-import tarfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
 
-from trivium import DataError, FetchEntry, fetch
+from trivium import DataError, FetchEntry, fetch, files_of
 from trivium_plugins.code.library import folder
 
 CATALOGUE: Mapping[str, FetchEntry] = {
@@ -100,19 +97,8 @@ def topics() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def manual() -> dict[str, str]:
     """Python's documentation as it is written, out of a Debian package that is fetched once."""
-    path = fetch("python3.11-doc", catalogue=CATALOGUE)
-    with tarfile.open(fileobj=io.BytesIO(_data(path))) as tar:
-        files = ((m.name, tar.extractfile(m)) for m in tar if m.isfile() and ".rst" in m.name)
-        read = {name.partition("_sources/")[2]: file.read() for name, file in files if file is not None}
-    return {n: (gzip.decompress(c) if n.endswith(".gz") else c).decode("utf-8", "replace") for n, c in read.items()}
-
-
-def _data(path: Path) -> bytes:
-    """data.tar of a Debian package, an `ar` archive."""
-    raw, at = path.read_bytes(), 8
-    while at < len(raw):
-        name, size = raw[at : at + 16].decode().strip(), int(raw[at + 48 : at + 58])
-        if name.startswith("data.tar"):
-            return raw[at + 60 : at + 60 + size]
-        at += 60 + size + size % 2
-    raise DataError(f"{path} has no data.tar; remove it, and it is fetched again")
+    found = {}
+    for name, content in files_of(fetch("python3.11-doc", catalogue=CATALOGUE), lambda name: ".rst" in name):
+        plain = gzip.decompress(content) if name.endswith(".gz") else content
+        found[name.partition("_sources/")[2]] = plain.decode("utf-8", "replace")
+    return found

@@ -18,6 +18,7 @@ class TranslateConfig(SourceConfig):
     language: str = "de"  # de | fr
     max_words: int = 40  # of the English paragraph; more brings longer ones, which small models cannot do
     min_words: int = 4  # of the English paragraph; fewer brings headings
+    sample: bool = False  # the few sentences that ship with the framework, instead of all pages: no network
     measure: str = "chrF"  # chrF | rougeL: what a translation is worth, against the one that is there
 
     def __post_init__(self) -> None:

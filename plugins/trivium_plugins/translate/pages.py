@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import io
+import json
 import re
-import tarfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from trivium import DataError, FetchEntry, fetch
+from trivium import FetchEntry, fetch, files_of
 
 VERSIONS = {"manpages": "6.03-2", "manpages-l10n": "4.18.1-1"}
 LICENCES = {
@@ -49,6 +48,7 @@ CATALOGUE: Mapping[str, FetchEntry] = {
 PACKAGES = {
     "en": ("manpages", "manpages-dev"), "de": ("manpages-de", "manpages-de-dev"), "fr": ("manpages-fr",),
 }  # fmt: skip
+SAMPLE = Path(__file__).with_name("data") / "sentences.jsonl"
 PAGE = re.compile(r"usr/share/man/(?:\w\w/)?(man\d/[^/]+)\.gz")
 
 
@@ -58,23 +58,13 @@ def pages(language: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in PACKAGES[language]:
         path = fetch(name, catalogue=CATALOGUE)
-        for file, content in members(path).items():
-            if match := PAGE.fullmatch(file):
-                found[match[1]] = gzip.decompress(content).decode("utf-8", "replace")
+        for file, content in files_of(path, PAGE.fullmatch):
+            page = PAGE.sub(r"\1", file)
+            found[page] = gzip.decompress(content).decode("utf-8", "replace")
     return found
 
 
-def members(path: Path) -> dict[str, bytes]:
-    """The regular files of a Debian package: an `ar` archive with a data.tar inside."""
-    raw, at = path.read_bytes(), 8
-    try:
-        while at < len(raw):
-            name, size = raw[at : at + 16].decode().strip(), int(raw[at + 48 : at + 58])
-            if name.startswith("data.tar"):
-                with tarfile.open(fileobj=io.BytesIO(raw[at + 60 : at + 60 + size])) as tar:
-                    files = ((m.name.removeprefix("./"), tar.extractfile(m)) for m in tar if m.isfile())
-                    return {name: file.read() for name, file in files if file is not None}
-            at += 60 + size + size % 2
-    except (ValueError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"{path} cannot be read ({error}); remove it, and it is fetched again") from error
-    raise DataError(f"{path} has no data.tar; remove it, and it is fetched again")
+def sentences(language: str) -> list[tuple[str, str, str]]:
+    """("sample", English, translation) of what comes with the pack."""
+    rows = map(json.loads, SAMPLE.read_text("utf-8").splitlines())
+    return [("sample", row["en"], row[language]) for row in rows]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from trivium import MEASURES, DataError, Example, Score, Source, split_of
 from trivium_plugins.translate.config import LANGUAGES, TranslateConfig
 from trivium_plugins.translate.manual import pairs
-from trivium_plugins.translate.pages import pages
+from trivium_plugins.translate.pages import pages, sentences
 
 SHARES = (0.05, 0.1)
 """Of paragraphs, for validation and test."""
@@ -21,7 +21,7 @@ class Translate(Source):
     def __init__(self, config: TranslateConfig) -> None:
         super().__init__(config)
         self.config: TranslateConfig = config
-        found = pairs(pages("en"), pages(config.language))
+        found = sentences(config.language) if config.sample else pairs(pages("en"), pages(config.language))
         self._examples = [
             self._example(i, page, english, other)
             for i, (page, english, other) in enumerate(found)
