@@ -11,6 +11,7 @@ Of torch's CPU kernels the one for 4 bits alone reads weights as fast as memory 
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,9 +44,8 @@ def packed(model: CausalLM, kind: str) -> CausalLM:
     on_cpu = next(made.parameters()).device.type == "cpu"
     made = made.to(torch.bfloat16)
     if kind != "bf16" and not on_cpu:
-        from trivium.models.quantised import quantiser
-
-        adapters.quantise(made, quantiser("nf4" if kind == "int4" else "int8", double=False))
+        quantised = importlib.import_module("trivium.models.quantised")  # it needs bitsandbytes, and a second
+        adapters.quantise(made, quantised.quantiser("nf4" if kind == "int4" else "int8", double=False))
     elif on_cpu:
         for module in list(made.modules()):
             _pack_children(module, kind)
