@@ -54,9 +54,10 @@ class NativeBackend(Backend):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self._stats = Stats()
         self._number = 0
+        self._parameters = list(model.parameters())
+        self._made: Scheduler | None = None
         self._state = self._weights()
         self._copy: CausalLM | None = None
-        self._made: Scheduler | None = None
         self._guesser: Guesser | None = None
         if config.speculate == "ngram":
             self._guesser = NGrams()
@@ -133,6 +134,8 @@ class NativeBackend(Backend):
                 f"request {request.id}: {row.prompt} prompt tokens and max_tokens={request.params.max_tokens} need "
                 f"{row.most} cache slots, there are {scheduler.memory.slots}; raise inference.slots"
             )
+        if not self.busy:
+            self._follow()
         self._number += 1
         scheduler.waiting.append(row)
         self._count(requests=1, prompt_tokens=row.prompt)
@@ -150,7 +153,9 @@ class NativeBackend(Backend):
 
     def _weights(self) -> int:
         """Another number when a weight was changed, however that was done."""
-        return hash(tuple((p.data_ptr(), p._version) for p in self.model.parameters()))
+        if not self.busy:  # walking through the modules takes as long as a layer: not while tokens are waited for
+            self._parameters = list(self.model.parameters())
+        return hash(tuple([(p.data_ptr(), p._version) for p in self._parameters]))
 
     def _follow(self) -> None:
         """Drop what was computed from other weights."""
@@ -170,7 +175,8 @@ class NativeBackend(Backend):
     def step(self) -> list[TokenEvent]:
         started, was_training, scheduler = time.perf_counter(), self.model.training, self.scheduler
         self._follow()
-        self.model.eval()
+        if was_training:
+            self.model.eval()
         try:
             events = self._decode()
             budget = self.config.step_tokens - scheduler.decoding
@@ -182,7 +188,8 @@ class NativeBackend(Backend):
                 events += self._read(count, length)
                 budget -= count * length
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
             self._count(seconds=time.perf_counter() - started)
         return events
 
