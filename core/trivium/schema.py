@@ -5,6 +5,7 @@ Component settings (`model`, `data`, ...) hang under `Any` here; their types com
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from trivium.errors import ConfigError
 
 TRAINING_PHASES = ("pretrain", "sft", "preference", "reward", "rlhf", "distill")
-PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat", "export")
+PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat", "serve", "export")
 DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
 """Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
@@ -285,6 +286,60 @@ class EvaluationConfig:
             raise ConfigError(f"evaluation.confidence={self.confidence} must be more than 0 and less than 1")
 
 
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where phase=serve listens, and how much it takes from those who ask."""
+
+    host: str = "127.0.0.1"  # an address that others can reach needs server.key
+    port: int = 8000  # 0 takes one that is free
+    key: str = ""  # what clients must send on every path but /health; empty asks for none
+    model: str = ""  # what the model is called; empty is the run's name
+    feedback: bool = False  # keep answers, and what people say of them, to learn from later
+    max_requests: int = 256  # answers made or waited for at once; beyond them 429 with Retry-After
+    max_connections: int = 1024  # more are turned away at once
+    max_body: int = 2_000_000  # bytes of a request
+    max_headers: int = 32_768  # bytes of its head
+    max_prompt: int = 0  # tokens; 0 is what the model's context holds
+    max_tokens: int = 0  # of an answer; 0 is what the model's context holds
+    max_choices: int = 64  # answers to one request: its prompts times n
+    max_stops: int = 4  # stop strings of a request
+    max_schema_depth: int = 32  # how deep a JSON schema may be
+    max_unread: int = 4096  # tokens made that a reader has not taken, before its request is given up
+    max_kept: int = 1000  # responses that previous_response_id can name; the oldest are forgotten
+    header_seconds: float = 10.0  # for a request's head to arrive, before the connection is cut
+    body_seconds: float = 30.0  # for its body
+    write_seconds: float = 30.0  # for a reader to take anything
+    drain_seconds: float = 30.0  # from a signal to the end of what is still being answered
+    stale_seconds: float = 60.0  # without a step of the engine until /health fails; more for slow models
+
+    def __post_init__(self) -> None:
+        _positive("server", self, "max_requests", "max_connections", "max_body", "max_headers", "max_choices")
+        _positive("server", self, "max_stops", "max_schema_depth", "max_unread", "max_kept", "header_seconds")
+        _positive("server", self, "body_seconds", "write_seconds", "drain_seconds", "stale_seconds")
+        if self.max_prompt < 0 or self.max_tokens < 0:
+            raise ConfigError(
+                f"server.max_prompt={self.max_prompt} and server.max_tokens={self.max_tokens} must not be negative (0 "
+                "is the model's context)"
+            )
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"server.port={self.port} is no port; 0 to 65535 are")
+        if not self.key.isascii() or self.key != self.key.strip() or not self.key.isprintable():
+            raise ConfigError("server.key must be printable ASCII without spaces around it: a header carries it")
+        if not self.is_local and not self.key:
+            raise ConfigError(
+                f"server.host={self.host} can be reached by others: set server.key= to what they must send, or "
+                "server.host=127.0.0.1"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
 @dataclass  # not frozen: OmegaConf makes the stages of a YAML file one by one and must be able to fill them
 class StageConfig:
     """One stage of a pipeline: a phase with its overrides. init_from, teacher and versus name earlier stages."""
@@ -326,7 +381,7 @@ class RunConfig:
     prompt: str = ""  # what to answer (phase=generate)
     prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
     prompt_format: str = "auto"  # auto | chat | text; auto is chat once the model was tuned on conversations
-    system: str = ""  # system message (phases generate and chat)
+    system: str = ""  # system message (phases generate, chat and serve: there, of conversations without one)
     format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder | gguf, a file for llama.cpp
     quantize: str = "f32"  # how format=gguf holds matrices: f32 | f16, half the size | q8_0, about a quarter
     average: list[str] = field(default_factory=list)  # runs whose weights phase=export averages with init_from's
@@ -354,6 +409,7 @@ class RunConfig:
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     reference: CompanionConfig = field(default_factory=CompanionConfig)
     teacher: CompanionConfig = field(default_factory=CompanionConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

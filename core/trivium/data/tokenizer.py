@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,10 @@ def _own_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_own_lock)  # the thread that held the parent's is not there
+
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_PLAIN}))}
+"""How byte-level vocabularies spell each byte (GPT-2's `bytes_to_unicode`)."""
 
 PROBE = "Probe 12,\n\n  caf\u00e9 \U0001f600!"
 
@@ -231,6 +236,25 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. special: show special tokens."""
         return self._core.decode(list(ids), skip_special_tokens=not special)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens, which `decode` leaves out."""
+        return frozenset(i for i, token in self._core.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token as it is spelled: a text of n times as many has more than n tokens."""
+        return max(map(len, self._core.get_vocab(with_added_tokens=True)))
+
+    def bytes_of(self, token_id: int) -> list[int] | None:
+        """The bytes of a token that may be part of a character; None where its spelling does not tell them."""
+        piece = self._core.id_to_token(token_id)
+        if piece is None:
+            return None
+        if fallback := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return [int(fallback[1], 16)]
+        return [BYTES[c] for c in piece] if all(c in BYTES for c in piece) else None
 
     def add_tokens(self, tokens: Sequence[str]) -> Tokenizer:
         """This tokenizer with further special tokens after all others. Raises DataError for one that it has."""

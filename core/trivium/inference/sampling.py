@@ -18,6 +18,10 @@ from trivium.errors import BackendError
 from trivium.types import Request, SamplingParams
 
 SAMPLING = frozenset(f.name for f in fields(SamplingParams))
+NOTHING_ALLOWED = "no token is allowed to come next"
+"""The error of a request whose own conditions (a constraint, min_tokens) exclude every token."""
+COLDEST = 1e-6
+"""A temperature below it is greedy: logits divided by it would no longer be numbers."""
 FEW = 512
 """So many of the likeliest tokens are sorted first; nearly always top-k, top-p and min-p keep fewer."""
 
@@ -110,7 +114,7 @@ def _draw(logits: Tensor, requests: Sequence[Request], positions: Sequence[int])
     tokens = logits.argmax(-1)
     logprobs = torch.zeros(len(requests), dtype=torch.float64)
     masses = torch.ones(len(requests), dtype=torch.float64)
-    drawn = [i for i, r in enumerate(requests) if r.params.temperature > 0]
+    drawn = [i for i, r in enumerate(requests) if r.params.temperature >= COLDEST]
     cut = [i for i in drawn if _cuts(requests[i].params)]
     whole = [i for i in drawn if not _cuts(requests[i].params)]  # mostly: nothing is cut, and nothing need be sorted
     for rows, filtered in ((cut, True), (whole, False)):
@@ -191,7 +195,7 @@ def sample_places(logits: Tensor, places: Sequence[Place]) -> list[Drawn | Backe
     out: list[Drawn | BackendError] = [Drawn(*row) for row in rows]
     for i, fine in enumerate(possible):
         if not fine:
-            said = "no token is allowed to come next" if finite[i] else "the model's logits are not finite"
+            said = NOTHING_ALLOWED if finite[i] else "the model's logits are not finite"
             out[i] = BackendError(said)
     return out
 

@@ -37,12 +37,18 @@ def masked(config: Any) -> Any:
 
     >>> masked({"api_key": "abc", "path": "https://me:abc@example.org/x", "depth": [1, {"password": ""}]})
     {'api_key': '***', 'path': 'https://***@example.org/x', 'depth': [1, {'password': ''}]}
+    >>> masked({"server": {"key": "abc"}, "token": "<|end|>"})
+    {'server': {'key': '***'}, 'token': '<|end|>'}
     """
     if isinstance(config, Mapping):
-        return {k: "***" if v and str(k).lower().endswith(SECRET) else masked(v) for k, v in config.items()}
+        return {k: "***" if v and _is_secret(str(k).lower()) else masked(v) for k, v in config.items()}
     if isinstance(config, str):
         return IN_URL.sub(r"\1***@", config)
     return [masked(v) for v in config] if isinstance(config, list) else config
+
+
+def _is_secret(name: str) -> bool:
+    return name == "key" or name.endswith(SECRET)
 
 
 def digest_of(value: Any) -> str:

@@ -25,7 +25,8 @@ from trivium.training.parallel import ALONE, World
 COMPANIONS = ("reference", "teacher")
 USED_BY = {"reference": (), "teacher": ("evaluate",)}
 """Phases that use a companion, beside those that train: there the objective says."""
-ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", "base", "average", "doctor", *COMPANIONS)
+ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", "base", "average", "doctor", "server")
+ASIDE += COMPANIONS
 """Settings that change no result: init_from, here and of companions, and average are replaced by the hash of what they
 named."""
 RESULTS_OF = {
@@ -33,6 +34,7 @@ RESULTS_OF = {
     "evaluate": ("data", "evaluation", "inference", "system", "phase", "domain"),
     "generate": ("prompt", "prompts", "prompt_format", "system", "inference", "phase"),
     "chat": ("prompts", "system", "inference", "phase"),
+    "serve": ("system", "inference", "phase"),
     "export": ("format", "quantize", "average", "push", "push_public", "phase"),
 }
 

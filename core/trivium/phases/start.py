@@ -18,6 +18,7 @@ from trivium.lineage.report import write_report
 from trivium.phases.evaluate import run_evaluate
 from trivium.phases.export import run_export
 from trivium.phases.run import Run
+from trivium.phases.serve import run_serve
 from trivium.phases.speak import run_chat, run_generate
 from trivium.phases.train import run_tokenizer, run_training
 from trivium.plugin import local_plugins
@@ -32,6 +33,7 @@ PHASES: dict[str, Callable[[Run], int]] = {
     "evaluate": run_evaluate,
     "generate": run_generate,
     "chat": run_chat,
+    "serve": run_serve,
     "export": run_export,
     **dict.fromkeys(TRAINING_PHASES, run_training),
 }

@@ -69,8 +69,15 @@ class SignalWatch:
     both hold while the main thread waits for data or computes outside Python.
     """
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(
+        self,
+        deadline: float,
+        *,
+        at_once: str = "the newest checkpoint counts",
+        late: str = "every step that was done is saved; the same command continues",
+    ) -> None:
+        """at_once, late: what is said of the work, when a second signal ends it and when the deadline does."""
+        self.deadline, self.at_once, self.late = deadline, at_once, late
         self.received: int | None = None
         self.overdue: Callable[[], None] = lambda: None
         """Called by the thread when `deadline` seconds have passed and the run has not ended: its last chance to save.
@@ -127,7 +134,7 @@ class SignalWatch:
             if number not in SIGNALS:  # of someone else's handler
                 continue
             if first is not None:
-                _leave(f"error: stopped at once by a second signal, {number}; the newest checkpoint counts", 1)
+                _leave(f"error: stopped at once by a second signal, {number}; {self.at_once}", 1)
             first, due = number, time.monotonic() + self.deadline
             self.received = self.received or number
 
@@ -139,7 +146,7 @@ class SignalWatch:
             _leave(f"error: stopped by {waited}: {error}", 1)
         except BaseException as error:
             _leave(f"error: stopped by {waited}, not saved: {type(error).__name__}: {error}", 1)
-        _leave(f"stopped by {waited}; every step that was done is saved; the same command continues", EXIT_CODE)
+        _leave(f"stopped by {waited}; {self.late}", EXIT_CODE)
 
 
 _active: set[SignalWatch] = set()

@@ -1,0 +1,644 @@
+"""What a server does with what it is asked, in OpenAI's forms and without HTTP.
+
+Prompt to token: a request is checked (`openai`), rendered and encoded here, answered by the engine's thread (`loop`),
+and comes back as text (`choice`). Everything that can be refused is refused before the first byte of an answer is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from trivium.data.chat import Chat
+from trivium.data.tokenizer import Tokenizer
+from trivium.errors import BackendError, TriviumError
+from trivium.inference import openai as wire
+from trivium.inference.choice import Choice, Piece
+from trivium.inference.config import SamplingConfig
+from trivium.inference.kept import Answered, Feedback, InMemory, Kept, ResponseStore
+from trivium.inference.loop import EngineFailure, EngineLoop, Reply
+from trivium.inference.openai import WireError
+from trivium.inference.text import TokenTexts
+from trivium.inference.tools import CallReader, writes_calls
+from trivium.schema import ServerConfig
+from trivium.types import Request, SamplingParams
+
+T = TypeVar("T")
+LOG = logging.getLogger("trivium.server")
+DOWN = "the server is shutting down"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served. name: what clients call it. sha256, form: of its weights, and what it was last trained on."""
+
+    name: str
+    sha256: str
+    tokenizer: Tokenizer
+    sampling: SamplingConfig
+    system: str = ""
+    created: int = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a request came to, for the metrics. first: seconds to its first token; None without one."""
+
+    prompt: int
+    completion: int
+    first: float | None
+    seconds: float
+
+
+@dataclass
+class Job:
+    """Requests of one client on their way. choices: by the request's id, with the number that the client knows it by.
+
+    prompts: ids of each prompt. params: of all of them.
+    """
+
+    id: str
+    created: int
+    reply: Reply
+    prompts: list[list[int]]
+    params: SamplingParams
+    choices: dict[str, tuple[int, Choice]]
+    done: Callable[[Counts], None]
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Choice, Piece]]:
+        """What is made, as it is made; leaving early ends what is not made yet."""
+        try:
+            async for event in self.reply:
+                index, choice = self.choices[event.request_id]
+                piece = choice.push(event)
+                if choice.finish_reason is not None:
+                    self.reply.end(event.request_id)
+                yield index, choice, piece
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Nobody reads on."""
+        if self.done is not _counted:
+            reply, done = self.reply, self.done
+            self.done = _counted
+            reply.close()
+            first = reply.first - reply.began if reply.first else None
+            done(Counts(self.prompt_tokens, self.completion_tokens, first, max(reply.last - reply.began, 0.0)))
+
+    @property
+    def in_order(self) -> list[Choice]:
+        """Choices by their numbers."""
+        return [choice for _, choice in sorted(self.choices.values(), key=lambda one: one[0])]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(choice.drawn) for choice in self.in_order)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens of prompts and answers, and of the prompts those that were in the cache: each prompt counts once."""
+        choices = self.in_order
+        firsts = choices[:: max(1, len(choices) // max(1, len(self.prompts)))]
+        return self.prompt_tokens, self.completion_tokens, sum(choice.cached for choice in firsts)
+
+
+def _counted(_: Counts) -> None:
+    """A job that was told of already."""
+
+
+class Service:
+    """The endpoints of one model. Its methods raise TriviumError before they return a job, and EngineFailure later."""
+
+    def __init__(
+        self,
+        engine: EngineLoop,
+        served: Served,
+        limits: ServerConfig,
+        *,
+        store: ResponseStore | None = None,
+        feedback: Feedback | None = None,
+        counted: Callable[[Counts], None] = _counted,
+    ) -> None:
+        """counted: told what each request came to."""
+        self.engine, self.served, self.limits = engine, served, limits
+        self.tokenizer, self.chat = served.tokenizer, Chat(served.tokenizer)
+        self.store: ResponseStore = store or InMemory(limits.max_kept)
+        self.feedback, self.counted = feedback, counted
+        self.texts = TokenTexts(self.tokenizer)
+        self.calls = self.tokenizer.has_template and writes_calls(self.chat)
+        self._recording: set[asyncio.Task[None]] = set()
+
+    # ---- what all of them share
+
+    def model(self, name: str | None) -> None:
+        """Refuse a request for another model."""
+        if name is not None and name != self.served.name:
+            raise WireError(
+                f"the model {name!r} is not here; {self.served.name!r} is", 404, param="model", code="model_not_found"
+            )
+
+    def fit(self, text: str) -> None:
+        """Refuse a text that cannot fit, however it is cut into tokens, before that takes long."""
+        most = self.limits.max_prompt or self.engine.capabilities.context
+        if len(text) > most * self.tokenizer.longest:
+            raise WireError(f"a prompt of {len(text):,} characters is longer than {most:,} tokens", code=TOO_LONG)
+
+    def room(self, ids: Sequence[int]) -> int:
+        """Tokens that the context has left behind a prompt. Raises WireError where it has none."""
+        context = self.engine.capabilities.context
+        most = self.limits.max_prompt or context
+        if len(ids) > most or len(ids) >= context:
+            raise WireError(
+                f"the prompt has {len(ids):,} tokens; the model's context is {context:,}, and this server takes "
+                f"prompts of {most:,}", code=TOO_LONG,
+            )  # fmt: skip
+        return context - len(ids)
+
+    async def job(
+        self,
+        kind: str,
+        asked: wire.Sampling,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        stops: Sequence[str],
+        n: int,
+    ) -> Job:
+        """Have `n` answers made to each prompt."""
+        if len(prompts) * n > self.limits.max_choices:
+            raise WireError(
+                f"{len(prompts)} prompts with n={n} are too many answers; {self.limits.max_choices} are taken",
+                param="n", code="too_many",
+            )  # fmt: skip
+        id = f"{kind}-{uuid.uuid4().hex}"
+        # a seed that was asked for gives the same answers again, whatever the request is called
+        streams = [str(i) if asked.seed is not None else "" for i in range(len(prompts) * n)]
+        requests = [Request(f"{id}-{i}", tuple(prompts[i // n]), params, stream) for i, stream in enumerate(streams)]
+        for request in requests[::n]:
+            self.engine.backend.check(request)
+        reply = await self.engine.ask(requests)
+        choices = {r.id: (i, Choice(self.tokenizer, params.stop_ids, stops)) for i, r in enumerate(requests)}
+        return Job(id, wire.now(), reply, prompts, params, choices, self.counted)
+
+    def params(self, asked: wire.Sampling, wanted: int | None, room: int, **more: Any) -> SamplingParams:
+        """How to draw."""
+        ends = self.tokenizer.stop_ids
+        made = wire.params_of(asked, self.served.sampling, ends, wanted, room, self.limits.max_tokens)
+        return replace(made, **more) if more else made
+
+    def prompt_ids(self, messages: Sequence[dict[str, Any]], earlier: Sequence[int] = (), tools: Any = ()) -> list[int]:
+        """Ids of a conversation. Raises DataError for what the template refuses."""
+        for message in messages:
+            self.fit(message["content"])
+        return self.chat.prompt_ids(messages, earlier, tools)
+
+    def with_system(self, messages: list[dict[str, Any]], system: str = "") -> list[dict[str, Any]]:
+        """Messages behind the system message, where they bring none."""
+        system = system or self.served.system
+        if not system or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+    # ---- /v1/chat/completions
+
+    async def begin_chat(self, asked: wire.ChatRequest) -> ChatAnswer:
+        """Have a conversation answered."""
+        self.model(asked.model)
+        messages = self.with_system(wire.messages_of(asked.messages))
+        stops = wire.stops_of(asked.stop, self.limits)
+        schema = wire.schema_of(asked.response_format, self.engine.capabilities, self.limits)
+        tools, forced = self._tools(asked)
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise WireError("top_logprobs needs logprobs=true", param="top_logprobs", code="invalid_value")
+        ids = await asyncio.to_thread(self.prompt_ids, messages, (), tools)
+        wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+        tops = asked.top_logprobs or 0
+        params = self.params(asked, wanted, self.room(ids), top_logprobs=tops, json_schema=schema or forced)
+        job = await self.job("chatcmpl", asked, [ids], params, stops, asked.n or 1)
+        return ChatAnswer(self, asked, job, messages, tools, bool(forced))
+
+    def _tools(self, asked: wire.ChatRequest) -> tuple[list[dict[str, Any]], str]:
+        """Functions that the prompt shows, and the JSON schema of the one call that is asked for, if one is."""
+        choice = asked.tool_choice
+        if not asked.tools:
+            if choice not in (None, "none", "auto"):
+                raise WireError("tool_choice needs tools", param="tool_choice", code="invalid_value")
+            return [], ""
+        if choice == "none":
+            return [], ""
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
+        if not self.calls:
+            raise WireError(
+                "this model's chat template does not write tools, or writes calls in a form that is not read here; "
+                "tune it with tokenizer.chat_template=chatml_tools", param="tools", code="unsupported",
+            )  # fmt: skip
+        if choice in (None, "auto"):
+            return tools, ""
+        if asked.response_format is not None and asked.response_format.type != "text":
+            raise WireError("response_format and a tool_choice that forces a call exclude each other", param="tools")
+        if "json_schema" not in self.engine.capabilities.sampling:
+            raise WireError("this server's engine cannot force a call; use tool_choice=auto", param="tool_choice")
+        names = [tool["function"]["name"] for tool in tools]
+        wanted = names if isinstance(choice, str) else [choice.function.name]
+        if unknown := [name for name in wanted if name not in names]:
+            raise WireError(f"tool_choice names {unknown[0]}, which is not among tools", param="tool_choice")
+        forms = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": f["name"]}, "arguments": f.get("parameters", {"type": "object"})},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for f in (tool["function"] for tool in tools)
+            if f["name"] in wanted
+        ]
+        return tools, wire.checked_schema(forms[0] if len(forms) == 1 else {"anyOf": forms}, self.limits)
+
+    # ---- /v1/completions
+
+    async def begin_completion(self, asked: wire.CompletionRequest) -> CompletionAnswer:
+        """Have texts continued."""
+        self.model(asked.model)
+        stops = wire.stops_of(asked.stop, self.limits)
+        n = asked.n or 1
+        if asked.best_of is not None and asked.best_of != n:
+            raise WireError("best_of must be n: no answers are thrown away here", param="best_of", code="unsupported")
+        if asked.echo and asked.logprobs is not None:
+            raise WireError("echo with logprobs is not supported: prompts have none", param="logprobs")
+        prompts = await asyncio.to_thread(self.inputs, asked.prompt, "prompt")
+        room = min(self.room(ids) for ids in prompts)
+        params = self.params(asked, asked.max_tokens, room, top_logprobs=asked.logprobs or 0)
+        job = await self.job("cmpl", asked, prompts, params, stops, n)
+        return CompletionAnswer(self, asked, job)
+
+    def inputs(self, given: Any, name: str) -> list[list[int]]:
+        """Ids of one or several texts or lists of ids. Raises WireError."""
+        several = isinstance(given, list) and not (given and isinstance(given[0], int))
+        ones = given if several else [given]
+        if not ones or len(ones) > wire.MOST_INPUTS:
+            raise WireError(f"{name} has {len(ones)} entries; 1 to {wire.MOST_INPUTS:,} are taken", param=name)
+        found = []
+        for one in ones:
+            if isinstance(one, str):
+                self.fit(one)
+                one = [*self.tokenizer.start, *self.tokenizer.encode(one)] or [self.tokenizer.eos_id]
+            vocabulary = self.engine.capabilities.vocab_size
+            if not one or min(one) < 0 or (vocabulary and max(one) >= vocabulary):
+                raise WireError(f"{name} must have tokens, with ids from 0 to {vocabulary - 1}", param=name)
+            found.append(list(one))
+        return found
+
+    # ---- /v1/responses
+
+    async def begin_response(self, asked: wire.ResponseRequest) -> ResponseAnswer:
+        """Have a conversation answered that goes on from a kept one, maybe."""
+        self.model(asked.model)
+        before = await self.kept(asked.previous_response_id) if asked.previous_response_id else None
+        given = asked.input
+        new = (
+            [{"role": "user", "content": given}]
+            if isinstance(given, str)
+            else wire.messages_of(given)
+        )  # fmt: skip
+        if not new or (before is not None and new[0]["role"] == "system"):
+            wrong = "begins with a system message, which only a new conversation can" if new else "is empty"
+            raise WireError(f"input {wrong}", param="input", code="invalid_value")
+        system = asked.instructions or ""
+        messages = [*(before.messages if before else []), *new]
+        # the ids of earlier turns stand on their system message
+        earlier = before.ids if before is not None and before.system == system else []
+        schema = wire.schema_of(asked.text.format if asked.text else None, self.engine.capabilities, self.limits)
+        ids = await asyncio.to_thread(self.prompt_ids, self.with_system(messages, system), earlier)
+        params = self.params(asked, asked.max_output_tokens, self.room(ids), json_schema=schema)
+        job = await self.job("resp", asked, [ids], params, (), 1)
+        return ResponseAnswer(self, asked, job, messages, system)
+
+    async def kept(self, id: str) -> Kept:
+        """A response. Raises WireError (404)."""
+        found = await asyncio.to_thread(self.store.get, id)
+        if found is None:
+            raise WireError(f"there is no response {id[:100]!r}", 404, param="id", code="not_found")
+        return found
+
+    async def delete(self, id: str) -> dict[str, Any]:
+        """Forget a response."""
+        if not await asyncio.to_thread(self.store.delete, id):
+            raise WireError(f"there is no response {id[:100]!r}", 404, param="id", code="not_found")
+        return {"id": id, "object": "response", "deleted": True}
+
+    # ---- /v1/embeddings, /v1/rerank
+
+    async def embeddings(self, asked: wire.EmbeddingRequest) -> dict[str, Any]:
+        """The mean of each input's last hidden states, at length 1."""
+        self.model(asked.model)
+        inputs = await asyncio.to_thread(self.inputs, asked.input, "input")
+        found = await self._embedded(inputs)
+        if asked.dimensions is not None and asked.dimensions != len(found[0]):
+            raise WireError(
+                f"dimensions must be {len(found[0])}: this model's embeddings are not cut", param="dimensions"
+            )
+        # the official client asks for base64 of little-endian fp32
+        told = [_base64(v) if asked.encoding_format == "base64" else v.tolist() for v in found]
+        data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(told)]
+        count = sum(map(len, inputs))
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return {"object": "list", "data": data, "model": self.served.name, "usage": usage}
+
+    async def _embedded(self, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
+        if not self.engine.capabilities.embeds:
+            raise WireError("this server's engine has no embeddings", code="unsupported")
+        context = self.engine.capabilities.context
+        if too_long := [ids for ids in inputs if len(ids) > context]:
+            raise WireError(f"{len(too_long[0])} tokens do not fit the model's context of {context}", code=TOO_LONG)
+        embed = self.engine.backend.embed
+        # one at a time, so that others are answered in between
+        return [(await self.engine.call(lambda ids=ids: embed([ids])))[0] for ids in inputs]
+
+    async def rerank(self, asked: wire.RerankRequest) -> dict[str, Any]:
+        """Documents by the cosine of their embedding and the query's, the most relevant first."""
+        self.model(asked.model)
+        texts = [d if isinstance(d, str) else d.text for d in asked.documents]
+        inputs = await asyncio.to_thread(self.inputs, [asked.query, *texts], "documents")
+        query, *others = await self._embedded(inputs)
+        scores = (torch.stack(others) @ query).tolist()
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: asked.top_n]
+        results = [{"index": i, "relevance_score": scores[i]} for i in order]
+        if asked.return_documents:
+            results = [{**one, "document": {"text": texts[one["index"]]}} for one in results]
+        usage = {"total_tokens": sum(map(len, inputs))}
+        id = f"rerank-{uuid.uuid4().hex}"
+        return {"id": id, "model": self.served.name, "results": results, "usage": usage}
+
+    # ---- /v1/models, /v1/feedback
+
+    def card(self) -> dict[str, Any]:
+        """The one model."""
+        context = self.engine.capabilities.context
+        about = {"created": self.served.created, "owned_by": "trivium", "max_model_len": context}
+        return {"id": self.served.name, "object": "model", **about}
+
+    def record(
+        self, job: Job, choice: Choice, index: int, messages: list[dict[str, Any]], tools: list[dict[str, Any]],
+        user: str | None,
+    ) -> None:  # fmt: skip
+        """Keep an answer, where feedback is on, beside answering."""
+        feedback = self.feedback
+        if feedback is None or not choice.drawn:
+            return
+        ids = choice.turn_ids()
+        drawn = [event.logprob for event, i in zip(choice.drawn, ids, strict=False) if event.token_id == i]
+        missing = len(ids) - len(drawn)
+        answered = Answered(
+            id=job.id if index == 0 else f"{job.id}-{index}",
+            messages=messages,
+            answer=choice.text,
+            prompt_ids=job.prompts[0],
+            completion_ids=ids,
+            sampled=[True] * len(drawn) + [False] * missing,
+            logprobs=drawn + [0.0] * missing,
+            model=self.served.sha256,
+            template=self.tokenizer.fingerprint,
+            sampling=asdict(job.params),
+            weight_version=self.engine.stats.weight_version,
+            latency=job.reply.last - job.reply.began,
+            finish_reason=choice.finish_reason or "",
+            tools=tools,
+            user=user or "",
+        )
+
+        async def keep() -> None:
+            try:
+                await asyncio.to_thread(feedback.record, answered)
+            except TriviumError as error:
+                LOG.warning("an answer was not kept for feedback: %s", error)
+
+        task = asyncio.get_running_loop().create_task(keep())
+        self._recording.add(task)
+        task.add_done_callback(self._recording.discard)
+
+    async def finish(self) -> None:
+        """Wait for what is being kept."""
+        await asyncio.gather(*self._recording)
+
+
+TOO_LONG = "context_length_exceeded"
+
+
+def _base64(vector: Tensor) -> str:
+    return base64.b64encode(vector.float().numpy().astype("<f4").tobytes()).decode()
+
+
+class ChatAnswer:
+    """One request to /v1/chat/completions: whole, or chunk by chunk."""
+
+    def __init__(
+        self, service: Service, asked: wire.ChatRequest, job: Job, messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]], forced: bool,
+    ) -> None:  # fmt: skip
+        self.service, self.asked, self.job, self.messages, self.tools = service, asked, job, messages, tools
+        self.forced = forced
+        names = [tool["function"]["name"] for tool in tools]
+        self.readers = [CallReader(names, bare=forced) for _ in job.choices] if tools else None
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Choice, Piece, str, list[dict[str, Any]]]]:
+        """Index, choice, piece, what of it is said and what is called."""
+        async for index, choice, piece in self.job.pieces():
+            said, called = piece.text, []
+            if self.readers:
+                reader = self.readers[index]
+                said, called = reader.push(piece.text)
+                if reader.calls and self.asked.parallel_tool_calls is False and choice.finish_reason is None:
+                    choice.finish_reason = "stop"
+                    self.job.reply.end(f"{self.job.id}-{index}")
+                if choice.finish_reason is not None:
+                    rest, more = reader.finish()
+                    said, called = said + rest, called + more
+            yield index, choice, piece, said, called
+            if choice.finish_reason is not None:
+                self.service.record(self.job, choice, index, self.messages, self.tools, self.asked.user)
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer at once."""
+        kept: dict[int, tuple[list[Piece], list[str], list[dict[str, Any]]]] = {}
+        async for index, _, piece, said, called in self.pieces():
+            pieces, text, calls = kept.setdefault(index, ([], [], []))
+            pieces.append(piece)
+            text.append(said)
+            calls += called
+        choices = []
+        for index, choice in enumerate(self.job.in_order):
+            pieces, text, calls = kept[index]
+            logprobs = wire.chat_logprobs(wire.joined(pieces), self.service.texts) if self.asked.logprobs else None
+            message = wire.chat_message("".join(text), calls)
+            reason = wire.reason_of(choice, calls)
+            choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
+        usage = wire.usage_of(*self.job.counts)
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """The answer as it is made."""
+        usage: dict[str, Any] = {"usage": None} if self._wants_usage else {}
+        for index in range(len(self.job.choices)):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, None, None) | usage
+        called_so_far = [0] * len(self.job.choices)
+        async for index, choice, piece, said, called in self.pieces():
+            delta: dict[str, Any] = {"content": said} if said else {}
+            if called:
+                numbers = range(called_so_far[index], called_so_far[index] + len(called))
+                delta["tool_calls"] = [{"index": i, **call} for i, call in zip(numbers, called, strict=True)]
+                called_so_far[index] += len(called)
+            logprobs = wire.chat_logprobs(piece, self.service.texts) if self.asked.logprobs and piece.tokens else None
+            if delta or logprobs:
+                yield self._chunk(index, delta, logprobs, None) | usage
+            if choice.finish_reason is not None:
+                reason = wire.reason_of(choice, range(called_so_far[index]))
+                yield self._chunk(index, {}, None, reason) | usage
+        if self._wants_usage:
+            counted = wire.usage_of(*self.job.counts)
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": counted}
+
+    @property
+    def _wants_usage(self) -> bool:
+        return bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        model = self.service.served
+        head = {"id": self.job.id, "object": kind, "created": self.job.created, "model": model.name}
+        return {**head, "system_fingerprint": f"fp_{model.sha256[:12]}"}
+
+    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+
+class CompletionAnswer:
+    """One request to /v1/completions."""
+
+    def __init__(self, service: Service, asked: wire.CompletionRequest, job: Job) -> None:
+        self.service, self.asked, self.job = service, asked, job
+        n = asked.n or 1
+        given = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
+        texts = [one if isinstance(one, str) else None for one in given]
+        decode = service.tokenizer.decode
+        echoed = [
+            (texts[i] if i < len(texts) else None) if texts[:1] != [None] else decode(ids)
+            for i, ids in enumerate(job.prompts)
+        ]
+        self.echoed = [(text or "") if asked.echo else "" for text in echoed for _ in range(n)]
+
+    def _choice(self, index: int, piece: Piece, before: str, reason: str | None) -> dict[str, Any]:
+        logprobs = None
+        if self.asked.logprobs is not None:
+            logprobs = wire.text_logprobs(piece, self.service.texts, len(self.echoed[index]), self.asked.logprobs)
+        return {"index": index, "text": before + piece.text, "logprobs": logprobs, "finish_reason": reason}
+
+    async def whole(self) -> dict[str, Any]:
+        """The answers at once."""
+        kept: dict[int, list[Piece]] = {}
+        async for index, _, piece in self.job.pieces():
+            kept.setdefault(index, []).append(piece)
+        choices = [
+            self._choice(i, wire.joined(kept[i]), self.echoed[i], choice.finish_reason)
+            for i, choice in enumerate(self.job.in_order)
+        ]
+        return {**self._head(), "choices": choices, "usage": wire.usage_of(*self.job.counts)}
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """The answers as they are made."""
+        wants = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+        usage: dict[str, Any] = {"usage": None} if wants else {}
+        waiting = dict(enumerate(self.echoed))
+        async for index, choice, piece in self.job.pieces():
+            before = waiting.pop(index, "")
+            if before or piece.text or piece.tokens or choice.finish_reason:
+                yield {**self._head(), "choices": [self._choice(index, piece, before, choice.finish_reason)]} | usage
+        if wants:
+            yield {**self._head(), "choices": [], "usage": wire.usage_of(*self.job.counts)}
+
+    def _head(self) -> dict[str, Any]:
+        model = self.service.served
+        head = {"id": self.job.id, "object": "text_completion", "created": self.job.created, "model": model.name}
+        return {**head, "system_fingerprint": f"fp_{model.sha256[:12]}"}
+
+
+class ResponseAnswer:
+    """One request to /v1/responses: it is kept once it is whole, and only then."""
+
+    def __init__(
+        self, service: Service, asked: wire.ResponseRequest, job: Job, messages: list[dict[str, Any]], system: str
+    ) -> None:
+        self.service, self.asked, self.job = service, asked, job
+        self.messages, self.system = messages, system
+        self.item = f"msg_{uuid.uuid4().hex}"
+
+    def _body(self, status: str, **more: Any) -> dict[str, Any]:
+        return wire.response_body(
+            self.asked, self.job.id, self.job.created, self.service.served.name, self.job.params, status=status,
+            **{"output": [], "usage": None, **more},
+        )  # fmt: skip
+
+    async def _finished(self) -> dict[str, Any]:
+        """The whole response, kept."""
+        (choice,) = self.job.in_order
+        status = "incomplete" if choice.finish_reason == "length" else "completed"
+        output = [wire.output_message(self.item, choice.text, status)]
+        body = self._body(status, output=output, usage=wire.response_usage(*self.job.counts))
+        answer = {"role": "assistant", "content": choice.text}
+        if self.asked.store is not False:
+            ids = [*self.job.prompts[0], *choice.turn_ids()]
+            kept = Kept(self.job.id, self.system, [*self.messages, answer], ids, body)
+            await asyncio.to_thread(self.service.store.put, kept)
+        messages = self.service.with_system(self.messages, self.system)
+        self.service.record(self.job, choice, 0, messages, [], self.asked.user)
+        return body
+
+    async def whole(self) -> dict[str, Any]:
+        """The response at once."""
+        async for _ in self.job.pieces():
+            pass
+        return await self._finished()
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """Events of the response as it is made, numbered."""
+        number = 0
+
+        def event(kind: str, **more: Any) -> dict[str, Any]:
+            nonlocal number
+            number += 1
+            return {"type": kind, "sequence_number": number - 1, **more}
+
+        at = {"item_id": self.item, "output_index": 0, "content_index": 0}
+        started = self._body("in_progress")
+        yield event("response.created", response=started)
+        yield event("response.in_progress", response=started)
+        item = {**wire.output_message(self.item, "", "in_progress"), "content": []}
+        yield event("response.output_item.added", output_index=0, item=item)
+        empty = wire.output_message(self.item, "", "")["content"][0]
+        yield event("response.content_part.added", **at, part=empty)
+        try:
+            async for _, _, piece in self.job.pieces():
+                if piece.text:
+                    yield event("response.output_text.delta", **at, delta=piece.text, logprobs=[])
+        except (EngineFailure, BackendError) as error:
+            said = {"code": "server_error", "message": str(error)}
+            yield event("response.failed", response=self._body("failed", error=said))
+            return
+        body = await self._finished()
+        (item,) = body["output"]
+        (part,) = item["content"]
+        yield event("response.output_text.done", **at, text=part["text"], logprobs=[])
+        yield event("response.content_part.done", **at, part=part)
+        yield event("response.output_item.done", output_index=0, item=item)
+        yield event(f"response.{body['status']}", response=body)

@@ -1,0 +1,56 @@
+"""A model over HTTP, as OpenAI's API has it, until a signal ends it."""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+
+from trivium.build import build_backend
+from trivium.errors import ConfigError
+from trivium.inference.loop import EngineLoop
+from trivium.phases.run import Run
+from trivium.phases.speak import speaking_model
+from trivium.registry import load
+from trivium.training.stop import EXIT_CODE, SignalWatch
+
+NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def run_serve(this: Run) -> int:
+    """Answer until SIGTERM or Ctrl-C, then let what was begun end, and return 143."""
+    if missing := [name for name in NEEDS if find_spec(name) is None]:
+        raise ConfigError(f'phase=serve needs {", ".join(missing)}: pip install "trivium-llm[serve]"')
+    config, parent = this.config, this.needs_parent()
+    limits = config.server
+    if limits.feedback:
+        raise ConfigError("server.feedback=true: nothing keeps feedback yet; leave it away")
+    server = load("trivium.inference.server:listen"), load("trivium.inference.server:serve")
+    sock = server[0](limits)
+    try:
+        model = speaking_model(this)
+        backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator)
+        engine = EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread)
+        served = load("trivium.inference.service:Served")(
+            limits.model or parent.path.name, parent.sha256, parent.tokenizer, config.inference.config.sampling,
+            config.system, int(time.time()),
+        )  # fmt: skip
+        service = load("trivium.inference.service:Service")(engine, served, limits)
+        port = sock.getsockname()[1]
+        name = f"[{limits.host}]" if ":" in limits.host else limits.host
+        path = "chat/completions" if parent.form == "chat" else "completions"
+        asked = '"messages": [{"role": "user", "content": "Hello"}]' if parent.form == "chat" else '"prompt": "Hello"'
+        key = " -H 'Authorization: Bearer KEY'" if limits.key else ""
+
+        def ready() -> None:
+            this.say(
+                f"{served.name} answers at http://{name}:{port}/v1 until Ctrl-C; ask: curl http://{name}:{port}/v1/{path}"
+                f"{key} -H 'Content-Type: application/json' -d '{{{asked}}}'"
+            )
+
+        with SignalWatch(
+            limits.drain_seconds + 10, at_once="answers were cut off", late="answers that had not ended were cut off"
+        ) as watch:
+            server[1](service, limits, sock, lambda: watch.received is not None, ready)
+        return EXIT_CODE
+    finally:
+        sock.close()
