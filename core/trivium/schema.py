@@ -323,6 +323,8 @@ class ServerConfig:
             )
         if not 0 <= self.port < 65536:
             raise ConfigError(f"server.port={self.port} is no port; 0 to 65535 are")
+        if self.stale_seconds < 1:
+            raise ConfigError(f"server.stale_seconds={self.stale_seconds} must be at least 1")
         if not self.key.isascii() or self.key != self.key.strip() or not self.key.isprintable():
             raise ConfigError("server.key must be printable ASCII without spaces around it: a header carries it")
         if not self.is_local and not self.key:

@@ -8,8 +8,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,10 +39,10 @@ PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "d
 
 
 def commands(page: str) -> list[str]:
-    """The `python launch.py` lines of a page's bash blocks."""
+    """The `python launch.py` and curl lines of a page's bash blocks."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
     lines = [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line.split("&& ")[-1] for line in lines if "python launch.py" in line]
+    return [line.split("&& ")[-1] for line in lines if "python launch.py" in line or line.startswith("curl ")]
 
 
 def shortened(command: str) -> list[str]:
@@ -62,6 +64,8 @@ def shortened(command: str) -> list[str]:
         or (phase == "pipeline" and "init_from" not in command)
     ):
         extra += TINY_MODEL.split()
+    if phase == "serve":
+        extra += ["server.port=0"]
     if phase in ("evaluate", "pipeline"):
         extra += SHORT["evaluate"].split()
     given = {w.split("=")[0] for w in words}
@@ -126,8 +130,39 @@ def fork(cache, tmp_path_factory):
     forker.close()
 
 
+@pytest.fixture
+def serve(fork):
+    """Starts a page's server, which answers until the page ends, and then ends well."""
+    started = []
+
+    def serve(*words, **how):
+        started.append(fork(*words, **how))
+        return started[-1]
+
+    yield serve
+    for server in started:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 143 and not server.err, server.err
+
+
+def address_of(server):
+    """Where a server that was started says it is."""
+    end = time.monotonic() + 120
+    while not (found := re.search(r"answers at (http://\S+)/v1", server.out)):
+        assert server.poll() is None and time.monotonic() < end, server.out + server.err
+        time.sleep(0.05)
+    return found[1]
+
+
+def ask(command, server):
+    """Run a page's curl line on the page's server, which listens elsewhere than the page says."""
+    words = shlex.split(command.replace("http://127.0.0.1:8000", address_of(server)))
+    run = subprocess.run([*words, "--silent", "--fail-with-body"], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, f"{command}\n{run.stdout}{run.stderr}"
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_page_run(page, reader, cache, fork, tmp_path):
+def test_commands_of_page_run(page, reader, cache, fork, serve, tmp_path):
     """The main job as a reader starts it, and sweeps, which start others; the rest in processes that need no imports.
 
     What README has is run there only; a page whose later commands needed it would fail.
@@ -136,11 +171,19 @@ def test_commands_of_page_run(page, reader, cache, fork, tmp_path):
     if "smollm2" in (ROOT / page).read_text():  # fetched once for all tests
         shutil.copytree(smollm2_path().parents[1], cache / "fetched", dirs_exist_ok=True)
     elsewhere = commands("README.md") if page != "README.md" else []
+    serving = None
     for command in (c for c in commands(page) if c not in elsewhere):
+        if command.startswith("curl "):
+            ask(command, serving)
+            continue
         if "format=gguf" in command and find_spec("xllamacpp") is None:
             warnings.warn(f"NOT RUN without xllamacpp: {command}", stacklevel=1)
             continue
         words = shortened(command)[1:]
+        if "phase=serve" in words:
+            serving = serve(*words[1:], home=str(reader))
+            address_of(serving)
+            continue
         if words == shortened("python launch.py")[1:] or "-m" in words:
             run = subprocess.run(
                 [sys.executable, *words], cwd=reader, env={**os.environ, "TRIVIUM_CACHE": str(cache)},

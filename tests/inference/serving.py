@@ -23,7 +23,7 @@ from trivium.models.llama import Llama
 from trivium.schema import ServerConfig
 
 TEXTS = ["hello there, the cat sat on the mat and said 112 to the dog"] * 3
-CONTEXT = 256
+CONTEXT = 512
 
 
 def tokenizer_of(template="chatml_tools"):

@@ -30,6 +30,7 @@ SCHEMA_LENGTH = 65_536
 """Characters of a JSON schema at most."""
 MOST_INPUTS = 2048
 """Texts of one request for embeddings, as OpenAI has it; of one to rerank, query and documents."""
+TOO_LONG = "context_length_exceeded"
 INVALID = "invalid_request_error"
 W = TypeVar("W", bound="Wire")
 
@@ -426,6 +427,11 @@ def params_of(
     allows, 0 is all. Raises WireError; BackendError for what no backend can do."""
     if wanted is not None and most and wanted > most:
         raise WireError(f"max_tokens={wanted} is more than this server's {most}", param="max_tokens", code="too_many")
+    if wanted is not None and wanted > room:
+        raise WireError(
+            f"max_tokens={wanted} is more than the {room} that the model's context has left behind this prompt",
+            param="max_tokens", code=TOO_LONG,
+        )  # fmt: skip
     limit = min(x for x in (defaults.max_tokens, room, most) if x) if wanted is None else wanted
     min_tokens = _or(asked.min_tokens, 0)
     if min_tokens > limit:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BaseModel
@@ -43,6 +43,7 @@ PAGE = Path(__file__).parent / "page"
 KEEP_ALIVE = 5
 """Seconds that a connection may be silent between two requests."""
 NO_KEY = "the key is missing or wrong: send Authorization: Bearer KEY"
+TOO_LONG_HEAD = "the request's head has more than {:,} bytes"
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -325,7 +326,8 @@ def create_app(service: Service, limits: ServerConfig, *, extra: Callable[[FastA
         names = [part.strip("{}").partition(":")[0] for part in path.split("/") if part.startswith("{")]
         told = [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
         app.add_api_route(path, route, methods=["GET"], openapi_extra={"parameters": told},
-                          responses={404: errors[404]} if names else {}, response_class=JSONResponse)  # fmt: skip
+                          responses={404: errors[404]} if names else {},
+                          response_class=PlainTextResponse if path == "/metrics" else JSONResponse)  # fmt: skip
     named = {"parameters": [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]}
     app.add_api_route("/v1/responses/{id}", routes.delete_response, methods=["DELETE"], openapi_extra=named,
                       responses={404: errors[404]})  # fmt: skip
@@ -440,6 +442,11 @@ class Gate:
         path, headers = scope["path"], dict(scope["headers"])
         if path == "/health":
             return None
+        size = (
+            sum(len(k) + len(v) + 4 for k, v in scope["headers"]) + len(scope["raw_path"]) + len(scope["query_string"])
+        )
+        if size > self.limits.max_headers:  # h11 limits what comes in pieces; this came whole
+            return _refused(431, TOO_LONG_HEAD.format(self.limits.max_headers))
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if not self.limits.key and name not in (*LOCAL, self.limits.host.lower()):
@@ -519,7 +526,7 @@ class Connection(H11Protocol):
         if self._answering and self.cycle.response_started:
             self._cut()
             return
-        said = f"more than {self.limits.max_headers:,} bytes of headers" if status == 431 else "this is not HTTP"
+        said = TOO_LONG_HEAD.format(self.limits.max_headers) if status == 431 else "this is not HTTP"
         self._write_error(status, said)
 
     def _arm(self) -> None:

@@ -25,7 +25,7 @@ from trivium.inference.choice import Choice, Piece
 from trivium.inference.config import SamplingConfig
 from trivium.inference.kept import Answered, Feedback, InMemory, Kept, ResponseStore
 from trivium.inference.loop import EngineFailure, EngineLoop, Reply
-from trivium.inference.openai import WireError
+from trivium.inference.openai import TOO_LONG, WireError
 from trivium.inference.text import TokenTexts
 from trivium.inference.tools import CallReader, writes_calls
 from trivium.schema import ServerConfig
@@ -431,9 +431,6 @@ class Service:
     async def finish(self) -> None:
         """Wait for what is being kept."""
         await asyncio.gather(*self._recording)
-
-
-TOO_LONG = "context_length_exceeded"
 
 
 def _base64(vector: Tensor) -> str:
