@@ -263,7 +263,6 @@ class NativeBackend(Backend):
         """Take the drawn tokens into the row, up to the first that its draft did not foresee."""
         events: list[TokenEvent] = []
         drafts, row.drafts = row.drafts, []
-        found_cached = 0 if row.began else row.cached
         for number, one in enumerate(found):
             if isinstance(one, BackendError):
                 return events, one
@@ -280,7 +279,6 @@ class NativeBackend(Backend):
             if reason is not None or number == len(drafts) or one.token != drafts[number]:
                 break
         self._count(generated_tokens=len(events), accepted_tokens=len(events) - 1, drafted_tokens=len(drafts))
-        self._count(cached_tokens=found_cached)
         row.read += len(events) - 1
         return events, None
 
