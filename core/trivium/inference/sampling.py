@@ -231,6 +231,14 @@ def adjusted(logits: Tensor, places: Sequence[Place]) -> Tensor:
     return logits
 
 
+def bias_of(params: SamplingParams) -> dict[int, float]:
+    """What is added to each token's logit: of a token that is named twice the sum."""
+    found: dict[int, float] = {}
+    for token, value in params.logit_bias:
+        found[token] = found.get(token, 0.0) + value
+    return found
+
+
 def _ids(ids: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor(list(ids), device=like.device)
 
