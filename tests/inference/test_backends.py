@@ -1,9 +1,11 @@
 """Every backend keeps the contract, and says what the native one says."""
 
+import dataclasses
 import gc
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from trivium.build import build_backend, load_artifact, write_folder
+from trivium.build import _readable, build_backend, load_artifact, write_folder
 from trivium.compose import Component
 from trivium.data.config import BPEConfig
 from trivium.data.tokenizer import train_bpe
+from trivium.disk import make_folder
 from trivium.errors import BackendError, ConfigError
 from trivium.inference.config import HFBackendConfig, LlamaCppConfig, NativeConfig, VLLMConfig
 from trivium.inference.native.engine import NativeBackend
 from trivium.inference.protocol import collect
 from trivium.inference.sampling import filtered_probabilities
+from trivium.inference.vllm import VLLMBackend
 from trivium.models.config import HFConfig, LlamaConfig
 from trivium.models.gguf_write import write_gguf
 from trivium.models.hf import HuggingFace
@@ -246,12 +250,15 @@ def test_settings_of_a_folder_change_no_answer(model, tokenizer, tmp_path):
     }
 
 
-def test_file_is_written_where_there_is_none_and_goes_with_the_backend(model, tokenizer, gguf):
+def test_file_is_written_where_there_is_none_and_goes_with_the_backend(model, tokenizer, gguf, tmp_path):
     """init_from's own GGUF file is read as it is; of a run the model is written, for as long as the backend lives."""
     pytest.importorskip("xllamacpp", reason="NOT TESTED: inference=llamacpp needs xllamacpp")
     chosen = Component("llamacpp", LlamaCppConfig(threads=1))
     backend = build_backend(chosen, model, tokenizer, "cpu", load_artifact(str(gguf)))
     assert backend.config.path == str(gguf) and backend.reads is None
+    write_folder(model, "llama", tokenizer, make_folder(tmp_path / "folder"))
+    assert _readable("folder", load_artifact(str(tmp_path / "folder"))) == str(tmp_path / "folder")
+    assert _readable("folder", load_artifact(str(gguf))) == "" == _readable("gguf", None)
     backend = build_backend(chosen, model, tokenizer, "cpu")
     folder, process = backend.reads.name, backend._process
     scores = backend.score([1, 2, 3, 4])
@@ -293,3 +300,28 @@ def test_missing_packages_are_named_with_what_to_install(model, tokenizer, gguf,
     ]:
         with pytest.raises((ConfigError, BackendError), match=re.escape(told)):
             build_backend(Component(name, config), model, tokenizer, "cpu")
+
+
+PAGE = Path(__file__).parents[2] / "docs/inference.md"
+
+
+def test_table_of_the_page_is_what_backends_declare(gguf, model, tokenizer):
+    """Renewed with UPDATE_TABLE=1. vLLM's is what it declares; whether it keeps that, no machine here can tell."""
+    for package in ("transformers", "xllamacpp", "llguidance"):
+        pytest.importorskip(package, reason=f"NOT TESTED: the whole table needs {package}")
+    found = {"native": NativeBackend(NativeConfig(), model, tokenizer)}
+    found |= dict(zip(("hf", "llamacpp"), others(gguf, model, tokenizer), strict=True))
+    found["vllm"] = never_run = object.__new__(VLLMBackend)
+    never_run._context, never_run._vocab_size = CONTEXT, model.vocab_size
+    has = {name: backend.capabilities() for name, backend in found.items()}
+    rows = {f"`{f.name}`": [f.name in c.sampling for c in has.values()] for f in dataclasses.fields(SamplingParams)}
+    rows["samples from the weights being trained"] = [c.shares_weights for c in has.values()]
+    rows["embeddings"] = [c.embeds for c in has.values()]
+    head = f"| | {' | '.join(f'`{name}`' for name in has)} |\n| --- |{' --- |' * len(has)}\n"
+    table = head + "\n".join(f"| {n} | {' | '.join('yes' if y else 'no' for y in row)} |" for n, row in rows.items())
+    text = PAGE.read_text()
+    shown = re.search(r"<!-- honours -->\n(.*?)\n?<!-- end -->", text, flags=re.S)
+    if os.environ.get("UPDATE_TABLE"):
+        PAGE.write_text(text.replace(shown[0], f"<!-- honours -->\n{table}\n<!-- end -->"))
+        return
+    assert shown[1] == table
