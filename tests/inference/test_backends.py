@@ -302,6 +302,13 @@ def test_missing_packages_are_named_with_what_to_install(model, tokenizer, gguf,
             build_backend(Component(name, config), model, tokenizer, "cpu")
 
 
+def test_training_is_not_sampled_from_a_copy(main, pretraining, tmp_path):
+    """The copy would stay as the weights were at the first step, and the samples look as if nothing were learnt."""
+    pytest.importorskip("transformers", reason="NOT TESTED: inference=hf needs transformers")
+    told = main(*pretraining(tmp_path, "a", "inference=hf", "samples.every_steps=2", "trainer.accelerator=cpu"))
+    assert told.code == 2 and "inference=hf answers from a copy of the weights" in told.err
+
+
 PAGE = Path(__file__).parents[2] / "docs/inference.md"
 
 

@@ -212,6 +212,20 @@ def test_preempted_rows_answer_as_others_do(model, tokenizer):
     assert tight.stats().preempted > 0
 
 
+def test_guesses_change_no_bound_answer(model, tokenizer):
+    """Prompts that repeat themselves, so that there are guesses: for the free rows, and never for the bound ones."""
+    schema = json.dumps(SCHEMAS["object"])
+    params = SamplingParams(max_tokens=30, temperature=1.5, json_schema=schema, stop_ids=tokenizer.stop_ids)
+    requests = [Request(f"b{i}", (*p, *p, *p), params) for i, p in enumerate(prompts(2))]
+    requests += [Request(f"f{i}", (*p, *p, *p), SamplingParams(max_tokens=30)) for i, p in enumerate(prompts(2))]
+    wanted = events_of(NativeBackend(NativeConfig(), model, tokenizer), requests)
+    guessing = NativeBackend(NativeConfig(speculate="ngram"), model, tokenizer)
+    assert events_of(guessing, requests[:2]) == {r.id: wanted[r.id] for r in requests[:2]}
+    assert guessing.stats().drafted_tokens == 0
+    assert events_of(guessing, requests) == wanted
+    assert guessing.stats().drafted_tokens > 0
+
+
 UNSUPPORTED_SCHEMAS = [
     ({"type": "array", "uniqueItems": True}, "uniqueItems at its root"),
     ({"properties": {"a": {"items": {"not": {}}}}}, "not at /properties/a/items"),
