@@ -28,6 +28,8 @@ _PUBLIC = {
     "Objective": "trivium.objectives.protocol",
     "Backend": "trivium.inference.protocol",
     "Capabilities": "trivium.inference.protocol",
+    "Stats": "trivium.inference.protocol",
+    "BackendConfig": "trivium.inference.config",
     "TokenBatch": "trivium.types",
     "PreferenceBatch": "trivium.types",
     "UnpairedBatch": "trivium.types",

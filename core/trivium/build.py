@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -38,10 +39,19 @@ from trivium.lineage import manifest
 from trivium.models import adapters, peft
 from trivium.models.config import ROPE_KINDS, RopeScaling
 from trivium.models.gguf import read_gguf
+from trivium.models.gguf_write import write_gguf
 from trivium.models.huggingface import Reader, Renamed, Tensors, fingerprint, read_json
 from trivium.models.protocol import CausalLM
 from trivium.models.sizes import sized
-from trivium.models.weights import fill_weights, hf_tensors, keep_layers, load_weights, read_tensors, spread_layers
+from trivium.models.weights import (
+    family_of,
+    fill_weights,
+    hf_tensors,
+    keep_layers,
+    load_weights,
+    read_tensors,
+    spread_layers,
+)
 from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra, load, near_misses
 from trivium.training.checkpoint import MODEL, RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
@@ -137,19 +147,61 @@ def build_model(chosen: Component, vocab_size: int, seed: int) -> CausalLM:
     return model
 
 
-def build_backend(chosen: Component, model: CausalLM, tokenizer: Tokenizer, accelerator: str = "auto") -> Backend:
+def build_backend(
+    chosen: Component,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    accelerator: str = "auto",
+    artifact: Artifact | None = None,
+) -> Backend:
     """An inference backend over a model's own weights, on the accelerator's device.
 
-    Raises ConfigError for a draft model with another tokenizer: its guesses would be of other text.
+    One that reads files (its settings have a `path`, of a `form`: "gguf" or "folder") reads the artifact's own where
+    that has the form, else the model as it is written for others; what is written goes with the backend. Raises
+    ConfigError for a draft model with another tokenizer: its guesses would be of other text.
     """
+    device, more = device_of(accelerator), {}
     if named := getattr(chosen.config, "draft", ""):
         draft = load_artifact(named)
         if draft.tokenizer.fingerprint != tokenizer.fingerprint:
             raise ConfigError(f"inference.draft={named} has another tokenizer than the model; take one with the same")
-        small, _ = draft.model(None)
-        device = device_of(accelerator)
-        return build(BACKENDS, chosen, model.to(device), tokenizer, draft=small.to(device))
-    return build(BACKENDS, chosen, model.to(device_of(accelerator)), tokenizer)
+        more["draft"] = draft.model(None)[0].to(device)
+    form, written = getattr(chosen.config, "form", ""), None
+    if form and not chosen.config.path:
+        own = _readable(form, artifact)
+        if not own:
+            written = tempfile.TemporaryDirectory(prefix="trivium-")
+            own = str(_written(form, model, tokenizer, Path(written.name)))
+        chosen = Component(chosen.name, dataclasses.replace(chosen.config, path=own))
+    backend = build(BACKENDS, chosen, model.to(device), tokenizer, **more)
+    if written is not None:
+        backend.reads = written  # while it is there
+    return backend
+
+
+def _readable(form: str, artifact: Artifact | None) -> str:
+    """The artifact's path, if it has a form that others read."""
+    if artifact is None or artifact.base is not None:
+        return ""
+    file = artifact.path.suffix == ".gguf" and artifact.path.is_file()
+    folder = artifact.checkpoint == artifact.path and (artifact.path / "config.json").is_file()
+    return str(artifact.path) if {"gguf": file, "folder": folder}[form] else ""
+
+
+def _written(form: str, model: CausalLM, tokenizer: Tokenizer, folder: Path) -> Path:
+    """The model in a form that others read."""
+    family = family_of(model)
+    if model.adapters is not None:
+        raise ConfigError(
+            "the model has an adapter, and only the native engine answers with one; export it merged first"
+        )
+    if form == "folder":
+        write_folder(model, family, tokenizer, folder)
+        return folder
+    file = folder / "model.gguf"
+    config = {"model_type": family, **model.hf_config()}
+    write_gguf(file, config, hf_tensors(model), tokenizer.gguf_keys(model.vocab_size))
+    return file
 
 
 def build_optimizer(chosen: Component, model: CausalLM) -> torch.optim.Optimizer:

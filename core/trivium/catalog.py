@@ -67,6 +67,17 @@ CATALOG = Plugin(
         "native": Entry(
             "trivium.inference.native.engine:NativeBackend", "trivium.inference.config:NativeConfig", "our own engine"
         ),
+        "hf": Entry(
+            "trivium.inference.hf:HFBackend", "trivium.inference.config:HFBackendConfig", "transformers' generate"
+        ),
+        "llamacpp": Entry(
+            "trivium.inference.llamacpp:LlamaCppBackend",
+            "trivium.inference.config:LlamaCppConfig",
+            "llama.cpp over a GGUF file",
+        ),
+        "vllm": Entry(
+            "trivium.inference.vllm:VLLMBackend", "trivium.inference.config:VLLMConfig", "vLLM, on GPUs, at scale"
+        ),
     },
     extras={
         "adapters": {

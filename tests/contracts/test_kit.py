@@ -1,6 +1,8 @@
 """Our own parts, through the kit that plugin authors get."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +153,22 @@ class TestDistill(ObjectiveContract):
 class TestNative(BackendContract):
     def make(self):
         return NativeBackend(NativeConfig(max_batch=2), tiny_llama()), 40
+
+
+def test_backend_of_the_plugin_page_keeps_what_the_page_says():
+    """The code in docs/plugins.md, run: it refuses what it does not declare, ends for a reason, and is idle then."""
+    page = (Path(__file__).parents[2] / "docs/plugins.md").read_text()
+    found: dict = {}
+    exec(re.search(r"```python\n(# my_engine/backend.py\n.*?)```", page, flags=re.S)[1], found)  # noqa: S102
+
+    class Kept(BackendContract):
+        def make(self):
+            return found["Repeats"](None, tiny_llama(), None), 40
+
+    kept = Kept()
+    kept.test_refuses_what_cannot_fit_before_the_first_token()
+    kept.test_stops_with_a_reason()
+    kept.test_what_it_does_not_declare_is_refused_by_name()
+    kept.test_abort_frees_what_was_held()
+    kept.test_embeddings_where_they_are_declared()
+    kept.test_weights_do_not_change_under_a_request()

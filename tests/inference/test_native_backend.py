@@ -308,3 +308,62 @@ def test_generation_follows_the_weights_that_are_trained(model):
     after = ids_of(collect(backend, requests_of(max_tokens=10)))
     assert before != after == {str(i): naive_greedy(other, p, 10)[0] for i, p in enumerate(PROMPTS)}
     assert backend.stats().weight_version == 1 and backend.capabilities().shares_weights
+
+
+# ---- a row that goes wrong
+
+
+class Spoils(Llama):
+    """Its hidden states are NaN from the token 60 on, and so are keys and values after the first layer: what a bad
+    weight or an overflow does to one row."""
+
+    def block(self, layer, hidden, *args, cache=None):
+        out = super().block(layer, hidden, *args, cache=cache)
+        return out.masked_fill(self.spoilt[:, :, None], torch.nan) if layer == 0 else out
+
+    def forward(self, tokens, positions, segments=None, cache=None):
+        self.spoilt = tokens == 60
+        return super().forward(tokens, positions, segments, cache=cache)
+
+
+@pytest.mark.parametrize("memory", ["slab", "paged"])
+def test_row_of_nan_fails_alone_and_leaves_nothing_behind(model, memory):
+    """One event with the error; neighbours' answers are bit for bit those they have without it; and requests that come
+    into its slots afterwards, masked NaN times 0 being NaN, answer as ever."""
+    spoils = Spoils(CONFIG, VOCAB)
+    spoils.load_state_dict(model.state_dict())
+    backend = NativeBackend(NativeConfig(memory=memory, page=4, prefix_cache=False), spoils.eval())
+    good = requests_of([p for p in PROMPTS if 60 not in p], max_tokens=12, logit_bias=((60, -torch.inf),))
+    wanted = ids_of(collect(backend, good))
+    bad = Request("bad", (5, 60, 7, 8, 9, 10, 11), SamplingParams(max_tokens=12))
+    for _ in range(2):
+        for request in [good[0], bad, *good[1:]]:
+            backend.add(request)
+        events = {r.id: [] for r in [*good, bad]}
+        while backend.busy:
+            for event in backend.step():
+                events[event.request_id].append(event)
+        (failed,) = events.pop("bad")
+        assert (failed.token_id, failed.finish_reason) == (-1, "error")
+        assert failed.error == "the model's logits are not finite"
+        assert ids_of(events) == wanted
+        assert backend.stats().used_slots == backend.stats().running == 0
+        memory_ = backend.scheduler.memory
+        held = memory_.cache if memory == "slab" else memory_.pool.cache
+        assert held.keys.isfinite().all() and held.values.isfinite().all()
+    with pytest.raises(BackendError, match="request bad: the model's logits are not finite"):
+        collect(backend, [bad])
+
+
+def test_row_without_an_allowed_token_fails_alone(backend, expected):
+    requests = requests_of(max_tokens=20)
+    everything = tuple((t, -float("inf")) for t in range(VOCAB))
+    backend.add(Request("bad", (1, 2), SamplingParams(logit_bias=everything)))
+    for request in requests:
+        backend.add(request)
+    events = {r.id: [] for r in [*requests, Request("bad", (1,))]}
+    while backend.busy:
+        for event in backend.step():
+            events[event.request_id].append(event)
+    assert [(e.finish_reason, e.error) for e in events.pop("bad")] == [("error", "no token is allowed to come next")]
+    assert ids_of(events) == {str(i): ids for i, (ids, _) in enumerate(expected)}

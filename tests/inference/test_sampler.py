@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trivium.inference.sampling import filtered_probabilities, sample, uniforms
+from trivium.inference.sampling import Place, adjusted, filtered_probabilities, sample, sample_places, uniforms
 from trivium.types import Request, SamplingParams
 
 LOGITS = [0.3, 2.0, -1.0, 1.2, 0.0, 1.9, -0.5, 0.9]
@@ -152,3 +152,202 @@ def test_uniforms_depend_on_seed_id_and_position():
 
     assert one(1, "a", 2) == one(1, "a", 2)
     assert len({one(1, "a", 2), one(2, "a", 2), one(1, "b", 2), one(1, "a", 3), one(12, "a", 2)}) == 5
+
+
+# ---- every parameter, in the order that SamplingParams states
+
+
+PENALTIES = {"repetition_penalty": 2.0, "presence_penalty": 0.25, "frequency_penalty": 0.5}
+
+
+def place_of(params, prompt=(), answer=(), name="r0", constraint=None):
+    return Place(Request(name, tuple(prompt), params), [*prompt, *answer], len(prompt), constraint)
+
+
+def adjusted_row(logits, params, prompt=(), answer=()):
+    return adjusted(torch.tensor([logits]), [place_of(params, prompt, answer)])[0].tolist()
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    """At 2: 3 -> 1.5, -1 -> -2, of tokens in the prompt (0) or the answer (1), once however often; others stay."""
+    params = SamplingParams(repetition_penalty=2.0)
+    assert adjusted_row([3.0, -1.0, 3.0, -1.0], params, [0, 0, 0], [1, 1]) == [1.5, -2.0, 3.0, -1.0]
+    assert adjusted_row([3.0, -1.0], SamplingParams(repetition_penalty=0.5), [0], [1]) == [6.0, -0.5]
+
+
+def test_presence_and_frequency_count_the_answer_alone():
+    """Token 1 twice in the answer: - 0.25 - 2 * 0.5; token 2 once: - 0.25 - 0.5; token 0, in the prompt only, stays."""
+    params = SamplingParams(presence_penalty=0.25, frequency_penalty=0.5)
+    assert adjusted_row([1.0, 1.0, 1.0, 1.0], params, [0, 0], [1, 2, 1]) == [1.0, -0.25, 0.25, 1.0]
+    assert adjusted_row([1.0, 1.0], SamplingParams(presence_penalty=-1.0), [0], [1]) == [1.0, 2.0]
+
+
+def test_bias_comes_before_the_penalties():
+    """Token 0: (1 + 2 + 1) / 2 - 0.25 - 0.5 = 1.25 (after the penalties it would be 2.75); token 1: (1 - 3) * 2 -
+    0.75 = -4.75; token 2 is named with 5 and not seen: 1 + 5."""
+    params = SamplingParams(**PENALTIES, logit_bias=((0, 2.0), (1, -3.0), (0, 1.0), (2, 5.0)))
+    assert adjusted_row([1.0, 1.0, 1.0, 1.0], params, [], [0, 1]) == [1.25, -4.75, 6.0, 1.0]
+    assert adjusted_row([1.0, 2.0], SamplingParams(logit_bias=((1, -math.inf),))) == [1.0, -math.inf]
+
+
+def test_what_is_forbidden_comes_after_bias_and_penalties():
+    """A stop id before min_tokens is not drawn whatever its bias, nor what a constraint forbids."""
+
+    class Only:
+        def forbid(self, logits):
+            logits[[0, 1]] = -torch.inf
+
+    params = SamplingParams(min_tokens=2, stop_ids=(2,), logit_bias=((2, 100.0), (0, 100.0)))
+    row = [1.0, 2.0, 3.0, 0.5]
+    assert adjusted_row(row, params, [3], [3]) == [101.0, 2.0, -math.inf, 0.5]
+    assert adjusted_row(row, params, [3], [3, 3]) == [101.0, 2.0, 103.0, 0.5]
+    bound = place_of(params, [3], [3], constraint=Only())
+    assert adjusted(torch.tensor([row]), [bound])[0].tolist() == [-math.inf, -math.inf, -math.inf, 0.5]
+    (drawn,) = sample_places(torch.tensor([row]), [bound])
+    assert drawn.token == 3
+
+
+def test_nothing_asked_changes_nothing():
+    """The very tensor: no copy of (B, V) for a batch that wants none, and the caller's logits are never written to."""
+    logits = torch.tensor([LOGITS, LOGITS])
+    places = [place_of(SamplingParams(temperature=1.0, top_k=3)), place_of(SamplingParams(min_tokens=3))]
+    assert adjusted(logits, places) is logits
+    before = logits.clone()
+    changed = adjusted(logits, [place_of(SamplingParams(**PENALTIES, logit_bias=((0, 1.0),)), [1], [2]), places[1]])
+    assert torch.equal(logits, before)
+    assert torch.equal(changed[1], before[1]) and not torch.equal(changed[0], before[0])
+
+
+def fully_enumerated(p, prompt, answer):
+    """SamplingParams' docstring in plain Python over LOGITS: token -> probability, and the mass that the cuts left."""
+    x = list(LOGITS)
+    for token, value in p.logit_bias:
+        x[token] += value
+    for t in range(len(x)):
+        if t in (*prompt, *answer):
+            x[t] = x[t] / p.repetition_penalty if x[t] > 0 else x[t] * p.repetition_penalty
+        x[t] -= p.presence_penalty * (t in answer) + p.frequency_penalty * answer.count(t)
+    allowed = {t: v for t, v in enumerate(x) if not (t in p.stop_ids and len(answer) < p.min_tokens)}
+    weights = {t: math.exp(v / p.temperature) for t, v in allowed.items()}
+    whole = sum(weights.values())
+    ranked = sorted(weights, key=lambda t: -weights[t])[: p.top_k or None]
+    total, mass, kept = sum(weights[t] for t in ranked), 0.0, []
+    for t in ranked:
+        kept.append(t)
+        mass += weights[t] / total
+        if mass >= p.top_p:
+            break
+    kept = [t for t in kept if weights[t] >= p.min_p * weights[kept[0]]]
+    left = sum(weights[t] for t in kept)
+    return {t: weights[t] / left for t in kept}, left / whole
+
+
+FULL = [
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 2.0, "min_p": 0.45, "top_p": 0.95},
+    {"temperature": 1.3, "min_p": 0.1, "top_k": 6, "top_p": 0.9},
+    {"temperature": 0.8, **PENALTIES},
+    {
+        "temperature": 1.5,
+        **PENALTIES,
+        "logit_bias": ((2, 2.5), (5, -1.0), (1, -0.5)),
+        "min_tokens": 4,
+        "stop_ids": (7,),
+    },
+    {
+        **{"temperature": 1.5, **PENALTIES, "logit_bias": ((2, 2.5), (5, -1.0)), "min_tokens": 4, "stop_ids": (7,)},
+        **{"top_k": 6, "top_p": 0.93, "min_p": 0.15},
+    },
+]
+
+
+@pytest.mark.parametrize("options", FULL, ids=str)
+def test_all_steps_together_follow_the_enumerated_distribution(options):
+    """4,000 draws by chi-square; of every one its own log-probability, and the kept mass, to 1e-5 (fp32 logits)."""
+    prompt, answer = (1, 4), [5, 0, 5]
+    params = SamplingParams(**options)
+    expected, mass = fully_enumerated(params, prompt, answer)
+    assert 2 < len(expected) < 9
+    places = [place_of(params, prompt, answer, name=f"r{i}") for i in range(DRAWS)]
+    drawn = sample_places(torch.tensor([LOGITS]).expand(DRAWS, -1), places)
+    tokens = [d.token for d in drawn]
+    chi2 = sum((tokens.count(t) - DRAWS * p) ** 2 / (DRAWS * p) for t, p in expected.items())
+    assert set(tokens) <= set(expected) and chi2 < CHI2[len(expected) - 1]
+    raw = torch.tensor(LOGITS).double().log_softmax(-1).tolist()
+    for one in drawn[:200]:
+        assert one.drawn_logprob == pytest.approx(math.log(expected[one.token]), abs=1e-5)
+        assert one.kept == pytest.approx(mass, abs=1e-5)
+        assert one.logprob == pytest.approx(raw[one.token], abs=1e-5)
+
+
+def test_kept_mass_and_logprobs_by_hand():
+    """Probabilities 1/2, 1/4, 1/8, 1/8 with top_k=2: 3/4 is kept, of which token 0 is 2/3. Greedy keeps all, and draws
+    with probability 1. `logprob` and `top` are of the unmodified distribution, whatever the temperature and bias."""
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    seen = set()
+    for i in range(20):
+        params = SamplingParams(temperature=1.0, top_k=2, top_logprobs=2)
+        (d,) = sample_places(logits, [place_of(params, name=f"n{i}")])
+        seen.add(d.token)
+        assert d.kept == pytest.approx(0.75)
+        assert math.exp(d.drawn_logprob) == pytest.approx([2 / 3, 1 / 3][d.token])
+        assert math.exp(d.logprob) == pytest.approx([1 / 2, 1 / 4][d.token])
+        assert [(t, pytest.approx(math.exp(x))) for t, x in d.top] == [(0, 1 / 2), (1, 1 / 4)]
+    assert seen == {0, 1}
+    params = SamplingParams(temperature=0.0, top_k=2, logit_bias=((3, 9.0),), top_logprobs=9)
+    (d,) = sample_places(logits, [place_of(params)])
+    assert (d.token, d.drawn_logprob, d.kept) == (3, 0.0, 1.0) and math.exp(d.logprob) == pytest.approx(1 / 8)
+    assert [t for t, _ in d.top][:2] == [0, 1] and len(d.top) == 4  # no more than there are
+
+
+WIDE = 1500
+"""Tokens, of which 512 are sorted first."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.5}, {"top_p": 0.97}, {"top_p": 0.9999}, {"top_k": 700}, {"top_k": 512}, {"top_k": 40, "top_p": 0.9},
+        {"min_p": 0.3}, {"min_p": 0.02, "top_p": 0.999}, {"top_k": 600, "top_p": 0.9},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_few_sorted_first_equal_the_full_sort(options, spread, monkeypatch):
+    """Peaked rows end within the 512 likeliest, flat ones do not, and both are drawn together: the same tokens and
+    masses as when everything is sorted at once."""
+    generator = torch.Generator().manual_seed(1)
+    logits = spread * torch.randn(16, WIDE, generator=generator)
+    logits[::2] *= 3
+    places = [place_of(SamplingParams(temperature=1.0, **options), name=f"w{i}") for i in range(16)]
+    few = sample_places(logits, places)
+    alone = [sample_places(logits[i : i + 1], [places[i]])[0] for i in range(16)]
+    monkeypatch.setattr("trivium.inference.sampling.FEW", WIDE)
+    whole = sample_places(logits, places)
+    assert [d.token for d in few] == [d.token for d in whole] == [d.token for d in alone]
+    for one, other in zip(few, whole, strict=True):
+        assert one.kept == pytest.approx(other.kept, abs=1e-9)
+        assert one.drawn_logprob == pytest.approx(other.drawn_logprob, abs=1e-9)
+
+
+def test_row_without_a_possible_token_fails_alone():
+    """NaN, infinite, all forbidden: errors that say which; the neighbours draw what they draw without them."""
+    good = [place_of(SamplingParams(temperature=1.0, top_p=0.9), name=f"g{i}") for i in range(3)]
+    nothing = place_of(SamplingParams(logit_bias=tuple((t, -math.inf) for t in range(8))), name="none")
+    plain = place_of(SamplingParams(temperature=1.0), name="bad")
+    rows = torch.tensor([LOGITS] * 6)
+    rows[1, 3], rows[4, 0] = torch.nan, torch.inf
+    found = sample_places(rows, [good[0], plain, good[1], nothing, plain, good[2]])
+    assert [str(found[i]) for i in (1, 3, 4)] == [
+        "the model's logits are not finite",
+        "no token is allowed to come next",
+        "the model's logits are not finite",
+    ]
+    assert [found[i] for i in (0, 2, 5)] == sample_places(torch.tensor([LOGITS] * 3), good)
+
+
+def test_logits_that_are_not_finite_are_no_token_even_when_forbidden():
+    """A bias of minus infinity on the NaN does not make it well."""
+    rows = torch.tensor([[1.0, torch.nan, 2.0]])
+    (found,) = sample_places(rows, [place_of(SamplingParams(logit_bias=((1, -math.inf),)))])
+    assert str(found) == "the model's logits are not finite"

@@ -206,10 +206,15 @@ class Tokenizer:
         """The special tokens that templates know by name, as text."""
         return {key: self.config[key] for key in NAMED if self.config.get(key) is not None}
 
+    @property
+    def text(self) -> str:
+        """What its tokenizer.json says."""
+        return self._core.to_str()
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of vocabulary, merges, special tokens and template."""
-        content = self._core.to_str() + json.dumps(self.config, sort_keys=True)
+        content = self.text + json.dumps(self.config, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @contextmanager
@@ -255,6 +260,9 @@ class Tokenizer:
         if fallback := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return [int(fallback[1], 16)]
         return [BYTES[c] for c in piece] if all(c in BYTES for c in piece) else None
+    def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of many sequences of ids, on all cores."""
+        return self._core.decode_batch([list(ids) for ids in sequences])
 
     def add_tokens(self, tokens: Sequence[str]) -> Tokenizer:
         """This tokenizer with further special tokens after all others. Raises DataError for one that it has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trivium.errors import ConfigError
 
@@ -72,3 +73,48 @@ class NativeConfig(BackendConfig):
             raise ConfigError(f"inference.memory={self.memory} is not auto, slab or paged")
         if self.weights not in ("same", "bf16", "int8", "int4"):
             raise ConfigError(f"inference.weights={self.weights} is not same, bf16, int8 or int4")
+
+
+@dataclass(frozen=True)
+class HFBackendConfig(BackendConfig):
+    """transformers' generate over the same weights: slow, and independent of ours."""
+
+
+@dataclass(frozen=True)
+class LlamaCppConfig(BackendConfig):
+    """llama.cpp over a GGUF file, in a process of its own."""
+
+    form: ClassVar[str] = "gguf"
+    """What `path` is."""
+    path: str = ""  # the GGUF file; empty: the one that init_from names, else one that is written of the model
+    threads: int = 0  # of the processor; 0: as many as this process may use
+    context: int = 0  # tokens of prompt and answer together; 0: as many as the model knows, which all take memory
+    gpu_layers: int = 0  # layers on the GPU, where llama.cpp was built for one
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "context", "gpu_layers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"inference.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class VLLMConfig(BackendConfig):
+    """vLLM over a Hugging Face folder, for one or several GPUs. Never run by the project's own tests."""
+
+    form: ClassVar[str] = "folder"
+    path: str = ""  # the folder; empty: the one that init_from names, else one that is written of the model
+    dtype: str = "auto"  # auto: the folder's own
+    gpu_memory: float = 0.9  # share of each GPU's memory that is taken
+    tensor_parallel: int = 1  # GPUs that compute a layer together
+    context: int = 0  # tokens of prompt and answer together; 0: as many as the model knows
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise ConfigError(f"inference.dtype={self.dtype} is not auto, float32, float16 or bfloat16")
+        if not 0 < self.gpu_memory <= 1:
+            raise ConfigError(f"inference.gpu_memory={self.gpu_memory} must be more than 0 and at most 1")
+        if self.tensor_parallel <= 0 or self.context < 0:
+            raise ConfigError(
+                f"inference.tensor_parallel={self.tensor_parallel} must be greater than 0, "
+                f"inference.context={self.context} not negative"
+            )

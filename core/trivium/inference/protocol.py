@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -49,6 +50,8 @@ class Backend(ABC):
     """Built as `cls(config, model, tokenizer)`. Not safe for several threads at once."""
 
     _aborted: set[str] = set()  # noqa: RUF012 - each `generate` has its own
+    reads: Any = None
+    """A temporary folder with what it reads, if that was written for it."""
 
     @abstractmethod
     def add(self, request: Request) -> None:

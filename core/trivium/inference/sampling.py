@@ -101,7 +101,8 @@ def _cut(ordered: Tensor, whole: Tensor, top_k: Tensor, top_p: Tensor, min_p: Te
     kept = probabilities.masked_fill(before >= _wide(top_p)[:, None] * mass, 0.0)
     if min_p is not None:
         kept = kept.masked_fill(kept < _wide(min_p)[:, None] * kept[:, :1], 0.0)
-    return kept, (kept[:, -1] == 0) | (limit[:, 0] <= number)
+    # with a top-k beyond the N, the mass that top-p is of is not known here
+    return kept, torch.where(top_k > 0, limit[:, 0] <= number, kept[:, -1] == 0)
 
 
 def sample(logits: Tensor, requests: Sequence[Request], positions: Sequence[int]) -> Tensor:
@@ -233,6 +234,14 @@ def adjusted(logits: Tensor, places: Sequence[Place]) -> Tensor:
         assert constraint is not None
         constraint.forbid(logits[i])
     return logits
+
+
+def bias_of(params: SamplingParams) -> dict[int, float]:
+    """What is added to each token's logit: of a token that is named twice the sum."""
+    found: dict[int, float] = {}
+    for token, value in params.logit_bias:
+        found[token] = found.get(token, 0.0) + value
+    return found
 
 
 def _ids(ids: Sequence[int], like: Tensor) -> Tensor:

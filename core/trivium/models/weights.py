@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from trivium.errors import CheckpointError
 from trivium.models.names import difference
 from trivium.models.protocol import CausalLM
+from trivium.registry import MODELS
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ def weights_of(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         if keep:
             found[name] = whole.cpu().contiguous()
     return found
+
+
+def family_of(model: CausalLM) -> str:
+    """The name that its architecture is registered by; "" where it is not."""
+    target = f"{type(model).__module__}:{type(model).__qualname__}"
+    return next((name for name, entry in MODELS.items() if entry.target == target), "")
 
 
 def hf_tensors(model: CausalLM) -> dict[str, Tensor]:

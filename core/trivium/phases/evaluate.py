@@ -70,7 +70,7 @@ def run_evaluate(this: Run) -> int:
     this.say(f"{shown} of the {len(source)} examples held out")
     bootstrap: dict[str, Any] = {"resamples": settings.resamples, "confidence": settings.confidence}
     found: dict[str, Estimate] = {}
-    backend = build_backend(config.inference, model, tokenizer, config.trainer.accelerator)
+    backend = build_backend(config.inference, model, tokenizer, config.trainer.accelerator, parent)
     if texts:
         found["bits_per_byte"] = bits_per_byte(model, tokenizer, texts, stride=settings.stride, **bootstrap)
     if tasks:

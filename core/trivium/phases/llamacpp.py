@@ -1,28 +1,24 @@
 """llama.cpp as the export gate's reader of a GGUF file: its own server, in a process of its own.
 
 Where llama.cpp does not like a file it may end the process; and the server renders chats and stops as it will for those
-who use the file. It computes in fp32 where the file does: keys and values are kept in fp32 (fp16 is its default), and
-attention is not fused.
+who use the file.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trivium.errors import CheckpointError, ConfigError
+from trivium.inference.llamacpp_server import FORCED, SECONDS, Server, environment, last_words
 
 INSTALL = "pip install trivium-llm[gguf], or pip install xllamacpp"
-SECONDS = 1800
-FORCED = 1e6
 PROBABLE = 20
 """How many tokens' log-probabilities are told of each step of the answer; of its first all are."""
 
@@ -71,66 +67,24 @@ def installed() -> None:
 
 def ask(file: Path, asked: Asked) -> Told:
     """What llama.cpp makes of a file. Raises CheckpointError with its own last words where it cannot read it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "trivium.phases.llamacpp"], input=json.dumps({"file": str(file), **asdict(asked)}),
-            capture_output=True, text=True, errors="replace", timeout=SECONDS, env=environment,
+            capture_output=True, text=True, errors="replace", timeout=SECONDS, env=environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise CheckpointError(f"{file}: llama.cpp has not answered within {SECONDS} seconds") from error
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = [line for line in lines if "error" in line.lower() or "assert" in line.lower()] or lines[-1:]
-        raise CheckpointError(f"{file}: llama.cpp cannot read it: {said[0][:300] if said else done.returncode}")
+        raise CheckpointError(f"{file}: llama.cpp cannot read it: {last_words(done.stderr)}")
     told = json.loads(done.stdout.splitlines()[-1])
     numbered = [{int(id): logprob for id, logprob in step} for step in (told.pop("first"), *told.pop("steps"))]
     return Told(first=numbered[0], steps=numbered[1:], **told)
 
 
-class _Server:
-    """A GGUF file in llama.cpp's server, on a port of this machine that nobody else is told."""
-
-    def __init__(self, file: str, length: int) -> None:
-        xllamacpp: Any = importlib.import_module("xllamacpp")  # its types are not told
-        settings = xllamacpp.CommonParams()
-        settings.model.path = file
-        settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = length, 1, 0
-        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        settings.warmup = settings.fit_params = False
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
-        self.version = f"xllamacpp {xllamacpp.__version__}"
-        self._server = xllamacpp.Server(settings)
-
-    def get(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._server.listening_address + path, data)
-        request.add_header("Content-Type", "application/json")
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(request, timeout=SECONDS) as answer:
-            return json.load(answer)
-
-    def tokenise(self, text: str, rendered: bool = False) -> list[int]:
-        body = {"content": text, "add_special": True, "parse_special": rendered}
-        return self.get("/tokenize", body)["tokens"]
-
-    def complete(self, prompt: Sequence[int], count: int, **more: Any) -> dict[str, Any]:
-        """A greedy answer of up to `count` tokens."""
-        body = {"prompt": list(prompt), "n_predict": count, "temperature": 0, "return_tokens": True, **more}
-        return self.get("/completion", body)
-
-    def logprobs(self, prompt: Sequence[int], count: int, end: int) -> list[tuple[int, float]]:
-        """Of the `count` most probable tokens after a prompt. end: an end, which is forced: of a token that is half a
-        character the server tells none. What is forced changes no log-probability that it tells."""
-        said = self.complete(prompt, 1, n_probs=count, logit_bias=[[end, FORCED]])
-        return [(token["id"], token["logprob"]) for token in said["completion_probabilities"][0]["top_logprobs"]]
-
-
 def answers(order: Mapping[str, Any]) -> dict[str, Any]:
     """What `Told` holds."""
     prompt, count, ends = order["prompt"], order["answer"], order["ends"]
-    server = _Server(order["file"], len(prompt) + count + 1)
+    server = Server(order["file"], len(prompt) + count + 1)
     facts = server.get("/props")
     spoken = server.complete(prompt, count)
     answer = spoken["tokens"]

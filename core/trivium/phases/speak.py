@@ -43,7 +43,7 @@ def run_generate(this: Run) -> int:
         raise ConfigError("phase=generate needs prompt='...' or prompts=['...','...']")
     model = speaking_model(this)
     tokenizer = parent.tokenizer
-    backend = build_backend(config.inference, model, tokenizer, config.trainer.accelerator)
+    backend = build_backend(config.inference, model, tokenizer, config.trainer.accelerator, parent)
     chat = config.prompt_format == "chat" or (config.prompt_format == "auto" and parent.form == "chat")
     params = sampling_params(config.inference.config.sampling, tokenizer.stop_ids)
     texts = complete(backend, tokenizer, prompt_ids(this, tokenizer, prompts, chat=chat), params)
@@ -67,7 +67,7 @@ def run_chat(this: Run) -> int:
     if parent.form != "chat":
         this.say("warning: this model was not tuned on conversations; expect its text to run on")
     model = speaking_model(this)
-    backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator)
+    backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator, parent)
     conversation = Conversation(backend, parent.tokenizer, config.inference.config.sampling, config.system)
     script = iter(config.prompts)
     interactive = sys.stdin.isatty() and not config.prompts

@@ -558,6 +558,11 @@ def _sampler(
         return build_backend(this.config.inference, model, tokenizer, this.config.trainer.accelerator)
 
     backend = backend_of(model)
+    if samples.every_steps and not backend.capabilities().shares_weights:
+        raise ConfigError(
+            f"inference={this.config.inference.name} answers from a copy of the weights, which would stay as they are "
+            "now; choose inference=native, or samples.every_steps=0"
+        )
     params = dataclasses.replace(sampling_params(SamplingConfig(), tokenizer.stop_ids), max_tokens=samples.max_tokens)
     prompts = prompt_ids(this, tokenizer, samples.prompts, chat=form == "chat")
     longest = max(map(len, prompts), default=0)

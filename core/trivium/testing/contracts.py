@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -244,3 +245,105 @@ class BackendContract:
         with pytest.raises(BackendError, match="bad"):
             next(iter(backend.generate([good, Request("bad", (1, 2), SamplingParams(max_tokens=room))])))
         assert backend.health()
+
+    def test_what_it_does_not_declare_is_refused_by_name(self) -> None:
+        backend, _ = self.make()
+        others = {
+            "temperature": 0.5, "top_k": 3, "top_p": 0.5, "seed": 4, "stop_ids": (1,), "min_p": 0.1,
+            "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1, "logit_bias": ((1, 1.0),),
+            "min_tokens": 2, "top_logprobs": 2, "json_schema": "{}", "regex": "a*",
+        }  # fmt: skip
+        declared = backend.capabilities().sampling
+        assert {"max_tokens", *others} == {f.name for f in dataclasses.fields(SamplingParams)} >= declared
+        assert "max_tokens" in declared
+        for name, value in others.items():
+            request = Request("it", (1, 2), SamplingParams(max_tokens=3, **{name: value}))  # type: ignore[arg-type]
+            if name in declared:
+                assert self._run(backend, [request])["it"], name
+                continue
+            for take in (backend.check, backend.add, lambda one: next(iter(backend.generate([one])))):
+                with pytest.raises(BackendError, match=f"it.*{name}="):
+                    take(request)
+        assert not backend.busy
+
+    def test_events_are_well_formed(self) -> None:
+        """Tokens of the vocabulary, log-probabilities, one finish_reason, on each request's last event."""
+        backend, vocab = self.make()
+        count = 3 if "top_logprobs" in backend.capabilities().sampling else 0
+        params = SamplingParams(max_tokens=5, temperature=1.0, top_k=9, top_logprobs=count)
+        events = list(backend.generate([Request(name, (1, 2, 3), params) for name in "abc"]))
+        for name in "abc":
+            mine = [e for e in events if e.request_id == name]
+            assert [e.finish_reason for e in mine] == [None] * 4 + ["length"]
+            for event in mine:
+                assert 0 <= event.token_id < vocab and event.logprob <= 0 and not event.error
+                assert event.drawn_logprob is None or event.drawn_logprob <= 1e-9
+                assert 0 < event.kept <= 1 + 1e-6
+                told = [logprob for _, logprob in event.top]
+                assert len(told) == count and told == sorted(told, reverse=True)
+                assert event.logprob <= (told or [0.0])[0] + 1e-6
+                assert dict(event.top).get(event.token_id, event.logprob) == pytest.approx(event.logprob, abs=1e-6)
+
+    def test_likeliest_tokens_are_those_of_the_score(self) -> None:
+        backend, _ = self.make()
+        if "top_logprobs" not in backend.capabilities().sampling:
+            pytest.skip("the backend declares no top_logprobs")
+        prompt = (1, 2, 3, 4)
+        (event,) = backend.generate([Request("a", prompt, SamplingParams(max_tokens=1, top_logprobs=3))])
+        assert [logprob for _, logprob in event.top] == pytest.approx(
+            [backend.score([*prompt, token])[-1] for token, _ in event.top], abs=1e-4
+        )
+
+    def test_abort_frees_what_was_held(self) -> None:
+        backend, _ = self.make()
+        params = SamplingParams(max_tokens=20)
+        requests = [Request(name, (1, 2, 3), params) for name in "abc"]
+        seen: dict[str, int] = {"a": 0, "b": 0, "c": 0}
+        whole = len(self._run(backend, [Request("alone", (1, 2, 3), params)])["alone"])
+        for event in backend.generate(requests):
+            seen[event.request_id] += 1
+            if event.request_id == "a" and seen["a"] == 3:
+                backend.abort("a")
+                backend.abort("b")
+        assert seen["a"] == 3 and seen["b"] <= 3 and seen["c"] == whole
+        assert self._idle(backend)
+        with contextlib.closing(backend.generate(requests)) as events:  # type: ignore[type-var]
+            next(events)  # and the reader leaves
+        assert self._idle(backend)
+        backend.abort("nobody")
+        assert self._run(backend, requests[:1])["a"]
+
+    def _idle(self, backend: Backend) -> bool:
+        stats = backend.stats()
+        return not backend.busy and (stats.running, stats.waiting, stats.used_slots) == (0, 0, 0)
+
+    def test_counters_count(self) -> None:
+        backend, _ = self.make()
+        before = backend.stats()
+        params = SamplingParams(max_tokens=4)
+        self._run(backend, [Request("a", (1, 2, 3), params), Request("b", (1,), params)])
+        after = backend.stats()
+        counted = [getattr(after, n) - getattr(before, n) for n in ("requests", "prompt_tokens", "generated_tokens")]
+        assert counted == [2, 4, 8] and after.seconds > before.seconds
+
+    def test_embeddings_where_they_are_declared(self) -> None:
+        backend, _ = self.make()
+        sequences = [(1, 2, 3), (4, 5), (1, 2, 3, 6, 7)]
+        if not backend.capabilities().embeds:
+            with pytest.raises(BackendError, match="embeddings"):
+                backend.embed(sequences)
+            return
+        found = backend.embed(sequences)
+        assert found.dtype == torch.float32 and found.shape[0] == 3
+        torch.testing.assert_close(found.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-5)
+        alone = torch.cat([backend.embed([ids]) for ids in sequences])
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+        assert (found[0] - found[1]).abs().max() > 1e-3
+
+    def test_weights_do_not_change_under_a_request(self) -> None:
+        backend, _ = self.make()
+        events = backend.generate([Request("a", (1, 2, 3), SamplingParams(max_tokens=4))])
+        next(events)
+        with pytest.raises(BackendError):
+            backend.update_weights(1)
+        assert len(list(events)) == 3

@@ -19,6 +19,7 @@ from torch import Tensor
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import BackendError
 from trivium.inference.config import NativeConfig
+from trivium.inference.constrain import CONSTRAINTS, Grammar, Grammars, installed
 from trivium.inference.native.memory import GROWTH, Memory, Paged, Slab
 from trivium.inference.native.row import Row
 from trivium.inference.native.scheduler import Scheduler
@@ -31,7 +32,6 @@ from trivium.models.protocol import CausalLM
 from trivium.types import Request, TokenEvent
 
 __all__ = ["GROWTH", "NativeBackend", "collect"]
-CONSTRAINTS = frozenset({"json_schema", "regex"})
 
 
 class Pass(NamedTuple):
@@ -58,6 +58,7 @@ class NativeBackend(Backend):
         self._made: Scheduler | None = None
         self._state = self._weights()
         self._copy: CausalLM | None = None
+        self._grammars = Grammars(tokenizer, model.vocab_size) if tokenizer is not None and installed() else None
         self._guesser: Guesser | None = None
         if config.speculate == "ngram":
             self._guesser = NGrams()
@@ -102,7 +103,7 @@ class NativeBackend(Backend):
         return Capabilities(
             context=self.model.context,
             vocab_size=self.model.vocab_size,
-            sampling=SAMPLING - CONSTRAINTS,
+            sampling=SAMPLING if self._grammars else SAMPLING - CONSTRAINTS,
             shares_weights=self.config.weights == "same",
             embeds=True,
         )
@@ -123,12 +124,22 @@ class NativeBackend(Backend):
     def busy(self) -> bool:
         return self._made is not None and bool(self._made.lanes or self._made.waiting)
 
+    def check(self, request: Request) -> None:
+        super().check(request)
+        self._constraint(request)
+
+    def _constraint(self, request: Request) -> Grammar | None:
+        try:
+            return self._grammars.constraint(request.params) if self._grammars else None
+        except BackendError as error:
+            raise BackendError(f"request {request.id}: {error}") from error
+
     def add(self, request: Request) -> None:
         self.check(request)
         scheduler = self.scheduler
         if scheduler.find(request.id) is not None:
             raise BackendError(f"two requests have the id {request.id!r}")
-        row = Row.of(request, self._number)
+        row = Row.of(request, self._number, self._constraint(request))
         if row.most > scheduler.memory.slots:
             raise BackendError(
                 f"request {request.id}: {row.prompt} prompt tokens and max_tokens={request.params.max_tokens} need "
