@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -87,7 +88,7 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
     return 0
 
 
-def _with_incumbent(config: RunConfig, folder: Path, key: str) -> tuple[RunConfig, dict[str, str]]:
+def _with_incumbent(config: RunConfig, folder: Path, key: str) -> tuple[RunConfig, dict[str, Any]]:
     """Settings in which a pointer is what it names, and what the manifest keeps of that.
 
     It may name another model before the last stage is done, or when the command is given again.

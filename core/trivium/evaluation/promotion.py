@@ -3,15 +3,14 @@
 Of a pair, a model's margin is log p(chosen) - log p(rejected). The new model wins a pair where its margin is larger
 than the incumbent's, which is where its implicit reward log(p_new / p_incumbent) is larger for the chosen answer
 (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, section 4; beta changes no sign). A tie is half a win: a model
-equal to the incumbent has a win rate of one half. Of verdicts without pairs, every liked answer is compared with every disliked one
-by the implicit reward (the Mann-Whitney statistic, or area under the ROC curve). Rows that share a prompt are not
-independent, so intervals resample prompts.
+equal to the incumbent has a win rate of one half. Of verdicts without pairs, every liked answer is compared with
+every disliked one by the implicit reward (the Mann-Whitney statistic, or area under the ROC curve). Rows that share a
+prompt are not independent, so intervals resample prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +21,31 @@ from trivium.evaluation.intervals import Estimate, ratio_interval
 from trivium.evaluation.pairs import packed
 from trivium.models.protocol import CausalLM
 from trivium.objectives.logprobs import sequence_logprobs
-from trivium.types import PreferenceBatch, UnpairedBatch
+from trivium.types import PreferenceBatch, TokenBatch
+
+
+Found = Mapping[str, Sequence[float]]
+"""What `answer_logprobs` finds."""
 
 
 @torch.no_grad()
-def answer_logprobs(model: CausalLM, tokenizer: Tokenizer, examples: Sequence[Example], form: str) -> dict[str, Any]:
-    """By example: (2,) the log-probabilities of chosen and rejected of form "pairs"; a judged answer's, of "labels"."""
+def answer_logprobs(model: CausalLM, tokenizer: Tokenizer, examples: Sequence[Example]) -> dict[str, list[float]]:
+    """By example: the log-probabilities of chosen and rejected, or that of the one answer that was judged."""
     model.eval()
-    steps = packed(examples, tokenizer, model.context, form, PreferenceBatch if form == "pairs" else UnpairedBatch)
+    if "chosen" in examples[0]:
+        steps = packed(examples, tokenizer, model.context, "pairs", PreferenceBatch)
+    else:
+        told = [{"id": e["id"], "messages": e["messages"], "tools": e.get("tools", [])} for e in examples]
+        steps = packed(told, tokenizer, model.context, "chat", TokenBatch, "last_turn")
     values = steps.per_document(lambda batch: sequence_logprobs(model, batch), next(model.parameters()).device)
-    pairs = values.reshape(-1, 2)  # a judged answer stands before a mismatched one
-    names = [name.removesuffix("#chosen") for name in steps.table.ids[::2]]
-    return {name: pair if form == "pairs" else pair[0] for name, pair in zip(names, pairs, strict=True)}
+    found: dict[str, list[float]] = {}
+    for name, value in zip(steps.table.ids, values.tolist(), strict=True):
+        found.setdefault(name.partition("#")[0], []).append(value)
+    return found
 
 
 def pair_wins(
-    new: Mapping[str, Any], old: Mapping[str, Any], pairs: Sequence[Example], *, resamples: int, confidence: float
+    new: Found, old: Found, pairs: Sequence[Example], *, resamples: int, confidence: float
 ) -> dict[str, Estimate]:
     """win_rate of the new model over the old; accuracy of either, and gain, the difference of these."""
     known = [e for e in pairs if e["id"] in new and e["id"] in old]
@@ -54,11 +62,11 @@ def pair_wins(
 
 
 def verdict_wins(
-    new: Mapping[str, Any], old: Mapping[str, Any], judged: Sequence[Example], *, resamples: int, confidence: float
+    new: Found, old: Found, judged: Sequence[Example], *, resamples: int, confidence: float
 ) -> dict[str, Estimate]:
     """win_rate: how often a liked answer has the larger implicit reward than a disliked one."""
     known = [e for e in judged if e["id"] in new and e["id"] in old]
-    reward = np.array([new[e["id"]] - old[e["id"]] for e in known], float)
+    reward = np.array([new[e["id"]][0] - old[e["id"]][0] for e in known], float)
     liked, groups = np.array([e["label"] for e in known], bool), _groups(known)
     if not liked.any() or liked.all():
         return {}
@@ -67,7 +75,38 @@ def verdict_wins(
     while len(found) < resamples:
         chosen = np.concatenate([members[g] for g in draw.integers(0, len(members), len(members))])
         if liked[chosen].any() and not liked[chosen].all():
-            count = wins.count if wins else 0
+            found.append(area(reward[chosen], liked[chosen]))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(found, [tail, 1 - tail])
+    return {"win_rate": Estimate(area(reward, liked), float(low), float(high), len(known))}
+
+
+def area(values: np.ndarray, liked: np.ndarray) -> float:
+    """The share of (liked, disliked) pairs in which the liked one's value is larger; a tie is half.
+
+    >>> area(np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False]))  # 3>2 3>1 1<2 1=1
+    0.625
+    """
+    difference = values[liked][:, None] - values[~liked][None]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+def objections(
+    held_out: Mapping[str, Estimate],
+    least: int,
+    before: Mapping[str, Mapping[str, float]],
+    after: Mapping[str, Mapping[str, float]],
+    better: Mapping[str, int],
+) -> list[str]:
+    """Why the new model must not take the incumbent's place; none if it may.
+
+    held_out: of `pair_wins` or `verdict_wins`. least: rows that these must be of. before, after: results of an
+    evaluation, {value, low, high} each. better: by measure, +1 where more is better and -1 where less is.
+    """
+    found = []
+    wins = held_out.get("win_rate")
+    if wins is None or wins.count < least:
+        count = wins.count if wins else 0
         found.append(f"{count} rows of held-out feedback are too few to judge by; {least} are needed")
     elif wins.low <= 0.5:
         found.append(f"on held-out feedback it wins {_told(wins)} of the time, which is not surely more than half")

@@ -168,8 +168,8 @@ class FeedbackStore:
         """Say something of a response.
 
         thumb: "up", "down" or "none", which takes it back. score: a finite number, more is better. edit: what the
-        answer should have been. preference: ids of answers to the same prompt, best first, this one among them; or one id,
-        which this one is better than. regenerate: the id of the answer that was asked for in place of this one, or
+        answer should have been. preference: ids of answers to the same prompt, best first, this one among them; or one
+        id, which this one is better than. regenerate: the id of the answer that was asked for in place of this one, or
         {"by": id, "kept": true or false}. user: None is the response's own. key: the same key again is the same
         feedback; without one, what stands already is not said again. Raises FeedbackError.
         """

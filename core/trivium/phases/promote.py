@@ -78,7 +78,7 @@ def _held_out(this: Run, new: Artifact, old: Artifact) -> dict[str, Estimate]:
     if not verified_rows(folder, facts):
         raise ConfigError(f"promote.feedback={folder}: its files are not those that its manifest tells of")
     counts = facts["feedback"]["rows"]["test"]
-    file, form = ("pairs", "pairs") if counts["pairs"] or not counts["verdicts"] else ("verdicts", "labels")
+    file = "pairs" if counts["pairs"] else "verdicts"
     if not counts[file]:
         return {}
     path = folder / DATA / "test" / f"{file}.jsonl"
@@ -87,12 +87,12 @@ def _held_out(this: Run, new: Artifact, old: Artifact) -> dict[str, Estimate]:
     same_tokenizer("reference", old, new.tokenizer)
     model, _ = new.model(this.config.model)
     incumbent = build_companion("reference", old, new.tokenizer, length=2)
-    said = [answer_logprobs(m, new.tokenizer, rows, form) for m in (model, incumbent)]
+    ours, theirs = (answer_logprobs(m, new.tokenizer, rows) for m in (model, incumbent))
     asked: dict[str, Any] = {
         "resamples": this.config.evaluation.resamples,
         "confidence": this.config.evaluation.confidence,
     }
-    return (pair_wins if form == "pairs" else verdict_wins)(*said, rows, **asked)
+    return (pair_wins if file == "pairs" else verdict_wins)(ours, theirs, rows, **asked)
 
 
 def _evaluations(folders: list[str], old: Artifact, new: Artifact) -> tuple[dict[str, Any], dict[str, Any]]:
