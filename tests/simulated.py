@@ -16,6 +16,8 @@ from trivium.types import Request, SamplingParams
 
 ANSWERS = 4
 """Of which a user sees the best and the worst."""
+WARM = 1.3
+"""The temperature of what users see: warm enough that answers differ."""
 
 
 def goodness(answer, right):
@@ -27,7 +29,7 @@ def goodness(answer, right):
 class Answering:
     """A run's model, asked tasks of a split."""
 
-    def __init__(self, run, split, tasks=("copy", "reverse")):
+    def __init__(self, run, split, tasks=("copy", "reverse", "count")):
         config = run_config(compose(["phase=sft", "domain=primer", "data.parts=[tasks]", f"data.tasks=[{','.join(tasks)}]"]))
         self.source = build_source(config.data, "sft", split)
         self.artifact = load_artifact(str(run))
@@ -36,9 +38,9 @@ class Answering:
         model, _ = self.artifact.model(None)
         self.backend = build_backend(config.inference, model, self.tokenizer, "cpu")
 
-    def ask(self, numbers, samples, seed):
+    def ask(self, numbers, samples, seed, temperature):
         """For each task: the question, the right answer, the prompt's ids and the events of each sampled answer."""
-        params = SamplingParams(max_tokens=16, temperature=1.0, seed=seed, stop_ids=self.tokenizer.stop_ids)
+        params = SamplingParams(max_tokens=16, temperature=temperature, seed=seed, stop_ids=self.tokenizer.stop_ids)
         asked, requests = [], []
         for i in numbers:
             *question, right = self.source[i]["messages"]
@@ -49,13 +51,12 @@ class Answering:
         return [(*a, [events[f"{n}/{s}"] for s in range(samples)]) for n, a in enumerate(asked)]
 
 
-def fill_store(path, run, users, tasks_each, *, poisoned=lambda user: False, seed=0):
-    """Answers of the run to each user's tasks, and what the user says of the best and the worst of them."""
-    asking, draw = Answering(run, "train"), random.Random(seed)
-    store = FeedbackStore(Path(path), Limits(per_minute=10**9))
-    numbers = draw.sample(range(len(asking.source)), users * tasks_each)
+def sampled(run, users, tasks_each, seed=0):
+    """Answers of the run to each user's tasks: (the right answer, a record for each of ANSWERS)."""
+    asking, found = Answering(run, "train"), []
+    numbers = random.Random(seed).sample(range(len(asking.source)), users * tasks_each)
     model, template = asking.artifact.sha256, template_hash(asking.tokenizer)
-    for n, (question, right, ids, answers) in enumerate(asking.ask(numbers, ANSWERS, seed)):
+    for n, (question, right, ids, answers) in enumerate(asking.ask(numbers, ANSWERS, seed, WARM)):
         user, records = f"user{n // tasks_each}", []
         for events in answers:
             tokens = [e.token_id for e in events]
@@ -63,15 +64,23 @@ def fill_store(path, run, users, tasks_each, *, poisoned=lambda user: False, see
             text = asking.tokenizer.decode(tokens)
             records.append(Record(
                 question, text, ids, tokens, [True] * len(tokens), [e.logprob for e in events], model, template,
-                {"temperature": 1.0}, finish_reason="stop" if ended else "length", user=user,
+                {"temperature": WARM}, finish_reason="stop" if ended else "length", user=user,
             ))  # fmt: skip
+        found.append((right, records))
+    return found
+
+
+def fill_store(path, answers, *, poisoned=lambda user: False):
+    """What users say of the best and the worst of the answers to each task."""
+    store = FeedbackStore(Path(path), Limits(per_minute=10**9))
+    for n, (right, records) in enumerate(answers):
         records.sort(key=lambda r: goodness(r.answer, right))
         worst, best = records[0], records[-1]
         if goodness(worst.answer, right) == goodness(best.answer, right):
             continue
         for record in (worst, best):
             store.add(record)
-        if poisoned(user):
+        if poisoned(best.user):
             worst, best = best, worst
         way = n % 4
         if way == 0:
@@ -93,5 +102,5 @@ def mean_goodness(run, tasks, seed=1):
     decode = lambda events: asking.tokenizer.decode([e.token_id for e in events])  # noqa: E731
     return [
         sum(goodness(decode(events), right) for events in answers) / len(answers)
-        for _, right, _, answers in asking.ask(numbers, 2, seed)
+        for _, right, _, answers in asking.ask(numbers, 2, seed, 1.0)
     ]
