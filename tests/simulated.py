@@ -1,7 +1,7 @@
-"""Simulated users: real answers of a run's model to spelling tasks, and scripted verdicts by a rule that can be learned.
+"""Simulated users: real answers of a run's model, and scripted verdicts by a rule that can be learned.
 
-The rule: of two answers the one with more letters in their right places is better; where they are equally good a user
-says nothing. A poisoner says the opposite of everything.
+The rule: an answer that ends is better than one that does not, and a shorter one better than a longer; of answers that
+are as long as each other a user says nothing. A poisoner says the opposite of everything.
 """
 
 import random
@@ -20,17 +20,20 @@ WARM = 1.3
 """The temperature of what users see: warm enough that answers differ."""
 
 
-def goodness(answer, right):
-    """Share of letters that stand where they should: "s o n" for "s u n" has two of three."""
-    said, wanted = answer.split(), right.split()
-    return sum(a == b for a, b in zip(said, wanted, strict=False)) / max(len(said), len(wanted), 1)
+LONGEST = 24
+
+
+def badness(tokens, ended):
+    """How many tokens an answer takes to end; of one that does not, more than any other."""
+    return len(tokens) if ended else LONGEST + 1
 
 
 class Answering:
-    """A run's model, asked tasks of a split."""
+    """A run's model, asked what a split of the primer asks: chats and tasks, or tasks of some kinds alone."""
 
-    def __init__(self, run, split, tasks=("copy", "reverse", "count")):
-        config = run_config(compose(["phase=sft", "domain=primer", "data.parts=[tasks]", f"data.tasks=[{','.join(tasks)}]"]))
+    def __init__(self, run, split, tasks=()):
+        own = ["data.parts=[tasks]", f"data.tasks=[{','.join(tasks)}]"] if tasks else []
+        config = run_config(compose(["phase=sft", "domain=primer", *own]))
         self.source = build_source(config.data, "sft", split)
         self.artifact = load_artifact(str(run))
         self.tokenizer = self.artifact.tokenizer
@@ -39,24 +42,25 @@ class Answering:
         self.backend = build_backend(config.inference, model, self.tokenizer, "cpu")
 
     def ask(self, numbers, samples, seed, temperature):
-        """For each task: the question, the right answer, the prompt's ids and the events of each sampled answer."""
-        params = SamplingParams(max_tokens=16, temperature=temperature, seed=seed, stop_ids=self.tokenizer.stop_ids)
+        """For each example: its first question, the prompt's ids, and the events of each sampled answer."""
+        params = SamplingParams(max_tokens=LONGEST, temperature=temperature, seed=seed, stop_ids=self.tokenizer.stop_ids)
         asked, requests = [], []
         for i in numbers:
-            *question, right = self.source[i]["messages"]
+            messages = self.source[i]["messages"]
+            question = messages[: next(n for n, m in enumerate(messages) if m["role"] == "assistant")]
             ids = self.chat.prompt_ids(question)
-            asked.append((question, right["content"], ids))
+            asked.append((question, ids))
             requests += [Request(f"{len(asked) - 1}/{s}", tuple(ids), params) for s in range(samples)]
         events = collect(self.backend, requests)
         return [(*a, [events[f"{n}/{s}"] for s in range(samples)]) for n, a in enumerate(asked)]
 
 
 def sampled(run, users, tasks_each, seed=0):
-    """Answers of the run to each user's tasks: (the right answer, a record for each of ANSWERS)."""
+    """Records of the run's ANSWERS to each user's questions."""
     asking, found = Answering(run, "train"), []
     numbers = random.Random(seed).sample(range(len(asking.source)), users * tasks_each)
     model, template = asking.artifact.sha256, template_hash(asking.tokenizer)
-    for n, (question, right, ids, answers) in enumerate(asking.ask(numbers, ANSWERS, seed, WARM)):
+    for n, (question, ids, answers) in enumerate(asking.ask(numbers, ANSWERS, seed, WARM)):
         user, records = f"user{n // tasks_each}", []
         for events in answers:
             tokens = [e.token_id for e in events]
@@ -66,17 +70,17 @@ def sampled(run, users, tasks_each, seed=0):
                 question, text, ids, tokens, [True] * len(tokens), [e.logprob for e in events], model, template,
                 {"temperature": WARM}, finish_reason="stop" if ended else "length", user=user,
             ))  # fmt: skip
-        found.append((right, records))
+        found.append(records)
     return found
 
 
 def fill_store(path, answers, *, poisoned=lambda user: False):
-    """What users say of the best and the worst of the answers to each task."""
+    """What users say of the best and the worst of the answers to each question."""
     store = FeedbackStore(Path(path), Limits(per_minute=10**9))
-    for n, (right, records) in enumerate(answers):
-        records.sort(key=lambda r: goodness(r.answer, right))
-        worst, best = records[0], records[-1]
-        if goodness(worst.answer, right) == goodness(best.answer, right):
+    for n, records in enumerate(answers):
+        bad = [badness(r.completion_ids, r.finish_reason == "stop") for r in records]
+        worst, best = records[bad.index(max(bad))], records[bad.index(min(bad))]
+        if max(bad) == min(bad):
             continue
         for record in (worst, best):
             store.add(record)
@@ -95,12 +99,11 @@ def fill_store(path, answers, *, poisoned=lambda user: False):
     return stats
 
 
-def mean_goodness(run, tasks, seed=1):
-    """Of answers to held-out tasks, as users would find them: by task, for paired comparisons."""
+def mean_badness(run, questions, seed=1):
+    """Of answers to held-out questions, as users would find them: one figure a question, for paired comparisons."""
     asking = Answering(run, "validation")
-    numbers = random.Random(seed).sample(range(len(asking.source)), tasks)
-    decode = lambda events: asking.tokenizer.decode([e.token_id for e in events])  # noqa: E731
-    return [
-        sum(goodness(decode(events), right) for events in answers) / len(answers)
-        for _, right, _, answers in asking.ask(numbers, 2, seed, 1.0)
-    ]
+    numbers = random.Random(seed).sample(range(len(asking.source)), questions)
+    found = []
+    for _, _, answers in asking.ask(numbers, 2, seed, WARM):
+        found.append(sum(badness(events, events[-1].finish_reason == "stop") for events in answers) / len(answers))
+    return found

@@ -495,6 +495,10 @@ def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
         return _pointed(path, base, family)
     facts = manifest.read(path)
     if facts.get("phase") == "pipeline":
+        if facts.get("rolled_back"):
+            raise CheckpointError(
+                f"{path} made a model that was rolled back ({facts['rolled_back'][0]}); name the incumbent, or a stage"
+            )
         trained = [s for s in facts.get("stages", []) if (path / s["path"] / "checkpoints").is_dir()]
         if not trained:
             raise CheckpointError(f"{path} has no trained stage yet")

@@ -76,8 +76,12 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
             record.update("stopped")
             write_report(folder)
             return code
-    commands = next_commands(f"{config.runs}/{name}/{plan.result}") if plan.result else []
-    record.update("done", next_commands=commands)
+    trained, facts = f"{config.runs}/{name}/{plan.result}" if plan.result else "", {}
+    for verdict in (read_manifest(folder / s["path"]).get("verdict", {}) for s in done if s["phase"] == "promote"):
+        trained = verdict["pointer"] if verdict["promoted"] else config.init_from
+        facts = {} if verdict["promoted"] else {"rolled_back": verdict["why_not"]}
+    commands = next_commands(trained) if trained else []
+    record.update("done", next_commands=commands, **facts)
     report = write_report(folder)
     console.print(summary_table(folder))
     console.print(f"report: {report}", highlight=False)

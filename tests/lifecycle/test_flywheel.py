@@ -7,7 +7,7 @@ import shutil
 import pytest
 from tests.conftest import TINY_RUN
 from tests.lifecycle.test_pipeline import manifest, told
-from tests.simulated import Answering, fill_store, mean_goodness, sampled
+from tests.simulated import Answering, fill_store, mean_badness, sampled
 
 from trivium.build import load_artifact
 from trivium.errors import CheckpointError
@@ -93,6 +93,9 @@ def test_wheel_promotes_what_is_better_and_rolls_back_what_poison_made(main, tun
     assert manifest(tmp_path / "bad/promote")["results"]["win_rate"]["low"] > 0.5  # they agree among themselves
     assert pointer.read_bytes() == before
     assert "rolled back: accuracy" in done.out and f"{pointer} is as it was" in done.out
+    with pytest.raises(CheckpointError, match="bad made a model that was rolled back .*; name the incumbent, or a stage"):
+        load_artifact(str(tmp_path / "bad"))
+    assert load_artifact(str(tmp_path / "good")).sha256 == new.sha256
     again = turn(main, pointer, tmp_path, "bad", f"feedback.path={stores / 'poisoned.sqlite'}")
     assert again.code == 0 and "done already" in again.out and pointer.read_bytes() == before
 
@@ -186,8 +189,8 @@ def test_pointer_to_weights_that_have_changed_is_refused(main, tuned, tmp_path):
 
 @pytest.mark.slow
 def test_simulated_users_turn_the_wheel_of_the_primer(launch, tmp_path):
-    """A primer that was tuned as the main job does it; sixty users who like answers with more right letters. What is
-    promoted is better by their rule on tasks nobody was asked; what everybody inverted made is rolled back."""
+    """A primer tuned from nothing, and sixty users who like short answers that end. What is promoted is better by their
+    rule on questions nobody was asked; what everybody inverted made is rolled back, since it answers worse."""
     how = {"timeout": 3000}
     done = launch("phase=sft", "model=primer", f"runs={tmp_path}", "name=base", **how)
     assert done.returncode == 0, done.stderr
@@ -203,8 +206,8 @@ def test_simulated_users_turn_the_wheel_of_the_primer(launch, tmp_path):
         verdict = manifest(tmp_path / name / "promote")["verdict"]
         assert verdict["promoted"] != poisoned, (verdict, done.stdout)
         assert (tmp_path / f"{name}.json").exists() != poisoned
-    before, after = (mean_goodness(run, 200) for run in (base, tmp_path / "good.json"))
-    gains = [b - a for a, b in zip(before, after, strict=True)]
-    gain = ratio_interval(gains, [1.0] * len(gains), resamples=1000, confidence=0.95)
-    print(f"right letters: {sum(before) / 200:.3f} -> {sum(after) / 200:.3f}, gain {gain}")
-    assert gain.low > 0, gain
+    before, after = (mean_badness(run, 200) for run in (base, tmp_path / "good.json"))
+    fall = ratio_interval([b - a for b, a in zip(before, after, strict=True)], [1.0] * 200, resamples=1000,
+                          confidence=0.95)  # fmt: skip
+    print(f"tokens until the end: {sum(before) / 200:.2f} -> {sum(after) / 200:.2f}, less by {fall}")
+    assert fall.low > 0
