@@ -43,7 +43,9 @@ class Answering:
 
     def ask(self, numbers, samples, seed, temperature):
         """For each example: its first question, the prompt's ids, and the events of each sampled answer."""
-        params = SamplingParams(max_tokens=LONGEST, temperature=temperature, seed=seed, stop_ids=self.tokenizer.stop_ids)
+        params = SamplingParams(
+            max_tokens=LONGEST, temperature=temperature, seed=seed, stop_ids=self.tokenizer.stop_ids
+        )
         asked, requests = [], []
         for i in numbers:
             messages = self.source[i]["messages"]

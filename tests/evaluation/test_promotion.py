@@ -97,7 +97,8 @@ def figure(value, low, high):
         # accuracy: more is better; 0.30 to 0.39 lies wholly below 0.40 to 0.50
         ((0.6, 0.55, 0.7, 30), None, {"accuracy": figure(0.45, 0.40, 0.50)}, {"accuracy": figure(0.35, 0.30, 0.39)},
          ["accuracy went from 0.450 to 0.350, clearly for the worse"]),
-        ((0.6, 0.55, 0.7, 30), None, {"accuracy": figure(0.45, 0.40, 0.50)}, {"accuracy": figure(0.35, 0.30, 0.41)}, []),
+        ((0.6, 0.55, 0.7, 30), None, {"accuracy": figure(0.45, 0.40, 0.50)}, {"accuracy": figure(0.35, 0.30, 0.41)},
+         []),
         # bits per byte: less is better; a task's figure has the direction of its measure
         ((0.6, 0.55, 0.7, 30), None, {"bits_per_byte": figure(2.0, 1.9, 2.1)}, {"bits_per_byte": figure(2.5, 2.2, 2.6)},
          ["bits_per_byte went from 2.000 to 2.500, clearly for the worse"]),

@@ -147,7 +147,7 @@ def test_what_must_not_be_imitated_or_says_nothing_is_left_out(tmp_path):
 
 
 def test_user_is_in_one_split_and_a_held_out_prompt_in_no_other(tmp_path):
-    """dave (test) and bob (validation) ask what ann (train) asks too: ann's rows go, then bob's where dave has asked."""
+    """dave (test) and bob (validation) ask what ann (train) asks too: her rows go, and bob's where dave has asked."""
     records = [response(f"r{i}", user, prompt, f"a{i}") for i, (user, prompt) in enumerate(
         [("ann", "Q"), ("ann", "V"), ("ann", "own"), ("bob", "V"), ("bob", "Q"), ("dave", "Q")])]  # fmt: skip
     found = made(tmp_path, records, [(r.id, "thumb", "up") for r in records])
@@ -214,8 +214,8 @@ def exact(talker, id, messages, answer, **more):
 
 
 def test_recorded_ids_are_those_of_the_template_and_differences_are_counted(talker, tmp_path):
-    """Of seven liked or disliked answers: one turn and two turns equal; one cut before its end equals as far as it goes;
-    one drawn in other pieces (letter by letter) differs, as does one with another token; one is of another template."""
+    """Of seven judged answers: one turn and two turns are equal, and with a system message; one cut before its end is
+    equal as far as it goes; one drawn letter by letter differs, as does one of other text; one has another template."""
     ask = [{"role": "user", "content": "Count: r i v e r"}]
     more = [*ask, {"role": "assistant", "content": "five letters"}, {"role": "user", "content": "And s e a?"}]
     tokenizer = talker.tokenizer

@@ -104,7 +104,9 @@ def test_same_feedback_is_kept_once_and_a_change_stands_in_its_place(store):
     again = store.give("r2", "thumb", "up", key="k")
     assert (again.number, again.new) == (first.number, False)
     assert [e.value for e in store.standing() if e.id == "r2"] == ["down"]
-    refused(lambda: store.give("r2", "thumb", "none", key="k"), 409, "key='k' was used for other feedback on response r2")
+    refused(
+        lambda: store.give("r2", "thumb", "none", key="k"), 409, "key='k' was used for other feedback on response r2"
+    )
 
 
 def test_other_rankings_stand_beside_each_other_and_the_same_answers_anew_in_place(store):

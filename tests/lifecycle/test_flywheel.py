@@ -93,7 +93,9 @@ def test_wheel_promotes_what_is_better_and_rolls_back_what_poison_made(main, tun
     assert manifest(tmp_path / "bad/promote")["results"]["win_rate"]["low"] > 0.5  # they agree among themselves
     assert pointer.read_bytes() == before
     assert "rolled back: accuracy" in done.out and f"{pointer} is as it was" in done.out
-    with pytest.raises(CheckpointError, match="bad made a model that was rolled back .*; name the incumbent, or a stage"):
+    with pytest.raises(
+        CheckpointError, match="bad made a model that was rolled back .*; name the incumbent, or a stage"
+    ):
         load_artifact(str(tmp_path / "bad"))
     assert load_artifact(str(tmp_path / "good")).sha256 == new.sha256
     again = turn(main, pointer, tmp_path, "bad", f"feedback.path={stores / 'poisoned.sqlite'}")

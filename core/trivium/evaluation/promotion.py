@@ -23,7 +23,6 @@ from trivium.models.protocol import CausalLM
 from trivium.objectives.logprobs import sequence_logprobs
 from trivium.types import PreferenceBatch, TokenBatch
 
-
 Found = Mapping[str, Sequence[float]]
 """What `answer_logprobs` finds."""
 
