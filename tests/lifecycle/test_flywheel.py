@@ -202,7 +202,7 @@ def test_simulated_users_turn_the_wheel_of_the_primer(launch, tmp_path):
         fill_store(tmp_path / f"{name}.sqlite", answers, poisoned=lambda user, p=poisoned: p)
         done = launch(
             "pipeline=flywheel", f"init_from={base}", f"feedback.path={tmp_path / name}.sqlite", f"runs={tmp_path}",
-            f"name={name}", f"promote.pointer={tmp_path / name}.json", **how,
+            f"name={name}", f"promote.pointer={tmp_path / name}.json", "data.parts=[tasks]", **how,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         verdict = manifest(tmp_path / name / "promote")["verdict"]

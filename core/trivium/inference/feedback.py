@@ -29,6 +29,8 @@ from trivium.errors import DataError, FeedbackError
 from trivium.registry import near_misses
 
 KINDS = ("thumb", "score", "edit", "preference", "regenerate")
+FIELDS = ("id", "kind", "value", "comment", "user", "key")
+"""Of a message that gives feedback; the first three must be there."""
 THUMBS = ("up", "down", "none")
 VERSION = 1
 MINUTE = 60.0
@@ -215,6 +217,16 @@ class FeedbackStore:
             ).lastrowid
             assert number is not None
             return Given(number, True)
+
+    def feedback(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """`give` with the fields of a client's message, of which null is unset -> what it is told."""
+        given = {key: value for key, value in body.items() if value is not None}
+        if unknown := [key for key in given if key not in FIELDS]:
+            raise FeedbackError(f"{unknown[0][:40]!r} is no field of feedback.{near_misses(unknown[0], FIELDS)}")
+        if missing := [key for key in FIELDS[:3] if key not in given]:
+            raise FeedbackError(f"feedback needs {missing[0]}")
+        found = self.give(**given)
+        return {"object": "feedback", "id": given["id"], "number": found.number, "new": found.new}
 
     def remove(self, user: str) -> dict[str, int]:
         """Remove all that a user got and said, out of the file too; how much that was stays, and nothing else."""

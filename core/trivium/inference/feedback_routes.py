@@ -11,10 +11,8 @@ from fastapi.responses import JSONResponse
 
 from trivium.errors import FeedbackError
 from trivium.inference.feedback import FeedbackStore
-from trivium.registry import near_misses
 
 OFF = "feedback is off on this server; it is kept where server.feedback=true"
-FIELDS = ("id", "kind", "value", "comment", "user", "key")
 MOST = 200_000
 """Bytes of a body: an edit of 20,000 characters, escaped, and what stands beside it."""
 
@@ -26,9 +24,7 @@ def feedback_routes(store: FeedbackStore | None) -> APIRouter:
     @router.post("/v1/feedback")
     async def give(request: Request) -> JSONResponse:
         async def said(there: FeedbackStore) -> dict[str, Any]:
-            given = await _fields(request)
-            found = await run_in_threadpool(lambda: there.give(**given))
-            return {"object": "feedback", "id": given["id"], "number": found.number, "new": found.new}
+            return await run_in_threadpool(there.feedback, await _body(request))
 
         return await _answered(store, said)
 
@@ -62,8 +58,8 @@ async def _answered(store: FeedbackStore | None, said: Any) -> JSONResponse:
         return JSONResponse({"error": body}, error.status, {"Retry-After": "60"} if error.status == 429 else None)
 
 
-async def _fields(request: Request) -> dict[str, Any]:
-    """The body as arguments of `FeedbackStore.give`; null is unset. Raises FeedbackError."""
+async def _body(request: Request) -> dict[str, Any]:
+    """The body, an object. Raises FeedbackError."""
     body = b""
     async for piece in request.stream():
         body += piece
@@ -75,9 +71,4 @@ async def _fields(request: Request) -> dict[str, Any]:
         raise FeedbackError(f"the body is not JSON: {str(error)[:80]}", 400) from error
     if not isinstance(given, dict):
         raise FeedbackError("the body must be an object with id, kind and value", 400)
-    given = {key: value for key, value in given.items() if value is not None}
-    if unknown := [key for key in given if key not in FIELDS]:
-        raise FeedbackError(f"{unknown[0][:40]!r} is no field of feedback.{near_misses(unknown[0], FIELDS)}")
-    if missing := [key for key in FIELDS[:3] if key not in given]:
-        raise FeedbackError(f"feedback needs {missing[0]}")
     return given
