@@ -36,6 +36,7 @@ from trivium.disk import cache_folder, lock_folder, make_folder, replace_file, s
 from trivium.errors import CheckpointError, ConfigError, DataError, TriviumError
 from trivium.inference.protocol import Backend
 from trivium.lineage import manifest
+from trivium.lineage.pointer import is_pointer, read_pointer
 from trivium.models import adapters, peft
 from trivium.models.config import ROPE_KINDS, RopeScaling
 from trivium.models.gguf import read_gguf
@@ -529,7 +530,7 @@ def build_companion(role: str, companion: Artifact, tokenizer: Tokenizer, length
 @_uncollected()
 def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
     """Find and check what `init_from` names: a run, a pipeline's run, a checkpoint, a tokenizer's run, a Hugging Face
-    folder, a GGUF file, an adapter, or a model that is fetched by name.
+    folder, a GGUF file, an adapter, a pointer to one of these, or a model that is fetched by name.
 
     Of a run that kept its best checkpoint (checkpoint.keep_best) the best is taken, else the newest. base: where the
     model is that an adapter stands on, if it is not where the adapter says. family: "hf" reads a Hugging Face folder
@@ -542,8 +543,14 @@ def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
         raise CheckpointError(f"init_from={init_from} does not exist{_runs_nearby(path)}")
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(path)
+    if is_pointer(path):
+        return _pointed(path, base, family)
     facts = manifest.read(path)
     if facts.get("phase") == "pipeline":
+        if facts.get("rolled_back"):
+            raise CheckpointError(
+                f"{path} made a model that was rolled back ({facts['rolled_back'][0]}); name the incumbent, or a stage"
+            )
         trained = [s for s in facts.get("stages", []) if (path / s["path"] / "checkpoints").is_dir()]
         if not trained:
             raise CheckpointError(f"{path} has no trained stage yet")
@@ -580,6 +587,18 @@ def load_artifact(init_from: str, base: str = "", family: str = "") -> Artifact:
     raise CheckpointError(
         f"init_from={init_from} is neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}"
     )
+
+
+def _pointed(path: Path, base: str, family: str) -> Artifact:
+    """The model that a pointer names, which must be the very one that was promoted."""
+    named = read_pointer(path)
+    found = load_artifact(str(named.path), base, family)
+    if found.sha256 != named.sha256:
+        raise CheckpointError(
+            f"{path} names {named.path} as it was then ({named.sha256[:10]}), and other weights are there now "
+            f"({found.sha256[:10]})"
+        )
+    return found
 
 
 def _base(said: Mapping[str, str], named: str, adapter: Path) -> Artifact:

@@ -40,3 +40,14 @@ class TrainingError(TriviumError):
 
 class BackendError(TriviumError):
     """A request that an inference backend cannot honour."""
+
+
+class FeedbackError(TriviumError):
+    """A response or a verdict on one that the feedback store does not take; nothing of it was kept.
+
+    status: the HTTP status that says the same.
+    """
+
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status

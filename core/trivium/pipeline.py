@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,12 +19,21 @@ from trivium.data.source import WrongForm
 from trivium.disk import make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
+from trivium.lineage.manifest import read as read_manifest
+from trivium.lineage.pointer import is_pointer, read_pointer
 from trivium.lineage.report import summary_table, write_report
 from trivium.phases.start import run, with_checkpoint_model
+from trivium.phases.verified import DATA
 from trivium.registry import near_misses
 from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig, StageConfig
 from trivium.training.parallel import placed
 
+FEEDS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "sft": (("edits", ()),),
+    "preference": (("pairs", ()), ("verdicts", ("objective=kto",))),
+    "reward": (("scores", ()), ("pairs", ())),
+}
+"""What a phase learns from feedback, the better first, and with which settings."""
 HELD_OUT = ("validation.", "stop.patience", "stop.min_delta", "checkpoint.keep_best=")
 """Settings of the held-out loss."""
 
@@ -34,12 +44,22 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
         raise ConfigError("a pipeline starts the processes of its stages: run it once, without torchrun or srun")
     pipeline = config.pipeline
     name = config.name or f"{pipeline.name}-{config.domain}"
-    plan = plan_stages(overrides, config, name)  # all of them before the first starts: bad settings cost no time
+    key = digest_of([list(overrides), dataclasses.asdict(pipeline)])
+    config, started = _with_incumbent(config, Path(config.runs) / name, key)
+    ready: list[str] = []
+
+    def make(stage: Stage) -> None:
+        ready.append(stage.entry["name"])
+        if run(stage.config, console, skip_done=True):
+            raise ConfigError(f"stage {stage.entry['name']} was stopped")
+
+    # all of them before the first trains: bad settings cost no time
+    plan = plan_stages(overrides, config, name, make)
     folder = make_folder(Path(config.runs) / name)
     replace_file(folder / "config.yaml", as_yaml(masked(as_dict(config))))
     record = Manifest(
-        folder, digest_of([list(overrides), dataclasses.asdict(pipeline)]), name=name, phase="pipeline",
-        domain=config.domain, seed=config.seed, result=plan.result, left_out=plan.left_out,
+        folder, key, name=name, phase="pipeline",
+        domain=config.domain, seed=config.seed, result=plan.result, left_out=plan.left_out, **started,
     )  # fmt: skip
     for stage in plan.left_out:
         console.print(f"left out: {stage['name']}: {stage['why']}", highlight=False, markup=False)
@@ -48,7 +68,7 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
         done.append(stage.entry)
         record.update("running", stages=done)
         try:
-            code = run(stage.config, console, skip_done=True)
+            code = 0 if stage.entry["name"] in ready else run(stage.config, console, skip_done=True)
         except BaseException:
             record.update("failed")
             raise
@@ -56,8 +76,12 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
             record.update("stopped")
             write_report(folder)
             return code
-    commands = next_commands(f"{config.runs}/{name}/{plan.result}") if plan.result else []
-    record.update("done", next_commands=commands)
+    trained, facts = f"{config.runs}/{name}/{plan.result}" if plan.result else "", {}
+    for verdict in (read_manifest(folder / s["path"]).get("verdict", {}) for s in done if s["phase"] == "promote"):
+        trained = verdict["pointer"] if verdict["promoted"] else config.init_from
+        facts = {} if verdict["promoted"] else {"rolled_back": verdict["why_not"]}
+    commands = next_commands(trained) if trained else []
+    record.update("done", next_commands=commands, **facts)
     report = write_report(folder)
     console.print(summary_table(folder))
     console.print(f"report: {report}", highlight=False)
@@ -66,6 +90,21 @@ def run_pipeline(overrides: Sequence[str], config: RunConfig, console: Console) 
     for command in commands:
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _with_incumbent(config: RunConfig, folder: Path, key: str) -> tuple[RunConfig, dict[str, Any]]:
+    """Settings in which a pointer is what it names, and what the manifest keeps of that.
+
+    It may name another model before the last stage is done, or when the command is given again.
+    """
+    pointer = Path(config.init_from)
+    if not is_pointer(pointer):
+        return config, {}
+    before = read_manifest(folder)
+    started = before.get("incumbent") if before.get("key") == key else None
+    started = str(started or read_pointer(pointer).path)
+    promote = dataclasses.replace(config.promote, pointer=config.promote.pointer or config.init_from)
+    return dataclasses.replace(config, init_from=started, promote=promote), {"incumbent": started}
 
 
 @dataclass(frozen=True)
@@ -88,8 +127,11 @@ class Plan:
 class _Planner:
     """Walks through a pipeline's stages and keeps what each one made."""
 
-    def __init__(self, overrides: Sequence[str], config: RunConfig, name: str) -> None:
-        self.overrides, self.config, self.name = overrides, config, name
+    def __init__(
+        self, overrides: Sequence[str], config: RunConfig, name: str, make: Callable[[Stage], None] | None = None
+    ) -> None:
+        self.overrides, self.config, self.name, self.make = overrides, config, name, make
+        self.measured: dict[str, str] = {}  # evaluation -> what it is of
         self.made: dict[str, str] = {}  # stage -> the folder a later stage starts from
         self.trained: set[str] = set()  # folders that will hold a model
         self.newest = config.init_from
@@ -124,8 +166,22 @@ class _Planner:
         if stage in self.config.pipeline.skip:
             self.plan.left_out.append({"name": stage, "phase": settings.phase, "why": "pipeline.skip names it"})
             return
+        same = settings.phase == "evaluate" and self.measured.get(settings.versus) == origin
+        if same or (settings.phase == "promote" and origin == self.config.init_from):
+            why = "no stage before it trained a model"
+            self.plan.left_out.append({"name": stage, "phase": settings.phase, "why": why})
+            return
+        if settings.phase == "evaluate":
+            self.measured[stage] = origin
         asked = [f"teacher.init_from={teacher}"] if teacher and settings.phase == "evaluate" else []
-        composed = self.compose(stage, settings.phase, [*settings.overrides, *asked], origin)
+        if settings.phase == "promote":
+            asked = self.compared(stage, settings, origin)
+        fed = None
+        if settings.data and settings.phase in TRAINING_PHASES:
+            fed = self.fed(stage, settings)
+            if not fed:
+                return
+        composed = self.compose(stage, settings.phase, [*settings.overrides, *asked], origin, fed)
         if composed is None:
             return
         entry = {"name": stage, "phase": settings.phase, "path": stage}
@@ -135,6 +191,10 @@ class _Planner:
             if origin and settings.phase != "tokenizer":
                 entry["of"] = Path(origin).name
             self.plan.stages.append(Stage(composed, entry))
+            if settings.phase == "feedback":
+                self.made[stage] = self.folder(stage)
+                if self.make:  # what it makes decides what follows
+                    self.make(self.plan.stages[-1])
             if settings.phase == "tokenizer":
                 self.made[stage] = self.newest = self.folder(stage)
             return
@@ -142,7 +202,7 @@ class _Planner:
         objective = build_objective(composed.objective, settings.phase)
         if teacher and "teacher" in objective.companions:
             given = [*settings.overrides, f"teacher.init_from={teacher}"]
-            composed = self.compose(stage, settings.phase, given, origin) or composed
+            composed = self.compose(stage, settings.phase, given, origin, fed) or composed
         asked_of = composed.teacher.init_from
         if "teacher" in objective.companions and (
             not asked_of or (asked_of == teacher and teacher not in self.trained)
@@ -164,9 +224,41 @@ class _Planner:
             if following is not None:
                 self.plan.stages.append(Stage(following, {"name": name, "phase": phase, "path": name, "of": stage}))
 
-    def compose(self, stage: str, phase: str, stage_overrides: Sequence[str], origin: str) -> RunConfig | None:
-        """A stage's settings; None, and a note in the plan, when the domain has nothing for it."""
+    def fed(self, stage: str, settings: StageConfig) -> list[str] | None:
+        """The overrides by which a stage trains on feedback; None, and a note in the plan, where that is too little."""
+        folder = Path(self.earlier(stage, settings.data, "data"))
+        rows = read_manifest(folder).get("feedback", {}).get("rows", {})
+        had, least = rows.get("train", {}), self.config.feedback.min_rows
+        wanted = FEEDS.get(settings.phase, ())
+        for file, more in wanted:
+            if had.get(file, 0) >= least:
+                held_out = folder / DATA / "validation" / f"{file}.jsonl"
+                place = [f"data.path={folder / DATA / 'train' / file}.jsonl", "data.validation_share=0"]
+                place += [f"data.validation_path={held_out}"] if rows["validation"][file] else []
+                return ["domain=files", *place, *more]
+        counts = " and ".join(f"{had.get(file, 0)} {file}" for file, _ in wanted) or "nothing"
+        why = f"feedback has {counts} to learn from, and feedback.min_rows={least}"
+        self.plan.left_out.append({"name": stage, "phase": settings.phase, "why": why})
+        return None
+
+    def compared(self, stage: str, settings: StageConfig, origin: str) -> list[str]:
+        """The overrides of phase=promote: the incumbent, held-out feedback, and an evaluation of either model."""
+        found = [f"reference.init_from={self.config.init_from}", f"promote.pointer={self.config.promote.pointer}"]
+        if settings.data:
+            found.append(f"promote.feedback={self.earlier(stage, settings.data, 'data')}")
+        ours = [name for name, of in self.measured.items() if of == origin]
+        if settings.versus and ours:
+            found.append(f"promote.evaluations=[{self.folder(settings.versus)},{self.folder(ours[-1])}]")
+        return found
+
+    def compose(
+        self, stage: str, phase: str, stage_overrides: Sequence[str], origin: str, fed: Sequence[str] | None = None
+    ) -> RunConfig | None:
+        """A stage's settings; None, and a note in the plan, when the domain has nothing for it. fed: of its data."""
         overrides, domain = stage_overrides_of(self.overrides, phase, stage_overrides)
+        if fed:
+            overrides = [o for o in overrides if not o.startswith(("domain=", "data.", "data="))] + list(fed)
+            domain = "files"
         if phase in DATA_PHASES and not any(o.startswith("data=") for o in overrides):
             has = [o.split("/")[1] for o in options("data") if o.startswith(f"{domain}/")]
             if has and phase not in has:
@@ -188,9 +280,16 @@ class _Planner:
         return composed
 
 
-def plan_stages(overrides: Sequence[str], config: RunConfig, name: str) -> Plan:
-    """The stages with their settings composed and checked. One that would generate from no prompts is left out."""
+def plan_stages(
+    overrides: Sequence[str], config: RunConfig, name: str, make: Callable[[Stage], None] | None = None
+) -> Plan:
+    """The stages with their settings composed and checked. One that would generate from no prompts is left out.
+
+    make: runs a stage of phase=feedback at once; without it, what is there decides what follows.
+    """
     pipeline = config.pipeline
+    if not config.init_from and any(s.phase == "promote" for s in pipeline.stages):
+        raise ConfigError(f"pipeline={pipeline.name} improves a model that is there: name the incumbent in init_from=")
     names = [s.name or s.phase for s in pipeline.stages]
     if config.init_from and pipeline.stages[0].phase == "tokenizer":
         raise ConfigError(
@@ -203,7 +302,7 @@ def plan_stages(overrides: Sequence[str], config: RunConfig, name: str) -> Plan:
             raise ConfigError(
                 f"pipeline.{key}={unknown[0]} is no stage.{near_misses(unknown[0], names)} Stages: {', '.join(names)}"
             )
-    planner = _Planner(overrides, config, name)
+    planner = _Planner(overrides, config, name, make)
     for settings in pipeline.stages:
         planner.add(settings)
     if pipeline.result:

@@ -13,7 +13,7 @@ from typing import Any
 from trivium.errors import ConfigError
 
 TRAINING_PHASES = ("pretrain", "sft", "preference", "reward", "rlhf", "distill")
-PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat", "serve", "export")
+PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat", "serve", "export", "feedback", "promote")
 DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
 """Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
@@ -21,6 +21,8 @@ LAUNCHERS = ("here", "slurm", "local")
 STRATEGIES = ("auto", "ddp", "fsdp")
 POLICIES = ("stop", "skip", "rollback", "off")
 FORMATS = ("hf", "gguf")
+CHANGING = ("unicode", "whitespace", "pii")
+"""Cleaning steps that change texts and remove nothing."""
 QUANTIZE = ("f32", "f16", "q8_0")
 WANDB_MODES = ("offline", "online", "disabled")
 
@@ -342,15 +344,60 @@ class ServerConfig:
             return self.host == "localhost"
 
 
+@dataclass(frozen=True)
+class FeedbackConfig:
+    """How phase=feedback makes training data of what people said of answers."""
+
+    path: str = ""  # the store of a server or a chat: a file, or the run whose folder has feedback.sqlite
+    model: str = ""  # only answers of the model whose SHA-256 begins so; empty takes those of all
+    clean: list[str] = field(default_factory=list)  # unicode, whitespace, pii: as data.clean does it, in this order
+    per_user: int = 200  # rows of one user in each file, the newest; 0 is no limit
+    validation_share: float = 0.1  # of users
+    test_share: float = 0.2  # of users; on these a new model is compared with the old
+    min_rows: int = 20  # a pipeline leaves out a stage that would train on fewer
+
+    def __post_init__(self) -> None:
+        _not_negative("feedback", self, "per_user", "validation_share", "test_share")
+        _positive("feedback", self, "min_rows")
+        if self.validation_share + self.test_share >= 1:
+            raise ConfigError(
+                f"feedback.validation_share={self.validation_share} and feedback.test_share={self.test_share} leave "
+                "nobody to learn from; together they must be less than 1"
+            )
+        for step in self.clean:
+            if step not in CHANGING:
+                raise ConfigError(
+                    f"feedback.clean={list(self.clean)} has {step!r}, which is not one of {', '.join(CHANGING)}"
+                )
+
+
+@dataclass(frozen=True)
+class PromoteConfig:
+    """When a new model takes the place of the incumbent (phase=promote)."""
+
+    pointer: str = ""  # the file that names the incumbent; empty is RUNS/incumbent.json
+    feedback: str = ""  # a run of phase=feedback: its held-out rows, which neither model was trained on
+    evaluations: list[str] = field(default_factory=list)  # runs of phase=evaluate: the incumbent's, the new model's
+    min_rows: int = 20  # held-out rows; with fewer nobody is promoted
+
+    def __post_init__(self) -> None:
+        _positive("promote", self, "min_rows")
+        if len(self.evaluations) not in (0, 2):
+            raise ConfigError(
+                f"promote.evaluations={list(self.evaluations)} must be two runs: the incumbent's and the new model's"
+            )
+
+
 @dataclass  # not frozen: OmegaConf makes the stages of a YAML file one by one and must be able to fill them
 class StageConfig:
-    """One stage of a pipeline: a phase with its overrides. init_from, teacher and versus name earlier stages."""
+    """One stage of a pipeline: a phase with its overrides. init_from, teacher, versus and data name earlier stages."""
 
     phase: str = ""
     name: str = ""  # empty is the phase
     init_from: str = ""  # empty is the newest stage that made a language model (or tokenizer); for distill, none
     teacher: str = ""  # whom phase=distill learns from, and whom the stage's evaluation measures the KL to
     versus: str = ""  # the stage that the report compares with; empty is the one it continues
+    data: str = ""  # an earlier stage of phase=feedback: train, or judge, on what it made
     overrides: list[str] = field(default_factory=list)  # as on the command line, which beats them
 
 
@@ -414,6 +461,8 @@ class RunConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
     reference: CompanionConfig = field(default_factory=CompanionConfig)
     teacher: CompanionConfig = field(default_factory=CompanionConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    promote: PromoteConfig = field(default_factory=PromoteConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from trivium.data.config import FilesConfig
 from trivium.data.files import Files
 from trivium.data.schemas import COLUMNS
 from trivium.data.source import form_of
+from trivium.inference.feedback import FeedbackStore, Limits, Record
 from trivium.schema import TRAINING_PHASES
 from trivium.selftest.harness import Forker
 
@@ -112,6 +114,12 @@ def reader(tmp_path):
         (place / name).write_text("".join(json.dumps(r) + "\n" for r in what))
     for block in re.findall(r"```yaml\n(name: mine\n.*?)```", (ROOT / "docs/improve.md").read_text(), flags=re.S):
         (place / "mine.yaml").write_text(block)
+    store = FeedbackStore(place / "feedback.sqlite", Limits(per_minute=1000))
+    for i in range(80):
+        record = Record(turn[:1], "A fish.", [1], [2], [True], [-1.0], "m", "t", user=f"user{i // 2}", id=f"r{i}")
+        store.add(replace(record, messages=[{**turn[0], "content": f"What is heron {i}?"}]))
+        store.give(f"r{i}", "edit", "A long-legged bird.")
+    store.close()
     text = "The heron stood in the river and waited, as herons do, for number {} to pass by.\n\n"
     for path in (place / "my.txt", place / "mine/text.txt"):
         path.write_text("".join(text.format(i) for i in range(2000)))

@@ -24,11 +24,11 @@ from trivium.data.quality import broken_rules
 from trivium.data.source import Example, Source, form_of, prompt_of
 from trivium.disk import cache_folder, keep, kept
 from trivium.errors import DataError
+from trivium.schema import CHANGING
 from trivium.types import Score
 
 VERSION = 1
 """Of what the steps make of an example; raise it when one of them changes."""
-CHANGING = ("unicode", "whitespace", "pii")
 TEXTS = ("text", "prompt", "completion", "chosen", "rejected", "answer")
 """Where an example holds text, beside messages. An answer is cleaned like the turn that gives it: it must still fit."""
 READ_BY = {

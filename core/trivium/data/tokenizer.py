@@ -260,6 +260,7 @@ class Tokenizer:
         if fallback := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return [int(fallback[1], 16)]
         return [BYTES[c] for c in piece] if all(c in BYTES for c in piece) else None
+
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Texts of many sequences of ids, on all cores."""
         return self._core.decode_batch([list(ids) for ids in sequences])

@@ -30,11 +30,16 @@ ROW = 512
 
 
 def packed(
-    examples: Sequence[Example], tokenizer: Tokenizer, context: int, form: str, batch: type[TokenBatch]
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    context: int,
+    form: str,
+    batch: type[TokenBatch],
+    train_on: str = "assistant",
 ) -> StepDataset:
     """Examples as packed rows, to ask figures of each document; a document is cut at the model's context."""
     group = 2 if form == "pairs" else 1
-    table = tokenise(examples, tokenizer, group * context, form=form)
+    table = tokenise(examples, tokenizer, group * context, form=form, train_on=train_on)
     units = table.lengths.reshape(-1, group).sum(1)
     length = max(min(ROW, group * context), int(units.max()))
     return StepDataset(table, size=ROWS, micro_size=ROWS, length=length, pad_id=tokenizer.pad_id, seed=0, batch=batch)

@@ -18,12 +18,12 @@ from trivium.disk import append_file, make_folder, replace_file
 from trivium.errors import ConfigError
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.manifest import read as read_manifest
-from trivium.phases.verified import verified_files
+from trivium.phases.verified import verified_files, verified_rows
 from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig
 from trivium.training.parallel import ALONE, World
 
 COMPANIONS = ("reference", "teacher")
-USED_BY = {"reference": (), "teacher": ("evaluate",)}
+USED_BY = {"reference": ("promote",), "teacher": ("evaluate",)}
 """Phases that use a companion, beside those that train: there the objective says."""
 ASIDE = ("name", "runs", "debug", "pipeline", "launcher", "init_from", "base", "average", "doctor", "server")
 ASIDE += COMPANIONS
@@ -36,6 +36,8 @@ RESULTS_OF = {
     "chat": ("prompts", "system", "inference", "phase"),
     "serve": ("system", "inference", "phase"),
     "export": ("format", "quantize", "average", "push", "push_public", "phase"),
+    "feedback": ("feedback", "phase"),
+    "promote": ("promote", "evaluation", "phase"),
 }
 
 
@@ -69,7 +71,7 @@ class Run:
         if there != config.phase:
             raise ConfigError(f"{self.folder} holds a run of phase={there}; choose another name=")
         plain = as_dict(config)
-        keys = RESULTS_OF.get(config.phase, tuple(plain))
+        keys = RESULTS_OF.get(config.phase, tuple(k for k in plain if k not in ("feedback", "promote")))
         came_from = [self.parent.sha256 if self.parent else "", *(self.companions[n].sha256 for n in self.companions)]
         came_from += [artifact.sha256 for artifact in self.averaged]
         key = digest_of([{k: plain[k] for k in keys if k not in ASIDE}, *came_from, config.seed])
@@ -118,9 +120,11 @@ class Run:
                 self.say(f"data ({split}): {what.replace('_', ' ')}: {shown}")
 
     def same_content(self) -> bool:
-        """Whether the data, or what was exported, holds what it held when the run was done."""
+        """Whether the data, or what was exported or made, holds what it held when the run was done."""
         if self.config.phase == "export":
             return bool(verified_files(self.folder / self.config.format))
+        if self.config.phase == "feedback":
+            return verified_rows(self.folder, self.manifest.facts)
         if self.config.phase not in DATA_PHASES:
             return True
         return self.manifest.facts.get("source") == self.source().fingerprint

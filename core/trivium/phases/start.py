@@ -17,6 +17,8 @@ from trivium.errors import ConfigError
 from trivium.lineage.report import write_report
 from trivium.phases.evaluate import run_evaluate
 from trivium.phases.export import run_export
+from trivium.phases.feedback import run_feedback
+from trivium.phases.promote import run_promote
 from trivium.phases.run import Run
 from trivium.phases.serve import run_serve
 from trivium.phases.speak import run_chat, run_generate
@@ -35,6 +37,8 @@ PHASES: dict[str, Callable[[Run], int]] = {
     "chat": run_chat,
     "serve": run_serve,
     "export": run_export,
+    "feedback": run_feedback,
+    "promote": run_promote,
     **dict.fromkeys(TRAINING_PHASES, run_training),
 }
 

@@ -65,6 +65,7 @@ UNGUARDED = (
     "trainer.tensor_parallel",
     *("data.held_out", "data.contamination", "data.contamination_share", "data.contamination_words"),
     *("trainer.workers", "trainer.prefetch", "trainer.loader_timeout"),
+    *("feedback", "promote"),
     *ASIDE,
 )
 """Settings that may change between the starts of one training run, since no weight depends on them."""

@@ -1,4 +1,4 @@
-"""VERIFIED.json: what an independent loader confirmed of an exported folder, and of which bytes."""
+"""Whether files are still those that were confirmed: of an exported folder (VERIFIED.json), of rows from feedback."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from trivium.disk import digest_file, replace_file
 from trivium.errors import CheckpointError
 
 VERIFIED = "VERIFIED.json"
+DATA = "data"
+"""Where a run of phase=feedback has its rows."""
 
 
 def note_verified(folder: Path, found: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -27,3 +29,12 @@ def verified_files(folder: Path) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError, CheckpointError):
         return []
     return [*files] if same else []
+
+
+def verified_rows(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether the rows that a run of phase=feedback made are as its manifest, facts, tells of them."""
+    files = facts.get("feedback", {}).get("files", {})
+    try:
+        return bool(files) and all(digest_file(folder / DATA / name)[1] == sha for name, sha in files.items())
+    except CheckpointError:
+        return False

@@ -1,0 +1,388 @@
+"""What was answered and what people said of it: one SQLite file, to learn from later.
+
+A record is a response with all that it takes to learn from it exactly: the ids that were read and drawn, not only their
+text. Feedback is a log: nothing in it is changed, a later verdict on the same thing stands in place of the earlier one,
+and both are kept. What a person said and got can be removed by their name, and then really is: out of the file, too.
+
+A change is on the disk when the call returns (WAL, synchronous=FULL), so a kill loses nothing that was acknowledged.
+Threads and processes may share a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trivium.data.tokenizer import Tokenizer
+from trivium.disk import make_folder
+from trivium.errors import DataError, FeedbackError
+from trivium.registry import near_misses
+
+KINDS = ("thumb", "score", "edit", "preference", "regenerate")
+FIELDS = ("id", "kind", "value", "comment", "user", "key")
+"""Of a message that gives feedback; the first three must be there."""
+THUMBS = ("up", "down", "none")
+VERSION = 1
+MINUTE = 60.0
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS records (id TEXT PRIMARY KEY, user TEXT NOT NULL, time REAL NOT NULL, body TEXT NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS log (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
+    slot TEXT NOT NULL, value TEXT NOT NULL, comment TEXT NOT NULL, user TEXT NOT NULL, key TEXT, time REAL NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS log_key ON log (id, key) WHERE key IS NOT NULL;
+CREATE INDEX IF NOT EXISTS log_slot ON log (kind, slot, number);
+CREATE INDEX IF NOT EXISTS log_user ON log (user, time);
+CREATE INDEX IF NOT EXISTS records_user ON records (user);
+CREATE TABLE IF NOT EXISTS removed (number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL,
+    records INTEGER NOT NULL, entries INTEGER NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a store takes at most; beyond it a call is refused in one sentence and nothing is kept."""
+
+    text: int = 20_000  # characters of an edit
+    comment: int = 2_000  # characters
+    name: int = 200  # characters of a user, a session, a key or an id
+    record: int = 2_000_000  # bytes of a record as JSON
+    ranked: int = 10  # answers in one ranking
+    per_minute: int = 60  # entries of one user
+    store: int = 20_000_000_000  # bytes of the file
+
+
+@dataclass(frozen=True)
+class Record:
+    """One response of a conversation.
+
+    messages: what was asked, {role, content} each, the last one not the assistant's. prompt_ids: what the model read,
+    completion_ids: what stands behind it, the end of the turn included; sampled: for each of these whether the model
+    drew it (an end that was put there because the answer was too long is not), logprobs: its natural log-probability
+    under the unmodified distribution, 0 where not sampled. sampling: the request's parameters. model: SHA-256 of the
+    weights, weight_version: of an engine whose weights change. template: `template_hash`. latency: seconds. time: of
+    the end of the answer, in seconds since 1970.
+    """
+
+    messages: list[dict[str, Any]]
+    answer: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    model: str
+    template: str
+    sampling: dict[str, Any] = field(default_factory=dict)
+    weight_version: int = 0
+    latency: float = 0.0
+    finish_reason: str = "stop"
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    user: str = ""
+    session: str = ""
+    time: float = field(default_factory=time.time)
+    id: str = field(default_factory=lambda: f"resp-{uuid.uuid4().hex}")
+
+    def __post_init__(self) -> None:
+        sizes = len(self.completion_ids), len(self.sampled), len(self.logprobs)
+        if len(set(sizes)) > 1:
+            raise FeedbackError(
+                f"response {self.id}: completion_ids, sampled and logprobs have {sizes[0]}, {sizes[1]} and {sizes[2]} "
+                "entries; each token needs one of each"
+            )
+        if not self.messages or self.messages[-1].get("role") == "assistant":
+            raise FeedbackError(f"response {self.id}: messages must end with what was asked, not with an answer")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the log: a user's verdict, of `kind`, on the response `id`. number: its place in the log."""
+
+    number: int
+    id: str
+    kind: str
+    value: Any
+    comment: str
+    user: str
+    time: float
+
+
+@dataclass(frozen=True)
+class Given:
+    """What came of feedback: its place in the log, and whether it is new there."""
+
+    number: int
+    new: bool
+
+
+def template_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of all that turns a conversation into ids: vocabulary, special tokens and chat template."""
+    return tokenizer.fingerprint
+
+
+class FeedbackStore:
+    """The store in one file. clock: seconds since 1970, for the rate limit and the log's times."""
+
+    def __init__(self, path: Path, limits: Limits = Limits(), clock: Callable[[], float] = time.time) -> None:
+        """Opens the file, or makes it. Raises DataError for one that is something else."""
+        self.path, self.limits, self.clock = path, limits, clock
+        self._lock = threading.Lock()
+        make_folder(path.parent)
+        try:
+            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA secure_delete=ON")  # what is removed is overwritten, not only forgotten
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            found = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, VERSION):
+                raise DataError(f"{path} is a feedback store of version {found}; this program reads version {VERSION}")
+            if not found:
+                self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+        except sqlite3.Error as error:
+            raise DataError(f"{path} cannot be opened as a feedback store: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+    def add(self, record: Record) -> None:
+        """Keep a response. The same id twice is once. Raises FeedbackError; who serves goes on serving after one."""
+        try:
+            body = json.dumps(asdict(record), allow_nan=False)  # ASCII: an answer may end in half a character
+        except ValueError as error:
+            raise FeedbackError(f"response {record.id} holds a number that is none: {error}") from error
+        self._within("a response", len(body), self.limits.record, "bytes")
+        for what in ("id", "user", "session"):
+            self._within(what, len(getattr(record, what)), self.limits.name, "characters")
+        with self._writing() as db:
+            self._has_room(db)
+            db.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?)", (record.id, record.user, record.time, body))
+
+    def give(self, id: str, kind: str, value: Any, comment: str = "", user: str | None = None, key: str = "") -> Given:
+        """Say something of a response.
+
+        thumb: "up", "down" or "none", which takes it back. score: a finite number, more is better. edit: what the
+        answer should have been. preference: ids of answers to the same prompt, best first, this one among them; or one
+        id, which this one is better than. regenerate: the id of the answer that was asked for in place of this one, or
+        {"by": id, "kept": true or false}. user: None is the response's own. key: the same key again is the same
+        feedback; without one, what stands already is not said again. Raises FeedbackError.
+        """
+        if kind not in KINDS:
+            raise FeedbackError(f"kind={kind!r} is not one of {', '.join(KINDS)}.{near_misses(str(kind), KINDS)}")
+        if not isinstance(id, str) or not id:
+            raise FeedbackError("id must be that of a response, as text")
+        if not isinstance(comment, str) or not isinstance(key, str) or not isinstance(user, str | None):
+            raise FeedbackError("comment, key and user must be text")
+        self._within("comment", len(comment), self.limits.comment, "characters")
+        self._within("key", len(key), self.limits.name, "characters")
+        _check_unicode(id, kind, value, comment, key)
+        with self._writing() as db:
+            record = self._record(db, id)
+            if user is not None and user != record.user:
+                raise FeedbackError(f"response {id} was given to another user, whose feedback it takes", 403)
+            value, slot = self._checked(db, record, kind, value)
+            said = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            if key:
+                same = db.execute(
+                    "SELECT number, kind, value, comment FROM log WHERE id=? AND key=?", (id, key)
+                ).fetchone()
+                if same and same[1:] != (kind, said, comment):
+                    raise FeedbackError(f"key={key!r} was used for other feedback on response {id}", 409)
+            else:
+                same = db.execute(
+                    "SELECT number, value, comment FROM log WHERE kind=? AND slot=? ORDER BY number DESC LIMIT 1",
+                    (kind, slot),
+                ).fetchone()
+                same = same if same and same[1:] == (said, comment) else None
+            if same:
+                return Given(same[0], False)
+            now = self.clock()
+            recent = db.execute(
+                "SELECT count(*) FROM log WHERE user=? AND time>?", (record.user, now - MINUTE)
+            ).fetchone()[0]
+            if recent >= self.limits.per_minute:
+                raise FeedbackError(f"more than {self.limits.per_minute} entries in a minute; wait and send again", 429)
+            self._has_room(db)
+            row = (id, kind, slot, said, comment, record.user, key or None, now)
+            number = db.execute(
+                "INSERT INTO log (id, kind, slot, value, comment, user, key, time) VALUES (?,?,?,?,?,?,?,?)", row
+            ).lastrowid
+            assert number is not None
+            return Given(number, True)
+
+    def feedback(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """`give` with the fields of a client's message, of which null is unset -> what it is told."""
+        given = {key: value for key, value in body.items() if value is not None}
+        if unknown := [key for key in given if key not in FIELDS]:
+            raise FeedbackError(f"{unknown[0][:40]!r} is no field of feedback.{near_misses(unknown[0], FIELDS)}")
+        if missing := [key for key in FIELDS[:3] if key not in given]:
+            raise FeedbackError(f"feedback needs {missing[0]}")
+        found = self.give(**given)
+        return {"object": "feedback", "id": given["id"], "number": found.number, "new": found.new}
+
+    def remove(self, user: str) -> dict[str, int]:
+        """Remove all that a user got and said, out of the file too; how much that was stays, and nothing else."""
+        if not isinstance(user, str) or not user:
+            raise FeedbackError("name the user whose responses and feedback are to be removed")
+        with self._writing() as db:
+            entries = db.execute("DELETE FROM log WHERE user=?", (user,)).rowcount
+            records = db.execute("DELETE FROM records WHERE user=?", (user,)).rowcount
+            if entries or records:
+                db.execute(
+                    "INSERT INTO removed (time, records, entries) VALUES (?, ?, ?)", (self.clock(), records, entries)
+                )
+        with self._lock, self._told():
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log of changes holds it still
+        return {"records": records, "entries": entries}
+
+    def stats(self) -> dict[str, Any]:
+        """Counts: responses, users, entries by kind as logged and as they stand, what was removed, bytes."""
+        with self._lock, self._told():
+            one = lambda question: self._db.execute(question).fetchone()  # noqa: E731
+            logged = dict(self._db.execute("SELECT kind, count(*) FROM log GROUP BY kind ORDER BY kind"))
+            standing = dict(self._db.execute("SELECT kind, count(DISTINCT slot) FROM log GROUP BY kind ORDER BY kind"))
+            gone = one("SELECT count(*), total(records), total(entries) FROM removed")
+            return {
+                "records": one("SELECT count(*) FROM records")[0],
+                "users": one("SELECT count(DISTINCT user) FROM records WHERE user != ''")[0],
+                "entries": sum(logged.values()),
+                "logged": logged,
+                "standing": standing,
+                "removed": {"times": gone[0], "records": int(gone[1]), "entries": int(gone[2])},
+                "bytes": one("PRAGMA page_count")[0] * one("PRAGMA page_size")[0],
+            }
+
+    def record(self, id: str) -> Record:
+        """A response. Raises FeedbackError where there is none of that id."""
+        with self._lock, self._told():
+            return self._record(self._db, id)
+
+    def records(self) -> Iterator[Record]:
+        """Every response, by time and id."""
+        with self._lock, self._told():
+            rows = self._db.execute("SELECT body FROM records ORDER BY time, id").fetchall()
+        return (Record(**json.loads(body)) for (body,) in rows)
+
+    def log(self) -> list[Entry]:
+        """Every entry that was ever made and not removed, in order."""
+        return self._entries("SELECT number, id, kind, value, comment, user, time FROM log ORDER BY number")
+
+    def standing(self) -> list[Entry]:
+        """The entries that no later one stands in place of, in order."""
+        newest = "SELECT max(number) FROM log GROUP BY kind, slot"
+        return self._entries(
+            f"SELECT number, id, kind, value, comment, user, time FROM log WHERE number IN ({newest}) ORDER BY number"
+        )
+
+    def _entries(self, question: str) -> list[Entry]:
+        with self._lock, self._told():
+            rows = self._db.execute(question).fetchall()
+        return [Entry(n, id, kind, json.loads(value), *rest) for n, id, kind, value, *rest in rows]
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise FeedbackError(f"the feedback store {self.path} refuses: {error}", 503) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, one writer at a time, on the disk when it ends."""
+        with self._lock, self._told():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _record(self, db: sqlite3.Connection, id: Any) -> Record:
+        found = db.execute("SELECT body FROM records WHERE id=?", (id,)).fetchone() if isinstance(id, str) else None
+        if found is None:
+            raise FeedbackError(f"there is no response {str(id)[:80]!r}, or it was removed", 404)
+        return Record(**json.loads(found[0]))
+
+    def _checked(self, db: sqlite3.Connection, record: Record, kind: str, value: Any) -> tuple[Any, str]:
+        """The value in its one way of writing, and the slot in which a later one stands in its place."""
+        if kind == "thumb":
+            if value not in THUMBS or not isinstance(value, str):
+                raise FeedbackError(f"a thumb is {', '.join(THUMBS)}; found {_short(value)}")
+            return value, record.id
+        if kind == "score":
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not _is_finite(value):
+                raise FeedbackError(f"a score is a finite number; found {_short(value)}")
+            return float(value), record.id
+        if kind == "edit":
+            if not isinstance(value, str) or not value.strip():
+                raise FeedbackError(f"an edit is the text that the answer should have been; found {_short(value)}")
+            self._within("an edit", len(value), self.limits.text, "characters")
+            if value == record.answer:
+                raise FeedbackError("this edit is the answer as it was; a thumb says that it is good")
+            return value, record.id
+        if kind == "regenerate":
+            given = value if isinstance(value, Mapping) else {"by": value}
+            if not set(given) <= {"by", "kept"} or not isinstance(given.get("kept"), bool | None):
+                raise FeedbackError('regenerate is the later answer\'s id, or {"by": id, "kept": true or false}')
+            self._same_prompt(db, record, [given.get("by")])
+            return {"by": given["by"], "kept": given.get("kept")}, f"{record.id} {given['by']}"
+        ranked = [record.id, value] if isinstance(value, str) else value
+        if not isinstance(ranked, Sequence) or not 2 <= len(ranked) <= self.limits.ranked:
+            raise FeedbackError(f"a preference is 2 to {self.limits.ranked} ids, best first; found {_short(value)}")
+        if not all(isinstance(r, str) for r in ranked) or len(set(ranked)) < len(ranked) or record.id not in ranked:
+            raise FeedbackError(f"a preference is ids, each once, response {record.id} among them")
+        self._same_prompt(db, record, [r for r in ranked if r != record.id])
+        return list(ranked), " ".join(sorted(ranked))
+
+    def _same_prompt(self, db: sqlite3.Connection, record: Record, others: Sequence[Any]) -> None:
+        for id in others:
+            other = self._record(db, id)
+            if other.id == record.id:
+                raise FeedbackError(f"response {id} is compared with itself")
+            if (other.user, other.messages, other.tools) != (record.user, record.messages, record.tools):
+                raise FeedbackError(f"responses {record.id} and {id} do not answer the same prompt of the same user")
+
+    def _within(self, what: str, size: int, most: int, unit: str) -> None:
+        if size > most:
+            raise FeedbackError(f"{what} of {size:,} {unit} is too long; {most:,} are taken", 413)
+
+    def _has_room(self, db: sqlite3.Connection) -> None:
+        size = db.execute("PRAGMA page_count").fetchone()[0] * db.execute("PRAGMA page_size").fetchone()[0]
+        if size >= self.limits.store:
+            raise FeedbackError(f"the feedback store is full ({size:,} of {self.limits.store:,} bytes)", 507)
+
+
+def answer_key(messages: Any, answer: str = "") -> str:
+    """SHA-256 of a prompt, and of an answer to it: what makes two of them the same."""
+    said = json.dumps([messages, answer], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _check_unicode(*said: Any) -> None:
+    try:
+        json.dumps(said, ensure_ascii=False, default=str).encode()
+    except (UnicodeEncodeError, ValueError, RecursionError) as error:
+        raise FeedbackError("feedback holds half a character, or what is no JSON") from error
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 60 else f"{said[:57]}..."
