@@ -16,6 +16,6 @@ def complete(
     requests = [Request(str(i), tuple(prompt), params) for i, prompt in enumerate(prompts)]
     drawn: dict[str, list[int]] = {r.id: [] for r in requests}
     for event in backend.generate(requests):
-        if event.finish_reason != "stop":
+        if event.token_id not in params.stop_ids:  # a constraint may end an answer with a token that is text
             drawn[event.request_id].append(event.token_id)
     return [tokenizer.decode(drawn[r.id]) for r in requests]
