@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trivium.build import build_backend
 from trivium.data.chat import Chat
 from trivium.data.tokenizer import Tokenizer
-from trivium.errors import CheckpointError, ConfigError
+from trivium.errors import CheckpointError, ConfigError, SessionError
 from trivium.evaluation.generation import complete
-from trivium.inference.chat import HELP, Conversation, sampling_params, talk
+from trivium.inference.chat import HELP, talk
+from trivium.inference.conversation import Conversation, sampling_params
+from trivium.inference.sessions import SessionStore
+from trivium.inference.terminal import Terminal
 from trivium.models.protocol import CausalLM
 from trivium.phases.run import Run
 
@@ -68,32 +71,53 @@ def run_chat(this: Run) -> int:
         this.say("warning: this model was not tuned on conversations; expect its text to run on")
     model = speaking_model(this)
     backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator, parent)
-    conversation = Conversation(backend, parent.tokenizer, config.inference.config.sampling, config.system)
     script = iter(config.prompts)
-    interactive = sys.stdin.isatty() and not config.prompts
+    scripted = bool(config.prompts)
+    terminal = Terminal(None if scripted else this.folder / "history")
+    store = session_store(this, keep=bool(config.sessions.open or not scripted))
+    conversation = Conversation(
+        backend, parent.tokenizer, config.inference.config.sampling, config.system,
+        store=store, model=parent.sha256, full=config.sessions.full,
+    )  # fmt: skip
 
-    def read() -> str | None:
-        if config.prompts:
-            line = next(script, None)
-            if line is not None:
-                sys.stdout.write(f"  you: {line}\n  model: ")
-            return line
-        try:
-            line = input("you: " if interactive else "")
-        except (EOFError, KeyboardInterrupt):
-            return None
-        return line.encode("utf-8", "replace").decode()  # a terminal may send bytes that are no UTF-8
+    def scripted_line() -> str | None:
+        line = next(script, None)
+        if line is not None:
+            terminal.write(f"  you: {line}\n  model: ")
+        return line
 
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    if interactive:
-        this.say(HELP)
+    begun = 0
     try:
-        talk(conversation, read, write)
+        if config.sessions.open:
+            begun = open_or_name(conversation, config.sessions.open)
+            this.say(f"conversation {config.sessions.open!r}, {len(conversation.ids)} tokens")
+        if terminal.interactive and not scripted:
+            this.say(HELP)
+        with terminal.interrupts():
+            talk(conversation, scripted_line if scripted else terminal.read, terminal.write, terminal.stopped)
     finally:
-        turns = [m["content"] for m in conversation.messages if m["role"] != "system"]
+        turns = [m["content"] for m in conversation.messages if m["role"] != "system"][begun:]
         pairs = zip(turns[::2], turns[1::2], strict=True)
         this.write_samples([{"kind": "chat", "prompt": q, "completion": a} for q, a in pairs])
+        conversation.close()
+        store.close()
     return 0
+
+
+def session_store(this: Run, *, keep: bool = True) -> SessionStore:
+    """Where the run keeps conversations: `sessions.path`, or a file in its folder; in memory if they are not kept."""
+    wanted = this.config.sessions
+    if not (keep and wanted.keep):
+        return SessionStore(None)
+    return SessionStore(Path(wanted.path) if wanted.path else this.folder / "sessions.sqlite")
+
+
+def open_or_name(conversation: Conversation, name: str) -> int:
+    """Go on in the conversation of this name, or begin one; returns how many messages it has."""
+    try:
+        conversation.open(name)
+    except SessionError as error:
+        if error.reason != "missing":
+            raise
+        conversation.name(name)
+    return sum(m["role"] != "system" for m in conversation.messages)
