@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from trivium.inference.feedback import FeedbackStore
 from trivium.inference.sessions import SessionStore
 
 
@@ -67,3 +68,17 @@ def test_a_file_that_is_no_store_is_refused(chat, tmp_path):
     done = chat("prompts=[a]", "sessions.open=x", f"sessions.path={tmp_path / 'notes.txt'}")
     assert done.code == 1 and "notes.txt cannot be used (file is not a database)" in done.err
     assert (tmp_path / "notes.txt").read_text().startswith("not a database")
+
+
+def test_thumbs_in_the_terminal_are_kept_where_feedback_is_on(chat, tmp_path):
+    """An answer that was cut has an end that was not drawn, and the verdict is on the very ids."""
+    done = chat("prompts=[How many,/good well said,Again,/bad]", "server.feedback=true")
+    assert done.code == 0 and done.out.count("(kept)") == 2
+    store = FeedbackStore(tmp_path / "talk/feedback.sqlite")
+    records = list(store.records())
+    assert [(e.value, e.comment, e.id) for e in store.standing()] == [
+        ("up", "well said", records[0].id), ("down", "", records[1].id)]  # fmt: skip
+    first, second = records
+    assert second.prompt_ids[: len(first.prompt_ids)] == first.prompt_ids
+    assert second.prompt_ids[len(first.prompt_ids) :][: len(first.completion_ids)] == first.completion_ids
+    assert all(p < 0 for p, drawn in zip(first.logprobs, first.sampled, strict=True) if drawn) and any(first.sampled)

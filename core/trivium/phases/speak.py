@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from trivium.build import build_backend
@@ -11,7 +12,8 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.errors import CheckpointError, ConfigError, SessionError
 from trivium.evaluation.generation import complete
 from trivium.inference.chat import HELP, talk
-from trivium.inference.conversation import Conversation, sampling_params
+from trivium.inference.conversation import Answered, Conversation, sampling_params
+from trivium.inference.feedback import FeedbackStore, Record
 from trivium.inference.sessions import SessionStore
 from trivium.inference.terminal import Terminal
 from trivium.models.protocol import CausalLM
@@ -86,6 +88,7 @@ def run_chat(this: Run) -> int:
             terminal.write(f"  you: {line}\n  model: ")
         return line
 
+    feedback = ChatFeedback(FeedbackStore(this.folder / "feedback.sqlite")) if config.server.feedback else None
     begun = 0
     try:
         if config.sessions.open:
@@ -94,14 +97,44 @@ def run_chat(this: Run) -> int:
         if terminal.interactive and not scripted:
             this.say(HELP)
         with terminal.interrupts():
-            talk(conversation, scripted_line if scripted else terminal.read, terminal.write, terminal.stopped)
+            read = scripted_line if scripted else terminal.read
+            talk(conversation, read, terminal.write, terminal.stopped, feedback)
     finally:
         turns = [m["content"] for m in conversation.messages if m["role"] != "system"][begun:]
         pairs = zip(turns[::2], turns[1::2], strict=True)
         this.write_samples([{"kind": "chat", "prompt": q, "completion": a} for q, a in pairs])
         conversation.close()
         store.close()
+        if feedback is not None:
+            feedback.store.close()
     return 0
+
+
+class ChatFeedback:
+    """What `/good` and `/bad` write to."""
+
+    def __init__(self, store: FeedbackStore) -> None:
+        self.store = store
+
+    def record(self, conversation: Conversation, answered: Answered) -> str:
+        """Keep an answer; its id, which is that of its turn."""
+        ids, events = list(answered.turn.ids), answered.events
+        drawn = [event.logprob for event, i in zip(events, ids, strict=False) if event.token_id == i]
+        missing = len(ids) - len(drawn)  # the end of a turn that was too long was not drawn
+        self.store.add(
+            Record(
+                messages=answered.messages, answer=answered.turn.text, prompt_ids=list(answered.request.prompt_ids),
+                completion_ids=ids, sampled=[True] * len(drawn) + [False] * missing, logprobs=drawn + [0.0] * missing,
+                model=conversation.model, template=conversation.template, sampling=asdict(answered.request.params),
+                weight_version=conversation.backend.stats().weight_version, latency=answered.seconds,
+                finish_reason=events[-1].finish_reason or "", session=conversation.session.id, id=answered.turn.id,
+            )
+        )  # fmt: skip
+        return answered.turn.id
+
+    def give(self, id: str, kind: str, value: object, comment: str = "") -> None:
+        """Keep what a person says of it."""
+        self.store.give(id, kind, value, comment)
 
 
 def session_store(this: Run, *, keep: bool = True) -> SessionStore:
