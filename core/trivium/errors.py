@@ -51,3 +51,14 @@ class FeedbackError(TriviumError):
     def __init__(self, message: str, status: int = 422) -> None:
         super().__init__(message)
         self.status = status
+
+
+class SessionError(BackendError):
+    """A conversation that cannot be continued. reason: missing | busy (another writes it) | foreign (it was held with
+    another model or template) | full (the model's context)."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.status = {"missing": 404, "busy": 409, "foreign": 409}.get(reason, 400)
+        """Of HTTP."""

@@ -24,6 +24,7 @@ FORMATS = ("hf", "gguf")
 CHANGING = ("unicode", "whitespace", "pii")
 """Cleaning steps that change texts and remove nothing."""
 QUANTIZE = ("f32", "f16", "q8_0")
+FULL = ("error", "drop_oldest", "summarise")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -270,6 +271,22 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class SessionsConfig:
+    """Conversations that are kept, each turn with its exact tokens (phases chat and serve)."""
+
+    keep: bool = True  # false keeps them in memory only
+    path: str = ""  # the file, which several runs may share; empty is sessions.sqlite in the run's folder
+    open: str = ""  # the conversation to go on in, by name or id; one that is not there is begun (phase=chat)
+    full: str = "error"  # when one fills the context: error | drop_oldest questions and answers | summarise those
+
+    def __post_init__(self) -> None:
+        if self.full not in FULL:
+            raise ConfigError(f"sessions.full={self.full!r} is not one of {', '.join(FULL)}")
+        if not self.keep and (self.path or self.open):
+            raise ConfigError("sessions.keep=false keeps nothing, so there is no sessions.path or sessions.open")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How much held-out data an evaluation reads."""
 
@@ -459,6 +476,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    sessions: SessionsConfig = field(default_factory=SessionsConfig)
     reference: CompanionConfig = field(default_factory=CompanionConfig)
     teacher: CompanionConfig = field(default_factory=CompanionConfig)
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)

@@ -34,7 +34,9 @@ def test_wheel_holds_three_packages_and_no_checkout_folders(wheel):
     top = {n.split("/")[0] for n in names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"trivium", "trivium_plugins", "hydra_plugins"}
     for wanted in ("trivium/conf/config.yaml", "trivium/py.typed", "trivium_plugins/primer/data/books.txt.xz",
-                   "trivium_plugins/primer/conf/recipe/primer/sft.yaml", "trivium/lineage/report.html.j2"):  # fmt: skip
+                   "trivium_plugins/primer/conf/recipe/primer/sft.yaml", "trivium/lineage/report.html.j2",
+                   *(f"trivium/inference/page/{name}" for name in
+                     ("index.html", "app.js", "api.js", "markdown.js", "style.css"))):  # fmt: skip
         assert wanted in names
 
 

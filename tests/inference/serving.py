@@ -94,7 +94,9 @@ class Running:
 
 
 @contextmanager
-def running(tokenizer=None, *, model=None, sampling=None, native=None, feedback=None, system="", **settings):
+def running(
+    tokenizer=None, *, model=None, sampling=None, native=None, feedback=None, system="", sessions=None, **settings
+):
     """A server while the block runs."""
     torch.set_num_threads(1)
     tokenizer = tokenizer or tokenizer_of()
@@ -102,7 +104,7 @@ def running(tokenizer=None, *, model=None, sampling=None, native=None, feedback=
     backend = Scripted(native or NativeConfig(), model or model_of(tokenizer), tokenizer)
     engine = EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread)
     served = Served("tiny", "ab" * 32, tokenizer, sampling or SamplingConfig(max_tokens=16), system, 1)
-    service = Service(engine, served, limits, feedback=feedback)
+    service = Service(engine, served, limits, feedback=feedback, sessions=sessions)
     sock = listen(limits)
     port = sock.getsockname()[1]
     stop, ready = threading.Event(), threading.Event()

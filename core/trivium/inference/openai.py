@@ -178,7 +178,8 @@ class ResponseFormat(Wire):
 
 
 class ChatRequest(Common, Sampling):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. session: a kept conversation, to which `messages` are added behind the turn `parent`
+    ("" for its beginning, unset for its newest)."""
 
     messages: list[Message] = Field(min_length=1, max_length=10_000)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -195,6 +196,8 @@ class ChatRequest(Common, Sampling):
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
     store: Literal[False] | None = None
+    session: str | None = Field(None, min_length=1, max_length=200)
+    parent: str | None = Field(None, max_length=200)
 
 
 class CompletionRequest(Common, Sampling):

@@ -35,6 +35,7 @@ from trivium.inference import openai as wire
 from trivium.inference.loop import EngineFailure, EngineLoop, Overloaded
 from trivium.inference.openai import WireError
 from trivium.inference.service import DOWN, Counts, Service
+from trivium.inference.session_routes import session_routes
 from trivium.schema import ServerConfig
 
 T = TypeVar("T")
@@ -334,6 +335,14 @@ def create_app(service: Service, limits: ServerConfig, *, extra: Callable[[FastA
     anything = {"required": True, "content": {JSON: {"schema": {"type": "object"}}}}
     app.add_api_route("/v1/feedback", routes.feedback, methods=["POST"], openapi_extra={"requestBody": anything},
                       responses=errors)  # fmt: skip
+    if service.sessions is not None:
+        served = service.served
+        app.include_router(
+            session_routes(
+                service.sessions, service.chat, served.sha256, service.tokenizer.fingerprint, system=served.system,
+                read=routes.body,
+            )
+        )  # fmt: skip
     _add_page(app)
     if extra is not None:
         extra(app)

@@ -11,6 +11,7 @@ import base64
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,9 +24,11 @@ from trivium.errors import BackendError, TriviumError
 from trivium.inference import openai as wire
 from trivium.inference.choice import Choice, Piece
 from trivium.inference.config import SamplingConfig
+from trivium.inference.exchange import CONTEXT, Answer, Exchange, begin, context_of, system_of
 from trivium.inference.kept import Answered, Feedback, InMemory, Kept, ResponseStore
 from trivium.inference.loop import EngineFailure, EngineLoop, Reply
 from trivium.inference.openai import TOO_LONG, WireError
+from trivium.inference.sessions import SessionStore
 from trivium.inference.text import TokenTexts
 from trivium.inference.tools import CallReader, writes_calls
 from trivium.schema import ServerConfig
@@ -130,9 +133,13 @@ class Service:
         *,
         store: ResponseStore | None = None,
         feedback: Feedback | None = None,
+        sessions: SessionStore | None = None,
+        full: str = "error",
         counted: Callable[[Counts], None] = _counted,
     ) -> None:
-        """counted: told what each request came to."""
+        """sessions: where conversations are kept, full: what is done when one fills the context. counted: told what
+        each request came to."""
+        self.sessions, self.full = sessions, full
         self.engine, self.served, self.limits = engine, served, limits
         self.tokenizer, self.chat = served.tokenizer, Chat(served.tokenizer)
         self.store: ResponseStore = store or InMemory(limits.max_kept)
@@ -216,6 +223,10 @@ class Service:
     async def begin_chat(self, asked: wire.ChatRequest) -> ChatAnswer:
         """Have a conversation answered."""
         self.model(asked.model)
+        if asked.parent is not None and asked.session is None:
+            raise WireError("parent needs session", param="parent", code="invalid_value")
+        if asked.session is not None:
+            return await self._begin_kept(asked, asked.session)
         messages = self.with_system(wire.messages_of(asked.messages))
         stops = wire.stops_of(asked.stop, self.limits)
         schema = wire.schema_of(asked.response_format, self.engine.capabilities, self.limits)
@@ -228,6 +239,46 @@ class Service:
         params = self.params(asked, wanted, self.room(ids), top_logprobs=tops, json_schema=schema or forced)
         job = await self.job("chatcmpl", asked, [ids], params, stops, asked.n or 1)
         return ChatAnswer(self, asked, job, messages, tools, bool(forced))
+
+    async def _begin_kept(self, asked: wire.ChatRequest, id: str) -> ChatAnswer:
+        """Have a question answered in a kept conversation, by its one writer."""
+        store = self.sessions
+        if store is None:
+            raise WireError("this server keeps no conversations", 404, param="session", code="not_found")
+        if asked.tools:
+            raise WireError("tools in a kept conversation are not supported", param="tools", code="unsupported")
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise WireError("top_logprobs needs logprobs=true", param="top_logprobs", code="invalid_value")
+        new = wire.messages_of(asked.messages)
+        if wrong := [m["role"] for m in new if m["role"] not in ("user", "tool")]:
+            raise WireError(f"a kept conversation takes new messages, not one of {wrong[0]}", param="messages")
+        for message in new:
+            self.fit(message["content"])
+        stops = wire.stops_of(asked.stop, self.limits)
+        schema = wire.schema_of(asked.response_format, self.engine.capabilities, self.limits)
+        wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+        context = self.engine.capabilities.context
+        writing = ExitStack()
+        writing.enter_context(store.writing(id))
+        try:
+
+            def asking() -> Exchange:
+                session = store.get(id)
+                store.check(session, self.served.sha256, self.tokenizer.fingerprint)
+                parent = session.head if asked.parent is None else asked.parent or None
+                need = wanted or self.served.sampling.max_tokens
+                return begin(
+                    store, session, self.chat, new, parent=parent, context=context, wanted=need, full=self.full
+                )
+
+            exchange = await asyncio.to_thread(asking)
+            room = self.room(exchange.prompt_ids)
+            params = self.params(asked, wanted, room, top_logprobs=asked.top_logprobs or 0, json_schema=schema)
+            job = await self.job("chatcmpl", asked, [exchange.prompt_ids], params, stops, asked.n or 1)
+        except BaseException:
+            writing.close()
+            raise
+        return KeptAnswer(self, asked, job, exchange, writing)
 
     def _tools(self, asked: wire.ChatRequest) -> tuple[list[dict[str, Any]], str]:
         """Functions that the prompt shows, and the JSON schema of the one call that is asked for, if one is."""
@@ -518,6 +569,49 @@ class ChatAnswer:
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+
+class KeptAnswer(ChatAnswer):
+    """A ChatAnswer that is kept in its conversation when it is whole, before the last that is sent of it."""
+
+    def __init__(
+        self, service: Service, asked: wire.ChatRequest, job: Job, exchange: Exchange, writing: ExitStack
+    ) -> None:
+        context = context_of(exchange.store.path(exchange.parent))
+        said = [*context.turns, *exchange.asked]
+        messages = [{"role": turn.role, "content": turn.text} for turn in said if turn.role != CONTEXT]
+        super().__init__(service, asked, job, [*system_of(exchange.session, context.summary), *messages], [], False)
+        self.exchange, self.writing, self._begun = exchange, writing, False
+        done = job.done
+
+        def ended(counts: Counts) -> None:
+            if not self._begun:
+                writing.close()
+            done(counts)
+
+        job.done = ended
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Choice, Piece, str, list[dict[str, Any]]]]:
+        """As of any other; after the last one, the turn is kept."""
+        self._begun = True
+        try:
+            async for piece in super().pieces():
+                yield piece
+            await asyncio.to_thread(self.exchange.commit, self._answers())
+        finally:
+            self.writing.close()
+
+    def _answers(self) -> list[Answer]:
+        job, seconds = self.job, self.job.reply.last - self.job.reply.began
+        return [
+            Answer(
+                choice.turn_ids(),
+                choice.finish_reason,
+                {"seconds": seconds, "tokens": len(choice.drawn)},
+                f"{job.id}-{i}" if i else job.id,
+            )
+            for i, choice in enumerate(job.in_order)
+        ]
 
 
 class CompletionAnswer:

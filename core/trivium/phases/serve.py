@@ -9,7 +9,7 @@ from trivium.build import build_backend
 from trivium.errors import ConfigError
 from trivium.inference.loop import EngineLoop
 from trivium.phases.run import Run
-from trivium.phases.speak import speaking_model
+from trivium.phases.speak import session_store, speaking_model
 from trivium.registry import load
 from trivium.training.stop import EXIT_CODE, SignalWatch
 
@@ -24,6 +24,9 @@ def run_serve(this: Run) -> int:
     limits = config.server
     if limits.feedback:
         raise ConfigError("server.feedback=true: nothing keeps feedback yet; leave it away")
+    if config.sessions.full == "summarise":
+        raise ConfigError("sessions.full=summarise is for phase=chat; phase=serve takes error and drop_oldest")
+    store = None
     server = load("trivium.inference.server:listen"), load("trivium.inference.server:serve")
     sock = server[0](limits)
     try:
@@ -34,7 +37,11 @@ def run_serve(this: Run) -> int:
             limits.model or parent.path.name, parent.sha256, parent.tokenizer, config.inference.config.sampling,
             config.system, int(time.time()),
         )  # fmt: skip
-        service = load("trivium.inference.service:Service")(engine, served, limits)
+        if parent.tokenizer.has_template and config.sessions.keep:
+            store = session_store(this)
+        service = load("trivium.inference.service:Service")(
+            engine, served, limits, sessions=store, full=config.sessions.full
+        )
         port = sock.getsockname()[1]
         name = f"[{limits.host}]" if ":" in limits.host else limits.host
         path = "chat/completions" if parent.form == "chat" else "completions"
@@ -54,3 +61,5 @@ def run_serve(this: Run) -> int:
         return EXIT_CODE
     finally:
         sock.close()
+        if store is not None:
+            store.close()

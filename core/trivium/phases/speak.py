@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from trivium.build import build_backend
 from trivium.data.chat import Chat
 from trivium.data.tokenizer import Tokenizer
-from trivium.errors import CheckpointError, ConfigError
+from trivium.errors import CheckpointError, ConfigError, SessionError
 from trivium.evaluation.generation import complete
-from trivium.inference.chat import HELP, Conversation, sampling_params, talk
+from trivium.inference.chat import HELP, talk
+from trivium.inference.conversation import Answered, Conversation, sampling_params
+from trivium.inference.feedback import FeedbackStore, Record
+from trivium.inference.sessions import SessionStore
+from trivium.inference.terminal import Terminal
 from trivium.models.protocol import CausalLM
 from trivium.phases.run import Run
 
@@ -68,32 +73,84 @@ def run_chat(this: Run) -> int:
         this.say("warning: this model was not tuned on conversations; expect its text to run on")
     model = speaking_model(this)
     backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator, parent)
-    conversation = Conversation(backend, parent.tokenizer, config.inference.config.sampling, config.system)
     script = iter(config.prompts)
-    interactive = sys.stdin.isatty() and not config.prompts
+    scripted = bool(config.prompts)
+    terminal = Terminal(None if scripted else this.folder / "history")
+    store = session_store(this, keep=bool(config.sessions.open or not scripted))
+    conversation = Conversation(
+        backend, parent.tokenizer, config.inference.config.sampling, config.system,
+        store=store, model=parent.sha256, full=config.sessions.full,
+    )  # fmt: skip
 
-    def read() -> str | None:
-        if config.prompts:
-            line = next(script, None)
-            if line is not None:
-                sys.stdout.write(f"  you: {line}\n  model: ")
-            return line
-        try:
-            line = input("you: " if interactive else "")
-        except (EOFError, KeyboardInterrupt):
-            return None
-        return line.encode("utf-8", "replace").decode()  # a terminal may send bytes that are no UTF-8
+    def scripted_line() -> str | None:
+        line = next(script, None)
+        if line is not None:
+            terminal.write(f"  you: {line}\n  model: ")
+        return line
 
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    if interactive:
-        this.say(HELP)
+    feedback = ChatFeedback(FeedbackStore(this.folder / "feedback.sqlite")) if config.server.feedback else None
+    begun = 0
     try:
-        talk(conversation, read, write)
+        if config.sessions.open:
+            begun = open_or_name(conversation, config.sessions.open)
+            this.say(f"conversation {config.sessions.open!r}, {len(conversation.ids)} tokens")
+        if terminal.interactive and not scripted:
+            this.say(HELP)
+        with terminal.interrupts():
+            read = scripted_line if scripted else terminal.read
+            talk(conversation, read, terminal.write, terminal.stopped, feedback)
     finally:
-        turns = [m["content"] for m in conversation.messages if m["role"] != "system"]
+        turns = [m["content"] for m in conversation.messages if m["role"] != "system"][begun:]
         pairs = zip(turns[::2], turns[1::2], strict=True)
         this.write_samples([{"kind": "chat", "prompt": q, "completion": a} for q, a in pairs])
+        conversation.close()
+        store.close()
+        if feedback is not None:
+            feedback.store.close()
     return 0
+
+
+class ChatFeedback:
+    """What `/good` and `/bad` write to."""
+
+    def __init__(self, store: FeedbackStore) -> None:
+        self.store = store
+
+    def record(self, conversation: Conversation, answered: Answered) -> str:
+        """Keep an answer; its id, which is that of its turn."""
+        ids, events = list(answered.turn.ids), answered.events
+        drawn = [event.logprob for event, i in zip(events, ids, strict=False) if event.token_id == i]
+        missing = len(ids) - len(drawn)  # the end of a turn that was too long was not drawn
+        self.store.add(
+            Record(
+                messages=answered.messages, answer=answered.turn.text, prompt_ids=list(answered.request.prompt_ids),
+                completion_ids=ids, sampled=[True] * len(drawn) + [False] * missing, logprobs=drawn + [0.0] * missing,
+                model=conversation.model, template=conversation.template, sampling=asdict(answered.request.params),
+                weight_version=conversation.backend.stats().weight_version, latency=answered.seconds,
+                finish_reason=events[-1].finish_reason or "", session=conversation.session.id, id=answered.turn.id,
+            )
+        )  # fmt: skip
+        return answered.turn.id
+
+    def give(self, id: str, kind: str, value: object, comment: str = "") -> None:
+        """Keep what a person says of it."""
+        self.store.give(id, kind, value, comment)
+
+
+def session_store(this: Run, *, keep: bool = True) -> SessionStore:
+    """Where the run keeps conversations: `sessions.path`, or a file in its folder; in memory if they are not kept."""
+    wanted = this.config.sessions
+    if not (keep and wanted.keep):
+        return SessionStore(None)
+    return SessionStore(Path(wanted.path) if wanted.path else this.folder / "sessions.sqlite")
+
+
+def open_or_name(conversation: Conversation, name: str) -> int:
+    """Go on in the conversation of this name, or begin one; returns how many messages it has."""
+    try:
+        conversation.open(name)
+    except SessionError as error:
+        if error.reason != "missing":
+            raise
+        conversation.name(name)
+    return sum(m["role"] != "system" for m in conversation.messages)

@@ -33,8 +33,8 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.data.vocabularies import load_tokenizer
 from trivium.errors import ConfigError
 from trivium.evaluation.generation import complete
-from trivium.inference.chat import sampling_params
 from trivium.inference.config import SamplingConfig
+from trivium.inference.conversation import sampling_params
 from trivium.inference.protocol import Backend
 from trivium.lineage.manifest import masked
 from trivium.models.adapters import has_adapter

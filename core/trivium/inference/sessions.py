@@ -1,0 +1,406 @@
+"""Conversations that outlive the process: every turn with the ids that were read and drawn, in one SQLite file.
+
+A conversation is a tree. A turn has a parent and a session has a head, so another answer or an edited question is a
+branch, and nothing that was said is overwritten. Turns are appended in one transaction (write-ahead log, synced at each
+commit): a process that dies in the middle of a turn leaves the last one that was complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from trivium.disk import make_folder
+from trivium.errors import CheckpointError, SessionError
+
+VERSION = 1
+APPLICATION = 0x54726976  # "Triv", in the header of the file: another program's database is not taken for ours
+TITLE = 60
+"""Characters of a title that is made of the first question."""
+TABLES = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS sessions (
+    id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, model TEXT NOT NULL,
+    template TEXT NOT NULL, system TEXT NOT NULL, sampling TEXT NOT NULL, head TEXT
+);
+CREATE TABLE IF NOT EXISTS turns (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, parent TEXT,
+    role TEXT NOT NULL, text TEXT NOT NULL, ids BLOB NOT NULL, created REAL NOT NULL, data TEXT NOT NULL,
+    digest TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS turns_of_session ON turns (session);
+PRAGMA user_version = {VERSION};
+PRAGMA application_id = {APPLICATION};
+COMMIT;
+"""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A conversation without its turns. model, template: hashes of what it was held with; template includes the whole
+    tokenizer. head: its newest turn on the branch that goes on; None before the first."""
+
+    id: str
+    title: str
+    created: float
+    updated: float
+    model: str
+    template: str
+    system: str
+    sampling: dict[str, Any]
+    head: str | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. ids: what it added to what the model reads, exactly; those of a question include what the template
+    writes around it. data: whatever else is known of it, JSON."""
+
+    id: str
+    session: str
+    parent: str | None
+    role: str
+    text: str
+    ids: tuple[int, ...]
+    created: float
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NewTurn:
+    """A turn that is to be kept. id: empty makes one."""
+
+    role: str
+    text: str
+    ids: Sequence[int]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+
+def new_session(
+    model: str, template: str, *, system: str = "", sampling: Mapping[str, Any] | None = None, title: str = ""
+) -> Session:
+    """A conversation that nothing was said in, and that is in no store yet."""
+    now = time.time()
+    return Session(
+        secrets.token_hex(8), clean(title), now, now, model, template, clean(system), dict(sampling or {}), None
+    )
+
+
+class Appended(NamedTuple):
+    """What `append` kept: what was asked, and the answers."""
+
+    asked: list[Turn]
+    answers: list[Turn]
+
+
+class SessionStore:
+    """One file of conversations; safe for several threads and processes. path None keeps them in memory only."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises CheckpointError for a file that cannot be used."""
+        self.file = path
+        self._lock = threading.RLock()
+        self._held: set[str] = set()
+        self._name = "the conversations in memory" if path is None else str(path)
+        if path is not None:
+            make_folder(path.parent)
+        with self._told():
+            self._db = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
+        try:
+            with self._told():
+                self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self) -> None:
+        kind, version = (
+            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        )
+        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if tables and kind != APPLICATION:
+            raise CheckpointError(f"{self._name} is a database of another program; choose another sessions.path=")
+        if tables and version != VERSION:
+            raise CheckpointError(
+                f"{self._name} is of version {version}, this trivium reads {VERSION}; choose another sessions.path="
+            )
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        if not tables:
+            self._db.executescript(TABLES)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's refusals as one sentence."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise CheckpointError(
+                f"{self._name} cannot be used ({error}); free its disk, or choose another sessions.path="
+            ) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it is kept, or nothing."""
+        with self._lock, self._told():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _rows(self, question: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock, self._told():
+            return self._db.execute(question, values).fetchall()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            self._db.close()
+
+    # ---- sessions
+
+    def create(self, session: Session) -> Session:
+        """Keep a new conversation before its first turn. Raises SessionError for an id that is taken."""
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM sessions WHERE id = ?", (session.id,)).fetchone():
+                raise SessionError(f"there is a conversation {session.id!r} already", "busy")
+            self._begin(db, session)
+        return self.get(session.id)
+
+    def _begin(self, db: sqlite3.Connection, session: Session) -> None:
+        row = [getattr(session, f.name) for f in fields(Session)]
+        row[7] = json.dumps(session.sampling)
+        kept = "ON CONFLICT (id) DO UPDATE SET sampling = excluded.sampling"
+        db.execute(f"INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) {kept}", row)
+
+    def get(self, id: str) -> Session:
+        """A conversation by its id. Raises SessionError where there is none."""
+        rows = self._rows("SELECT * FROM sessions WHERE id = ?", id)
+        if not rows:
+            raise SessionError(f"there is no conversation {id!r} in {self._name}", "missing")
+        return _session(rows[0])
+
+    def find(self, name: str) -> Session:
+        """A conversation by its id, or by its title; of several the newest. Raises SessionError where there is none."""
+        question = "SELECT * FROM sessions WHERE id = ? OR title = ? ORDER BY id = ? DESC, updated DESC LIMIT 1"
+        rows = self._rows(question, name, name, name)
+        if not rows:
+            raise SessionError(f"there is no conversation {name!r} in {self._name}", "missing")
+        return _session(rows[0])
+
+    def sessions(self, most: int = 100) -> list[Session]:
+        """Conversations, the one that was continued last first."""
+        rows = self._rows("SELECT * FROM sessions ORDER BY updated DESC, rowid DESC LIMIT ?", most)
+        return [_session(row) for row in rows]
+
+    def update(self, id: str, *, title: str | None = None, sampling: Mapping[str, Any] | None = None) -> Session:
+        """Give a conversation another title or other settings."""
+        said = {"title": title if title is None else clean(title)}
+        said["sampling"] = None if sampling is None else json.dumps(dict(sampling))
+        with self._transaction() as db:
+            for name, value in said.items():
+                if value is not None:
+                    db.execute(f"UPDATE sessions SET {name} = ? WHERE id = ?", (value, id))
+        return self.get(id)
+
+    def move(self, id: str, turn: str | None) -> Session:
+        """Go on from another turn of the conversation; None is its beginning."""
+        if turn is not None and self.turn(turn).session != id:
+            raise SessionError(f"turn {turn!r} is not of conversation {id!r}", "missing")
+        with self._transaction() as db:
+            db.execute("UPDATE sessions SET head = ? WHERE id = ?", (turn, id))
+        return self.get(id)
+
+    def delete(self, id: str) -> None:
+        """Remove a conversation and all its turns. Raises SessionError while it is being written."""
+        self.get(id)
+        with self.writing(id), self._transaction() as db:
+            db.execute("DELETE FROM turns WHERE session = ?", (id,))
+            db.execute("DELETE FROM sessions WHERE id = ?", (id,))
+
+    def check(self, session: Session, model: str, template: str) -> None:
+        """Refuse a conversation that was held with another model or template. Raises SessionError."""
+        differ = [
+            n for n, a, b in (("model", session.model, model), ("template", session.template, template)) if a != b
+        ]
+        if differ:
+            raise SessionError(
+                f"conversation {session.title or session.id!r} was held with another {' and '.join(differ)}, so its "
+                "tokens are not what this one would have read; make a copy for this one",
+                "foreign",
+            )
+
+    # ---- turns
+
+    def append(
+        self,
+        session: str,
+        parent: str | None,
+        asked: Sequence[NewTurn],
+        answers: Sequence[NewTurn] = (),
+        begin: Session | None = None,
+    ) -> Appended:
+        """Keep `asked`, one after the other behind `parent`, and behind them each of `answers`, side by side: all in
+        one transaction. The head is then the first answer. A question that was asked there already, with the same ids,
+        is not kept twice, so that another answer to it stands beside the first.
+
+        begin: the conversation itself, which is kept with its first turn, and its settings with each. Raises
+        SessionError, keeping nothing.
+        """
+        with self._transaction() as db:
+            if begin is not None:
+                self._begin(db, begin)
+            if parent is not None and self.turn(parent).session != session:
+                raise SessionError(f"turn {parent!r} is not of conversation {session!r}", "missing")
+            found = Appended([], [])
+            for new in asked:
+                found.asked.append(self._there(session, parent, new) or self._insert(db, session, parent, new))
+                parent = found.asked[-1].id
+            for new in answers:
+                found.answers.append(self._insert(db, session, parent, new))
+            head = next((turn.id for turn in (*found.answers[:1], *found.asked[::-1])), parent)
+            title = next((turn.text for turn in found.asked if turn.role == "user"), "")
+            title = " ".join(title.split())[:TITLE]
+            db.execute(
+                "UPDATE sessions SET head = ?, updated = ?, title = CASE title WHEN '' THEN ? ELSE title END "
+                "WHERE id = ?",
+                (head, time.time(), title, session),
+            )
+            if not db.execute("SELECT changes()").fetchone()[0]:
+                raise SessionError(f"there is no conversation {session!r} in {self._name}", "missing")
+        return found
+
+    def _insert(self, db: sqlite3.Connection, session: str, parent: str | None, new: NewTurn) -> Turn:
+        data = json.dumps(dict(new.data))
+        turn = Turn(
+            new.id or secrets.token_hex(8), session, parent, new.role, clean(new.text), tuple(new.ids), time.time(),
+            json.loads(data),
+        )  # fmt: skip
+        if db.execute("SELECT 1 FROM turns WHERE id = ?", (turn.id,)).fetchone():
+            raise SessionError(f"there is a turn {turn.id!r} already", "busy")
+        before = "" if parent is None else db.execute("SELECT digest FROM turns WHERE id = ?", (parent,)).fetchone()[0]
+        packed = np.asarray(turn.ids, "<u4").tobytes()
+        row = (turn.id, session, parent, turn.role, turn.text, packed, turn.created, data)
+        names = "id, session, parent, role, text, ids, created, data, digest"
+        db.execute(f"INSERT INTO turns ({names}) VALUES ({', '.join('?' * 9)})", (*row, _digest(before, *row)))
+        return turn
+
+    def _there(self, session: str, parent: str | None, new: NewTurn) -> Turn | None:
+        question = f"{TURN} WHERE session = ? AND parent IS ? AND role = ? AND text = ? AND ids = ? AND data = ?"
+        packed = np.asarray(new.ids, "<u4").tobytes()
+        rows = self._rows(question, session, parent, new.role, clean(new.text), packed, json.dumps(dict(new.data)))
+        return _turn(rows[0]) if rows else None
+
+    def turn(self, id: str) -> Turn:
+        """One turn. Raises SessionError where there is none."""
+        rows = self._rows(f"{TURN} WHERE id = ?", id)
+        if not rows:
+            raise SessionError(f"there is no turn {id!r} in {self._name}", "missing")
+        return _turn(rows[0])
+
+    def turns(self, session: str) -> list[Turn]:
+        """Every turn of a conversation, of all its branches, in the order they were kept."""
+        return [_turn(row) for row in self._rows(f"{TURN} WHERE session = ? ORDER BY number", session)]
+
+    def path(self, turn: str | None) -> list[Turn]:
+        """The turns from the beginning to this one. Raises CheckpointError where one is not what was written."""
+        question = f"""
+            WITH RECURSIVE up AS (
+                SELECT * FROM turns WHERE id = ? UNION ALL SELECT t.* FROM turns t JOIN up ON t.id = up.parent
+            ) {TURN.replace("turns", "up")} ORDER BY number"""
+        rows = self._rows(question, turn) if turn is not None else []
+        if turn is not None and (not rows or rows[-1][0] != turn):
+            raise SessionError(f"there is no turn {turn!r} in {self._name}", "missing")
+        before, parent = "", None
+        for row in rows:
+            if row[2] != parent or row[8] != _digest(before, *row[:8]):
+                raise CheckpointError(f"{self._name} is damaged: turn {row[0]} is not what was written; it is not read")
+            before, parent = row[8], row[0]
+        return [_turn(row) for row in rows]
+
+    # ---- one writer
+
+    @contextmanager
+    def writing(self, session: str) -> Iterator[None]:
+        """One writer of a conversation, of all threads and processes, until this is left or the process ends.
+
+        Raises SessionError at once where there is another.
+        """
+        handle = self._take(session)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.discard(session)
+            if handle is not None:
+                handle.close()
+
+    def _take(self, session: str) -> IO[bytes] | None:
+        with self._lock:
+            if session in self._held:
+                raise _busy(session, f"process {os.getpid()}, this one")
+            if self.file is None:
+                self._held.add(session)
+                return None
+            folder = make_folder(self.file.with_name(f"{self.file.name}-locks"))
+            name = hashlib.sha256(session.encode()).hexdigest()[:24]  # an id may hold what no file name can
+            handle = open(folder / name, "a+b")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                who = handle.read(20).decode(errors="replace").strip()
+                handle.close()
+                raise _busy(session, f"process {who}" if who else "another process") from None
+            handle.truncate(0)
+            handle.write(str(os.getpid()).encode())
+            handle.flush()
+            self._held.add(session)
+            return handle
+
+
+TURN = "SELECT id, session, parent, role, text, ids, created, data, digest FROM turns"
+
+
+def clean(text: str) -> str:
+    """Text without halves of characters, which JSON and terminals can bring and no file can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _busy(session: str, who: str) -> SessionError:
+    return SessionError(f"conversation {session!r} is being written by {who}; wait for it, or begin another", "busy")
+
+
+def _session(row: tuple[Any, ...]) -> Session:
+    id, title, created, updated, model, template, system, sampling, head = row
+    return Session(id, title, created, updated, model, template, system, json.loads(sampling), head)
+
+
+def _turn(row: tuple[Any, ...]) -> Turn:
+    id, session, parent, role, text, packed, created, data, _ = row
+    ids = tuple(np.frombuffer(packed, "<u4").tolist())
+    return Turn(id, session, parent, role, text, ids, created, json.loads(data))
+
+
+def _digest(before: str, *row: Any) -> str:
+    """Of a turn and, through `before`, of all that came before it."""
+    told = [part.hex() if isinstance(part, bytes) else part for part in row]
+    return hashlib.sha256(json.dumps([before, *told]).encode()).hexdigest()
