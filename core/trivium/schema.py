@@ -314,6 +314,7 @@ class ServerConfig:
     key: str = ""  # what clients must send on every path but /health; empty asks for none
     model: str = ""  # what the model is called; empty is the run's name
     feedback: bool = False  # keep answers, and what people say of them, to learn from later
+    feedback_path: str = ""  # the file for it; empty is feedback.sqlite in the run's folder
     max_requests: int = 256  # answers made or waited for at once; beyond them 429 with Retry-After
     max_connections: int = 1024  # more are turned away at once
     max_body: int = 2_000_000  # bytes of a request

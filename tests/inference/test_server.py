@@ -10,6 +10,7 @@ import torch
 from tests.inference.serving import CONTEXT, running, streamed, tokenizer_of
 
 from trivium.data.chat import Chat
+from trivium.inference.feedback import FeedbackStore
 from trivium.inference.loop import Reply
 from trivium.inference.native.engine import NativeBackend, collect
 from trivium.inference.sampling import NOTHING_ALLOWED
@@ -380,29 +381,23 @@ def test_a_page_of_another_name_may_not_ask(server):
     assert text.status_code == 415
 
 
-def test_feedback_is_404_while_off_and_called_when_on(server):
+def test_feedback_is_404_while_off_and_kept_when_on(server, tmp_path):
     assert httpx.post(server.url + "/v1/feedback", json={"id": "x"}).status_code == 404
 
-    class Keeps:
-        def __init__(self):
-            self.records, self.given = [], []
-
-        def record(self, answered):
-            self.records.append(answered)
-
-        def feedback(self, body):
-            self.given.append(body)
-            return {"new": True}
-
-    keeps = Keeps()
-    with running(feedback=keeps) as other:
+    store = FeedbackStore(tmp_path / "feedback.sqlite")
+    with running(feedback=store) as other:
         body = {**HI, "max_tokens": 5, "user": "ann", "temperature": 1}
         found = other.post("/v1/chat/completions", body)
-        assert other.post("/v1/feedback", {"id": found["id"], "kind": "thumb"}) == {"new": True}
         end = time.monotonic() + 20
-        while not keeps.records and time.monotonic() < end:
+        while not list(store.records()) and time.monotonic() < end:
             time.sleep(0.01)
-    (record,) = keeps.records
+        told = other.post("/v1/feedback", {"id": found["id"], "kind": "thumb", "value": "up", "user": "ann"})
+        assert told["id"] == found["id"]
+        counts = httpx.get(other.url + "/v1/feedback/stats").json()
+        assert (counts["records"], counts["standing"]) == (1, {"thumb": 1})
+        odd = httpx.post(other.url + "/v1/feedback", json={"id": found["id"], "kind": "thump", "value": 1})
+        assert odd.status_code == 422 and "thump" in odd.json()["error"]["message"]
+    (record,) = store.records()
     assert (record.id, record.user, record.messages) == (found["id"], "ann", HI["messages"])
     assert record.prompt_ids == Chat(other.tokenizer).prompt_ids(HI["messages"])
     assert len(record.completion_ids) == len(record.sampled) == len(record.logprobs)
@@ -411,7 +406,7 @@ def test_feedback_is_404_while_off_and_called_when_on(server):
         and sum(record.sampled) == found["usage"]["completion_tokens"]
     )
     assert record.answer == found["choices"][0]["message"]["content"]
-    assert keeps.given == [{"id": found["id"], "kind": "thumb"}]
+    store.close()
 
 
 def test_system_message_of_the_run_is_used_where_there_is_none():

@@ -47,6 +47,7 @@ NAMES = [
     *("post /v1/chat/completions", "post /v1/completions", "post /v1/responses", "post /v1/embeddings"),
     *("post /v1/rerank", "post /v1/feedback", "get /v1/models", "get /v1/models/{model}", "get /v1/responses/{id}"),
     *("delete /v1/responses/{id}", "get /health", "get /ready", "get /metrics"),
+    *("delete /v1/feedback", "get /v1/feedback/stats"),
 ]
 
 

@@ -21,14 +21,18 @@ def feedback_routes(store: FeedbackStore | None) -> APIRouter:
     """The routes of a store; None: feedback is off, and each says so with 404."""
     router = APIRouter()
 
-    @router.post("/v1/feedback")
+    anything = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+
+    @router.post("/v1/feedback", openapi_extra={"requestBody": anything})
     async def give(request: Request) -> JSONResponse:
         async def said(there: FeedbackStore) -> dict[str, Any]:
             return await run_in_threadpool(there.feedback, await _body(request))
 
         return await _answered(store, said)
 
-    @router.delete("/v1/feedback")
+    user = {"name": "user", "in": "query", "required": True, "schema": {"type": "string"}}
+
+    @router.delete("/v1/feedback", openapi_extra={"parameters": [user]})
     async def remove(request: Request) -> JSONResponse:
         async def said(there: FeedbackStore) -> dict[str, Any]:
             user = request.query_params.get("user", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -55,43 +55,3 @@ class InMemory:
 
     def delete(self, id: str) -> bool:
         return self._kept.pop(id, None) is not None
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One answer of a conversation, with all that it takes to learn from it exactly.
-
-    messages: what was asked. prompt_ids: what the model read; completion_ids: what it drew, and the end of the turn;
-    sampled: for each of these whether it was drawn (an end that closes a turn which was too long was not); logprobs:
-    natural, under the unmodified distribution, 0 where not sampled. model: SHA-256 of the weights. template: of all
-    that turns a conversation into ids. latency: seconds.
-    """
-
-    id: str
-    messages: list[dict[str, Any]]
-    answer: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    sampled: list[bool]
-    logprobs: list[float]
-    model: str
-    template: str
-    sampling: dict[str, Any] = field(default_factory=dict)
-    weight_version: int = 0
-    latency: float = 0.0
-    finish_reason: str = "stop"
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    user: str = ""
-
-
-class Feedback(Protocol):
-    """What `server.feedback=true` needs: answers in, and verdicts on them. Called outside the event loop."""
-
-    def record(self, answered: Answered) -> None:
-        """Keep an answer; a TriviumError is told in the log and changes nothing for who asked."""
-        ...
-
-    def feedback(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What a client says of an answer, as it was sent -> what it is told. Raises TriviumError for what is not
-        taken; its `status`, if it has one, is the HTTP status."""
-        ...

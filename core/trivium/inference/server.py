@@ -32,6 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.inference import openai as wire
+from trivium.inference.feedback_routes import feedback_routes
 from trivium.inference.loop import EngineFailure, EngineLoop, Overloaded
 from trivium.inference.openai import WireError
 from trivium.inference.service import DOWN, Counts, Service
@@ -215,13 +216,6 @@ class Routes:
     async def delete_response(self, request: Request) -> Response:
         return JSONResponse(await self.service.delete(request.path_params["id"]))
 
-    async def feedback(self, request: Request) -> Response:
-        feedback = self.service.feedback
-        if feedback is None:
-            raise WireError("feedback is off on this server; it is kept where server.feedback=true", 404)
-        given = wire.parsed_object(await self.body(request))
-        return JSONResponse(await asyncio.to_thread(feedback.feedback, given))
-
     async def health(self, request: Request) -> Response:
         well = self.service.engine.healthy(self.limits.stale_seconds)
         return JSONResponse({"status": "ok" if well else "the engine does not answer"}, 200 if well else 503)
@@ -332,9 +326,7 @@ def create_app(service: Service, limits: ServerConfig, *, extra: Callable[[FastA
     named = {"parameters": [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]}
     app.add_api_route("/v1/responses/{id}", routes.delete_response, methods=["DELETE"], openapi_extra=named,
                       responses={404: errors[404]})  # fmt: skip
-    anything = {"required": True, "content": {JSON: {"schema": {"type": "object"}}}}
-    app.add_api_route("/v1/feedback", routes.feedback, methods=["POST"], openapi_extra={"requestBody": anything},
-                      responses=errors)  # fmt: skip
+    app.include_router(feedback_routes(service.feedback), responses=errors)
     if service.sessions is not None:
         served = service.served
         app.include_router(

@@ -25,7 +25,8 @@ from trivium.inference import openai as wire
 from trivium.inference.choice import Choice, Piece
 from trivium.inference.config import SamplingConfig
 from trivium.inference.exchange import CONTEXT, Answer, Exchange, begin, context_of, system_of
-from trivium.inference.kept import Answered, Feedback, InMemory, Kept, ResponseStore
+from trivium.inference.feedback import FeedbackStore, Record
+from trivium.inference.kept import InMemory, Kept, ResponseStore
 from trivium.inference.loop import EngineFailure, EngineLoop, Reply
 from trivium.inference.openai import TOO_LONG, WireError
 from trivium.inference.sessions import SessionStore
@@ -132,7 +133,7 @@ class Service:
         limits: ServerConfig,
         *,
         store: ResponseStore | None = None,
-        feedback: Feedback | None = None,
+        feedback: FeedbackStore | None = None,
         sessions: SessionStore | None = None,
         full: str = "error",
         counted: Callable[[Counts], None] = _counted,
@@ -451,7 +452,7 @@ class Service:
         ids = choice.turn_ids()
         drawn = [event.logprob for event, i in zip(choice.drawn, ids, strict=False) if event.token_id == i]
         missing = len(ids) - len(drawn)
-        answered = Answered(
+        answered = Record(
             id=job.id if index == 0 else f"{job.id}-{index}",
             messages=messages,
             answer=choice.text,
@@ -471,7 +472,7 @@ class Service:
 
         async def keep() -> None:
             try:
-                await asyncio.to_thread(feedback.record, answered)
+                await asyncio.to_thread(feedback.add, answered)
             except TriviumError as error:
                 LOG.warning("an answer was not kept for feedback: %s", error)
 

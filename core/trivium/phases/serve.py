@@ -9,7 +9,7 @@ from trivium.build import build_backend
 from trivium.errors import ConfigError
 from trivium.inference.loop import EngineLoop
 from trivium.phases.run import Run
-from trivium.phases.speak import session_store, speaking_model
+from trivium.phases.speak import feedback_store, session_store, speaking_model
 from trivium.registry import load
 from trivium.training.stop import EXIT_CODE, SignalWatch
 
@@ -22,11 +22,10 @@ def run_serve(this: Run) -> int:
         raise ConfigError(f'phase=serve needs {", ".join(missing)}: pip install "trivium-llm[serve]"')
     config, parent = this.config, this.needs_parent()
     limits = config.server
-    if limits.feedback:
-        raise ConfigError("server.feedback=true: nothing keeps feedback yet; leave it away")
     if config.sessions.full == "summarise":
         raise ConfigError("sessions.full=summarise is for phase=chat; phase=serve takes error and drop_oldest")
     store = None
+    feedback = feedback_store(this)
     server = load("trivium.inference.server:listen"), load("trivium.inference.server:serve")
     sock = server[0](limits)
     try:
@@ -40,7 +39,7 @@ def run_serve(this: Run) -> int:
         if parent.tokenizer.has_template and config.sessions.keep:
             store = session_store(this)
         service = load("trivium.inference.service:Service")(
-            engine, served, limits, sessions=store, full=config.sessions.full
+            engine, served, limits, feedback=feedback, sessions=store, full=config.sessions.full
         )
         port = sock.getsockname()[1]
         name = f"[{limits.host}]" if ":" in limits.host else limits.host
@@ -61,5 +60,6 @@ def run_serve(this: Run) -> int:
         return EXIT_CODE
     finally:
         sock.close()
-        if store is not None:
-            store.close()
+        for kept in (store, feedback):
+            if kept is not None:
+                kept.close()

@@ -17,6 +17,7 @@ from trivium.inference.feedback import FeedbackStore, Record
 from trivium.inference.sessions import SessionStore
 from trivium.inference.terminal import Terminal
 from trivium.models.protocol import CausalLM
+from trivium.phases.feedback import STORE
 from trivium.phases.run import Run
 
 
@@ -88,7 +89,7 @@ def run_chat(this: Run) -> int:
             terminal.write(f"  you: {line}\n  model: ")
         return line
 
-    feedback = ChatFeedback(FeedbackStore(this.folder / "feedback.sqlite")) if config.server.feedback else None
+    feedback = ChatFeedback(kept) if (kept := feedback_store(this)) else None
     begun = 0
     try:
         if config.sessions.open:
@@ -135,6 +136,14 @@ class ChatFeedback:
     def give(self, id: str, kind: str, value: object, comment: str = "") -> None:
         """Keep what a person says of it."""
         self.store.give(id, kind, value, comment)
+
+
+def feedback_store(this: Run) -> FeedbackStore | None:
+    """Where the run keeps feedback: `server.feedback_path`, or a file in its folder; None while it is off."""
+    wanted = this.config.server
+    if not wanted.feedback:
+        return None
+    return FeedbackStore(Path(wanted.feedback_path) if wanted.feedback_path else this.folder / STORE)
 
 
 def session_store(this: Run, *, keep: bool = True) -> SessionStore:
