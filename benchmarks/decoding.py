@@ -3,10 +3,10 @@
     pip install -e ".[bench]"
     python benchmarks/decoding.py                     # --rounds 3; --only one,many,prefix to choose
 
-one: a prompt of 100 tokens, 64 new ones, batch 1: tokens a second without the prompt's time, and what part of the memory
-bandwidth (of a plain sum, measured in the same round) reading the weights once a token comes to. many: 16 prompts of 32
-to 256 tokens that arrive a little apart, 64 new tokens each: requests a second; transformers answers them in batches of
-what has arrived. prefix: time to the first token of a prompt that begins with 512 tokens read before, against the same
+one: a prompt of 100 tokens, 64 new ones, batch 1: tokens a second without the prompt's time, and what part of the
+memory bandwidth (of a plain sum, measured in the same round) reading the weights once a token comes to. many: 16
+prompts of 32 to 256 tokens that arrive a little apart, 64 new tokens each: requests a second; transformers answers them
+in batches of what has arrived. prefix: time to the first token of a prompt that begins with 512 tokens read before, against the same
 prompt read anew. Ways take turns; a ratio is of one round, the median of rounds is shown with the smallest and largest.
 """
 
@@ -126,7 +126,7 @@ def one(model: Any, tokenizer: Any, path: str, rounds: int) -> None:
     for name, dtype in (("transformers fp32", torch.float32), ("transformers bf16", torch.bfloat16)):
         made = theirs(model, dtype)
         ways[name] = lambda made=made: generated_seconds(made, ids)
-    with llamacpp(path) as server:
+    with LlamaCpp(path) as server:
         if server is not None:
             ways["llama.cpp Q4_1"] = lambda: server(ids)
         for way in ways.values():
@@ -221,13 +221,18 @@ def prefix(model: Any, tokenizer: Any, path: str, rounds: int) -> None:
         times = []
         for part in range(2):
             backend.add(request("x", (*shared, 5 + number, 6 + part), 1))
-            times.append(timed(lambda: [None for _ in iter(backend.step, []) if backend.busy][:0]))
+            times.append(timed(lambda: until_idle(backend)))
         found.append(times[1] / times[0])
     print()
     show("first token with 512 tokens in the cache over without", found)
 
 
-class llamacpp:
+def until_idle(backend: Any) -> None:
+    while backend.busy:
+        backend.step()
+
+
+class LlamaCpp:
     """A server of llama.cpp over the file, asked for NEW tokens after a prompt; None where it is not installed."""
 
     def __init__(self, path: str) -> None:

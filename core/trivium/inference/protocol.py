@@ -49,7 +49,7 @@ class Stats:
 class Backend(ABC):
     """Built as `cls(config, model, tokenizer)`. Not safe for several threads at once."""
 
-    _aborted: set[str] = set()  # noqa: RUF012 - each `generate` has its own
+    _aborted: set[str] | None = None  # while `generate` runs: whose events it no longer tells
     reads: Any = None
     """A temporary folder with what it reads, if that was written for it."""
 
@@ -73,7 +73,8 @@ class Backend(ABC):
 
     def abort(self, request_id: str) -> None:
         """End a request from outside: it gets no further events, not even those of the step that is being read."""
-        self._aborted.add(request_id)
+        if self._aborted is not None:
+            self._aborted.add(request_id)
         self.drop(request_id)
 
     @abstractmethod
@@ -148,6 +149,7 @@ class Backend(ABC):
                         raise BackendError(f"request {event.request_id}: {event.error}")
                     yield event
         finally:
+            self._aborted = None
             for name in ids:
                 self.drop(name)
 
