@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 from trivium.build import build_backend
 from trivium.errors import ConfigError
@@ -33,7 +34,7 @@ def run_serve(this: Run) -> int:
         backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator)
         engine = EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread)
         served = load("trivium.inference.service:Served")(
-            limits.model or parent.path.name, parent.sha256, parent.tokenizer, config.inference.config.sampling,
+            limits.model or Path(config.init_from).name, parent.sha256, parent.tokenizer, config.inference.config.sampling,
             config.system, int(time.time()),
         )  # fmt: skip
         if parent.tokenizer.has_template and config.sessions.keep:

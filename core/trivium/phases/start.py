@@ -117,7 +117,8 @@ def _run(config: RunConfig, console: Console, world: World, skip_done: bool) -> 
     this = Run(config, console, world)
     config = this.config
     world.barrier()  # all have read what the folder holds
-    console.rule(f"[bold]{config.phase}[/] on {config.domain} -> {this.folder}", align="left", style="dim")
+    about = f" on {config.domain}" if config.phase in DATA_PHASES else ""
+    console.rule(f"[bold]{config.phase}[/]{about} -> {this.folder}", align="left", style="dim")
     if this.manifest.was_done and (skip_done or config.phase in ("tokenizer", "evaluate")) and this.same_content():
         this.say("done already; the same settings and inputs")
         return 0
