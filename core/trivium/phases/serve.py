@@ -34,8 +34,8 @@ def run_serve(this: Run) -> int:
         backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator)
         engine = EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread)
         served = load("trivium.inference.service:Served")(
-            limits.model or Path(config.init_from).name, parent.sha256, parent.tokenizer, config.inference.config.sampling,
-            config.system, int(time.time()),
+            limits.model or Path(config.init_from).name, parent.sha256, parent.tokenizer,
+            config.inference.config.sampling, config.system, int(time.time()),
         )  # fmt: skip
         if parent.tokenizer.has_template and config.sessions.keep:
             store = session_store(this)

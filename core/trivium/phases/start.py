@@ -24,7 +24,7 @@ from trivium.phases.serve import run_serve
 from trivium.phases.speak import run_chat, run_generate
 from trivium.phases.train import run_tokenizer, run_training
 from trivium.plugin import local_plugins
-from trivium.schema import TRAINING_PHASES, RunConfig
+from trivium.schema import DATA_PHASES, TRAINING_PHASES, RunConfig
 from trivium.training.checkpoint import RECORD
 from trivium.training.memory import peak_bytes, reset_peak
 from trivium.training.parallel import PeerLost, World, join, leave, lost_peer, placed
