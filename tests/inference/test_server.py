@@ -1,6 +1,7 @@
 """The server's answers, over real HTTP: shapes, stops, characters, counts, and what is refused."""
 
 import base64
+import json
 import struct
 import time
 
@@ -515,3 +516,23 @@ def test_stale_heartbeat_fails_health():
         while httpx.get(server.url + "/health").status_code != 200:
             assert time.monotonic() < end, "it comes back to life with its next step"
             time.sleep(0.05)
+
+
+def test_answers_are_held_to_a_schema_and_bad_schemas_are_refused(server):
+    """Where the engine can: JSON of the form that was asked, whole or cut short; a forced call; nonsense is 400."""
+    if "json_schema" not in server.backend.capabilities().sampling:
+        pytest.skip("this engine cannot")
+    form = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    body = {**HI, "max_tokens": 60, "seed": 1, "temperature": 1}
+    asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": form}}
+    (choice,) = server.post("/v1/chat/completions", {**body, "response_format": asked})["choices"]
+    assert choice["finish_reason"] == "stop" and json.loads(choice["message"]["content"]) in ({"a": 1}, {"a": 2})
+    tools = [{"type": "function", "function": {"name": "f", "parameters": form}}]
+    (choice,) = server.post("/v1/chat/completions", {**body, "tools": tools, "tool_choice": "required"})["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "f" and json.loads(call["function"]["arguments"]) in ({"a": 1}, {"a": 2})
+    for bad in ({"type": "nonsense"}, {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}, {"not": {}}):
+        asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": bad}}
+        found = httpx.post(server.url + "/v1/chat/completions", json={**body, "response_format": asked}, timeout=60)
+        assert found.status_code == 400 and found.json()["error"]["message"], (bad, found.text)
+    assert server.idle().used_slots == 0

@@ -14,6 +14,7 @@ from tests.inference.serving import raw, running, sse
 
 from trivium.errors import BackendError
 from trivium.inference import openai as wire
+from trivium.inference import server as server_module
 
 HI = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": 12, "temperature": 0}
 GOOD = [
@@ -315,6 +316,12 @@ def test_slow_heads_and_bodies_are_cut():
         body = POST + b"Content-Length: 100\r\n\r\n{"
         assert raw(server.port, body).startswith(b"HTTP/1.1 408")
         drip(b"GET /" + b"a" * 400)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:  # the second of a connection, too
+            s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(1.5)  # silence between two is no slow head
+            assert s.recv(65536).startswith(b"HTTP/1.1 200")
+            s.sendall(b"GET / HT")
+            assert s.recv(65536).startswith(b"HTTP/1.1 408")
         assert time.monotonic() - started < 60
         wait_for(lambda: not connections(server))
 
@@ -416,6 +423,7 @@ def test_a_flood_is_answered_or_told_to_come_later():
                 full = [client.post(server.url + "/v1/completions", json=long) for _ in range(16)]
                 filling = [asyncio.create_task(f) for f in full]
                 while server.service.engine.live < 16:
+                    assert not any(task.done() for task in filling)
                     await asyncio.sleep(0.01)
                 alone = []
                 for _ in range(50):
@@ -474,12 +482,14 @@ def slow_readers(count, slow_heads):
             s.close()
 
 
-def test_slow_readers_and_heads():
+def test_slow_readers_and_heads(monkeypatch):
+    monkeypatch.setattr(server_module, "KEEP_ALIVE", 3)  # some answers lie whole in the kernel: those are idle
     slow_readers(10, 30)
 
 
 @pytest.mark.slow
-def test_a_hundred_slow_readers_and_three_hundred_slow_heads():
+def test_a_hundred_slow_readers_and_three_hundred_slow_heads(monkeypatch):
+    monkeypatch.setattr(server_module, "KEEP_ALIVE", 3)
     slow_readers(100, 300)
 
 

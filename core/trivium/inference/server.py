@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -42,8 +43,9 @@ from trivium.schema import ServerConfig
 T = TypeVar("T")
 LOG = logging.getLogger("trivium.server")
 PAGE = Path(__file__).parent / "page"
-KEEP_ALIVE = 5
-"""Seconds that a connection may be silent between two requests."""
+KEEP_ALIVE = 75
+"""Seconds that a connection may be silent between two requests: longer than clients keep one (httpx 5, proxies 60), or
+they would send a request while it is being closed."""
 NO_KEY = "the key is missing or wrong: send Authorization: Bearer KEY"
 TOO_LONG_HEAD = "the request's head has more than {:,} bytes"
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -65,7 +67,7 @@ class Gone(Exception):
 def refusal(error: TriviumError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers that say what went wrong."""
     if isinstance(error, WireError):
-        return error.status, error.body, {}
+        return error.status, error.body, {"Connection": "close"} if error.status in (408, 413) else {}
     if isinstance(error, Overloaded) and str(error) != DOWN:
         return 429, _said(error, "rate_limit_error", "rate_limit_exceeded"), {"Retry-After": "1"}
     if isinstance(error, Overloaded | EngineFailure):
@@ -509,18 +511,17 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._answering:
-            self._disarm()
+        self._time_head()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self._answering:
-            self._arm()
+        self._time_head()
+        self.loop.call_later(self.limits.write_seconds, self._cut_if_unread, self.transport.get_write_buffer_size())
 
-    def timeout_keep_alive_handler(self) -> None:
-        super().timeout_keep_alive_handler()
-        if self.transport.get_write_buffer_size():  # closing waits for a reader that may never come
-            self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+    def _cut_if_unread(self, before: int) -> None:
+        """Nothing of an answer's end was taken: closing would wait for a reader that may never come."""
+        if before and self.transport.get_write_buffer_size() >= before and not self._answering:
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
@@ -529,6 +530,13 @@ class Connection(H11Protocol):
             return
         said = TOO_LONG_HEAD.format(self.limits.max_headers) if status == 431 else "this is not HTTP"
         self._write_error(status, said)
+
+    def _time_head(self) -> None:
+        """A head that has begun to come must be whole in time, and so must a body that was answered before its end."""
+        if self._answering:
+            self._disarm()
+        elif self._timer is None and (self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY):
+            self._arm()
 
     def _arm(self) -> None:
         self._disarm()
@@ -540,9 +548,12 @@ class Connection(H11Protocol):
             self._timer = None
 
     def _late(self) -> None:
+        self._timer = None
         if self._answering or self.transport.is_closing():
             return
-        if self.conn.trailing_data[0]:
+        if self.conn.their_state is h11.SEND_BODY:
+            self._cut()
+        elif self.conn.trailing_data[0]:
             self._write_error(408, f"the request's head did not arrive in {self.limits.header_seconds:g} s")
         else:
             self.transport.close()
