@@ -46,7 +46,10 @@ def base(trained, tmp_path):
     [
         (["phase=pretrain", "optim.lrr=1"], "unknown option 'optim.lrr'. Did you mean optim.lr"),
         (["optim.lrr=1"], "unknown option 'optim.lrr'"),
-        (["phase=teach"], "unknown phase=teach. Available: chat, distill, evaluate, export, generate, preference, "),
+        (
+            ["phase=teach"],
+            "unknown phase=teach. Available: chat, distill, evaluate, export, feedback, generate, preference, ",
+        ),
         (["phase=pretrain", "model=gpt5"], "unknown model=gpt5."),
         (
             ["pretrain"],
@@ -73,7 +76,7 @@ def base(trained, tmp_path):
         (["phase=preference", "objective.beta=0"], "objective.beta=0"),
         (["phase=rlhf", "objective.clip_low=1"], "objective.clip_low=1.0 must be less than 1"),
         (["phase=rlhf", "rollout.prompts=0"], "rollout.prompts=0 must be greater than 0"),
-        (["pipeline=three"], "unknown pipeline=three. Available: three_phases"),
+        (["pipeline=three"], "unknown pipeline=three. Available: flywheel, three_phases"),
     ],
 )
 def test_wrong_command_line(args, sentence, main, tmp_path):

@@ -93,4 +93,5 @@ class Manifest:
         self.facts |= {"status": status, "seconds": round(seconds, 3), **facts}
         self.others = False
         if self.writes:
-            replace_json(self.folder / FILE, masked(self.facts))  # an error's text may quote a setting
+            told = masked(self.facts) | {"key": self.facts["key"]}  # an error's text may quote a setting
+            replace_json(self.folder / FILE, told)
