@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivium.models.cache import KVCache
-from trivium.models.rope import rotate
+from trivium.models.layers import Linear, RMSNorm, direct
+from trivium.models.rope import rotate, turned
 
 
 def training_precision(v: Tensor) -> torch.dtype:
@@ -39,6 +40,11 @@ def visible(positions: Tensor, segments: Tensor | None, slots: int | None, windo
         return torch.ones(1, 1, length, length, dtype=torch.bool, device=positions.device).tril().triu(1 - window)
     same = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
     return same.triu(1 - window) if cut else same
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to scores, made once where every layer would make it: 0 or -inf."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def mean_seen(context: int, window: int) -> float:
@@ -89,13 +95,14 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.width, self.scale, self.cap = heads, kv_heads, width, scale, cap
-        self.q = nn.Linear(dim, heads * width, bias=bias)
-        self.k = nn.Linear(dim, kv_heads * width, bias=bias)
-        self.v = nn.Linear(dim, kv_heads * width, bias=bias)
-        self.out = nn.Linear(heads * width, dim, bias=False)
-        self.q_norm = nn.Identity() if norm_eps is None else nn.RMSNorm(width, eps=norm_eps)
-        self.k_norm = nn.Identity() if norm_eps is None else nn.RMSNorm(width, eps=norm_eps)
-        self.project: nn.Module | None = None  # (B, T, C) -> queries, keys and values, in place of the three
+        self.q = Linear(dim, heads * width, bias=bias)
+        self.k = Linear(dim, kv_heads * width, bias=bias)
+        self.v = Linear(dim, kv_heads * width, bias=bias)
+        self.out = Linear(heads * width, dim, bias=False)
+        self.normed = norm_eps is not None
+        self.q_norm = nn.Identity() if norm_eps is None else RMSNorm(width, eps=norm_eps)
+        self.k_norm = nn.Identity() if norm_eps is None else RMSNorm(width, eps=norm_eps)
+        self.joined: nn.Module | None = None  # (B, T, C) -> queries, keys, values side by side, in place of the three
 
     def forward(
         self,
@@ -106,10 +113,12 @@ class Attention(nn.Module):
         layer: int = 0,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """(B, T, C) -> (B, T, C); (B, C) of one token a row, with a cache, where nothing is trained."""
+        if x.dim() == 2:
+            assert cache is not None and mask is not None
+            return self._one_token(x, angles, mask, positions, layer, cache)
         rows, length, _ = x.shape
-        heads = (rows, length, -1, self.width)  # as many as are here: several processes may share them out
-        q, k, v = (part.view(heads) for part in (self.project or self._project)(x))
+        q, k, v = self._project(x)
         q = rotate(self.q_norm(q).transpose(1, 2), *angles)
         k = rotate(self.k_norm(k).transpose(1, 2), *angles)
         v = v.transpose(1, 2)
@@ -122,9 +131,38 @@ class Attention(nn.Module):
         return self.out(out.to(given).transpose(1, 2).reshape(rows, length, -1))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.q(x), self.k(x), self.v(x)
+        """Queries, keys and values, (B, T, heads, D) each, or (B, heads, D)."""
+        heads = (*x.shape[:-1], -1, self.width)  # as many as are here: several processes may share them out
+        if self.joined is not None:
+            return self.joined(x).view(heads).split((self.heads, self.kv_heads, self.kv_heads), -2)
+        return self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
+
+    def _one_token(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, positions: Tensor, layer: int, cache: KVCache
+    ) -> Tensor:
+        """(B, C) -> (B, C) in as few operations as can be: on a CPU ten of them cost as much as a layer's product."""
+        rows, (cos, sin), dtype = len(x), angles, cache.keys.dtype
+        if self.joined is not None and not self.normed:
+            heads = self.joined(x).view(rows, -1, 1, self.width)
+            qk = turned(heads.narrow(1, 0, self.heads + self.kv_heads), cos, sin).to(dtype)
+            q, k = qk.narrow(1, 0, self.heads), qk.narrow(1, self.heads, self.kv_heads)
+            v = heads.narrow(1, self.heads + self.kv_heads, self.kv_heads)
+        else:
+            q, k, v = (part[:, :, None] for part in self._project(x))
+            if self.normed:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = turned(q, cos, sin).to(dtype), turned(k, cos, sin)
+        k, v = cache.update(layer, k, v, positions)
+        if self.cap:
+            out = self._capped(q, k, v, mask)
+        else:  # heads that share keys are queries of one head: see grouped_attention
+            q = q.view(rows, k.shape[1], -1, self.width)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return self.out(out.view(rows, -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         if mask is not None and q.shape[2] <= FEW and q.device.type == "cpu" and q.shape[1] != k.shape[1]:
             return grouped_attention(q, k, v, mask, self.scale)
         return F.scaled_dot_product_attention(
@@ -139,6 +177,9 @@ class Attention(nn.Module):
         scores = self.cap * torch.tanh(scores / self.cap)
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
-        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask[:, :, None]
         weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
         return (weights @ v[:, :, None]).view(rows, heads, length, width)

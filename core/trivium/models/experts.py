@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivium.models.huggingface import Reader
-from trivium.models.layers import GatedFFN
+from trivium.models.layers import GatedFFN, Linear
 from trivium.models.llama import Llama
 
 
@@ -107,7 +107,7 @@ class SparseFFN(nn.Module):
         if dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0):
             return False
         layers = [layer for expert in self.experts for layer in expert.children()]
-        if any(type(layer) is not nn.Linear or layer._forward_hooks for layer in layers):  # few bits, or an adapter
+        if any(type(layer) is not Linear or layer._forward_hooks for layer in layers):  # few bits, or an adapter
             return False
         first: Any = layers[0]
         return first.in_features % 8 == first.out_features % 8 == 0

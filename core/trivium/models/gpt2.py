@@ -13,7 +13,7 @@ from trivium.models.attention import mean_seen, training_precision, visible
 from trivium.models.cache import KVCache
 from trivium.models.config import GPT2Config
 from trivium.models.huggingface import Reader
-from trivium.models.layers import Head, draw_weights
+from trivium.models.layers import Head, Linear, draw_weights
 from trivium.models.protocol import CausalLM
 
 PARTS = {
@@ -34,9 +34,9 @@ class Block(nn.Module):
         dim = config.dim
         self.heads, self.dropout = config.heads, config.dropout
         self.attn_norm = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.out = Linear(dim, 3 * dim), Linear(dim, dim)
         self.ffn_norm = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.up, self.down = Linear(dim, 4 * dim), Linear(4 * dim, dim)
 
     def forward(
         self, x: Tensor, mask: Tensor | None, positions: Tensor, layer: int = 0, cache: KVCache | None = None

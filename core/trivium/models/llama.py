@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trivium.models.attention import Attention, mean_seen, visible
+from trivium.models.attention import Attention, additive, mean_seen, visible
 from trivium.models.cache import KVCache
 from trivium.models.config import LlamaConfig
 from trivium.models.huggingface import Reader, rope_scaling_of, rope_settings
-from trivium.models.layers import GatedFFN, Head, draw_weights
+from trivium.models.layers import GatedFFN, Head, RMSNorm, direct, draw_weights
 from trivium.models.protocol import CausalLM
 from trivium.models.rope import rope_angles
 
@@ -26,9 +26,9 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, attention: Mapping[str, Any], ffn: nn.Module | None = None) -> None:
         """attention: options of Attention that the family has. ffn: in place of a gated feed-forward layer."""
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attn = Attention(config.dim, config.heads, config.kv_heads, config.head_width, **attention)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = GatedFFN(config.dim, config.ffn_dim) if ffn is None else ffn
         self.dropout = config.dropout
 
@@ -41,10 +41,11 @@ class Block(nn.Module):
         layer: int = 0,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C). layer: its number, under which the cache knows it."""
+        """(B, T, C) -> (B, T, C), or (B, C) of one token a row. layer: its number, under which the cache knows it."""
         attended = self.attn(self.attn_norm(x), angles, mask, positions, layer, cache)
-        x = x + F.dropout(attended, self.dropout, self.training)
-        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+        x = x + (F.dropout(attended, self.dropout) if self.training else attended)
+        said = self.ffn(self.ffn_norm(x))
+        return x + (F.dropout(said, self.dropout) if self.training else said)
 
 
 class Llama(CausalLM):
@@ -87,7 +88,7 @@ class Llama(CausalLM):
 
     def make_norm(self) -> nn.Module:
         """The last norm."""
-        return nn.RMSNorm(self.config.dim, eps=self.config.norm_eps)
+        return RMSNorm(self.config.dim, eps=self.config.norm_eps)
 
     def make_head(self) -> Head:
         """Hidden states to logits."""
@@ -107,11 +108,16 @@ class Llama(CausalLM):
     ) -> Tensor:
         c, slots = self.config, cache.length if cache is not None else None
         angles = rope_angles(positions, c.head_width, c.rope_theta, c.rope_scaling, c.context)
-        masks = {window: visible(positions, segments, slots, window) for window in set(self.windows)}
         x = self.embedded(tokens)
+        masks = {window: visible(positions, segments, slots, window) for window in set(self.windows)}
+        single = False
+        if cache is not None and direct(x):
+            masks = {window: additive(mask, cache.keys.dtype) for window, mask in masks.items() if mask is not None}
+            single = x.shape[1] == 1
+            x = x[:, 0] if single else x
         for layer, window in zip(range(len(self.blocks)), self.windows, strict=False):
             x = self.block(layer, x, angles, masks[window], positions, cache=cache)
-        return self.norm(x)
+        return self.norm(x[:, None] if single else x)
 
     def init_weights(self, seed: int) -> None:
         self.tie()

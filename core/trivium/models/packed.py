@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trivium.errors import BackendError
 from trivium.models import adapters
 from trivium.models.attention import Attention
-from trivium.models.layers import GatedFFN, Head
+from trivium.models.layers import GatedFFN, Head, Linear
 from trivium.models.protocol import CausalLM
 
 multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -42,11 +42,12 @@ def packed(model: CausalLM, kind: str) -> CausalLM:
         adapters.merge(made)
         adapters.detach(made)
     on_cpu = next(made.parameters()).device.type == "cpu"
-    made = made.to(torch.bfloat16)
-    if kind != "bf16" and not on_cpu:
-        quantised = importlib.import_module("trivium.models.quantised")  # it needs bitsandbytes, and a second
-        adapters.quantise(made, quantised.quantiser("nf4" if kind == "int4" else "int8", double=False))
-    elif on_cpu:
+    if not on_cpu:
+        made = made.to(torch.bfloat16)
+        if kind != "bf16":
+            quantised = importlib.import_module("trivium.models.quantised")  # it needs bitsandbytes, and a second
+            adapters.quantise(made, quantised.quantiser("nf4" if kind == "int4" else "int8", double=False))
+    else:
         for module in list(made.modules()):
             _pack_children(module, kind)
         if not any(isinstance(module, Packed) and module.kind == kind for module in made.modules()):
@@ -57,28 +58,42 @@ def packed(model: CausalLM, kind: str) -> CausalLM:
 def _pack_children(module: nn.Module, kind: str) -> None:
     """Put packed layers in place of a module's linear ones."""
     if isinstance(module, Attention):
-        module.project = Together([module.q, module.k, module.v], kind)
+        module.joined = together([module.q, module.k, module.v], kind)
         del module.q, module.k, module.v
     elif isinstance(module, GatedFFN):
-        module.gated = Gated(Together([module.gate, module.up], kind), module.act)
+        module.gated = Gated(together([module.gate, module.up], kind), module.act)
         del module.gate, module.up
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Head):
+        if type(child) is nn.Embedding:
+            setattr(module, name, Wide(child.weight))
+        if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear, Head):
             setattr(module, name, Packed(child.weight, child.bias, kind, getattr(child, "cap", 0.0)))
 
 
+class Wide(nn.Module):
+    """An embedding held in bf16 that gives fp32: what layers add to is not rounded, nor cast between them."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight.detach().to(torch.bfloat16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)."""
+        return F.embedding(tokens, self.weight).float()
+
+
 class Packed(nn.Module):
-    """A linear layer of (N, K) weights. cap: as of Head."""
+    """A linear layer of (N, K) weights: rounds what it is given to bf16, and gives bf16. cap: as of Head."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, cap: float = 0.0) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias, self.cap = bias, cap
+        self.bias, self.cap = None if bias is None else bias.detach().to(torch.bfloat16), cap
         self.kind = kind if self.in_features % GROUP == 0 and self.out_features % 32 == 0 else "bf16"
         if self.kind == "bf16":
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.bfloat16).contiguous(), 1)
         else:
-            self.codes, self.scales = rounded(weight.float(), 8 if self.kind == "int8" else 4)
+            self.codes, self.scales = rounded(weight.to(torch.bfloat16).float(), 8 if self.kind == "int8" else 4)
             self.planes = _planes(self.codes, self.scales, self.kind)
             if self.kind == "int4":
                 self.codes = _halved(self.codes)
@@ -90,46 +105,39 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
+        x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
         if self.kind == "bf16":
             out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
-            rows = x.reshape(-1, self.in_features)
+            rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
             if len(rows) <= FEW[self.kind]:
                 parts = [multiply(rows, codes, GROUP, scales) for codes, scales in self.planes]
                 out = parts[0] if len(parts) == 1 else parts[0] + parts[1]
             else:
                 out = F.linear(rows, self.restored())
-            out = out.view(*x.shape[:-1], self.out_features)
+            out = out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
             out = out if self.bias is None else out + self.bias
         return self.cap * (out / self.cap).tanh() if self.cap else out
 
 
-class Together(nn.Module):
-    """Layers of one input as one product."""
-
-    def __init__(self, layers: Sequence[nn.Linear], kind: str) -> None:
-        super().__init__()
-        biases = [layer.bias for layer in layers]
-        bias = None if biases[0] is None else torch.cat(biases)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        self.sizes = [layer.out_features for layer in layers]
-        self.layer = Packed(torch.cat([layer.weight for layer in layers]), bias, kind)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., K) -> one (..., N) for each layer."""
-        return self.layer(x).split(self.sizes, -1)
+def together(layers: Sequence[nn.Linear], kind: str) -> Packed:
+    """Layers of one input as one product, their outputs side by side."""
+    biases = [layer.bias for layer in layers]
+    bias = None if biases[0] is None else torch.cat(biases)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return Packed(torch.cat([layer.weight for layer in layers]), bias, kind)
 
 
 class Gated(nn.Module):
     """act(gate x) * up x."""
 
-    def __init__(self, together: Together, act: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, joined: Packed, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.together, self.act = together, act
+        self.joined, self.act = joined, act
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., hidden)."""
-        gate, up = self.together(x)
-        return self.act(gate) * up
+        gate, up = self.joined(x).chunk(2, -1)
+        return self.act(gate).mul_(up)
 
 
 def rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

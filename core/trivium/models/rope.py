@@ -18,7 +18,9 @@ UNSCALED = RopeScaling()
 def rope_angles(
     positions: Tensor, width: int, theta: float, scaling: RopeScaling = UNSCALED, context: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of (B, T) positions, each (B, 1, T, D) in fp32; pair i turns by position * theta^(-2i/D).
+    """cos and signed sin of (B, T) positions, each (B, 1, T, D) in fp32; pair i turns by position * theta^(-2i/D).
+
+    sin is negative in the first half: what `rotate` multiplies the exchanged halves with.
 
     context: the model's, which is where scaling starts from unless it names another. Dynamic scaling turns by the
     length so far: keys that a cache holds keep the turn of their own time, there as in transformers.
@@ -40,15 +42,21 @@ def rope_angles(
         turns = _yarn(turns, scaling, original, theta)
         size = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
     angles = positions[:, None, :, None].float() * turns
-    angles = torch.cat((angles, angles), dim=-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = torch.cat((angles, angles), dim=-1).cos(), angles.sin()
+    sin = torch.cat((-sin, sin), dim=-1)
     return (cos, sin) if size == 1 else (cos * size, sin * size)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn (B, H, T, D) by its positions' angles, in fp32."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + torch.cat((second, first), dim=-1) * sin
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` in fewer operations, where nothing is trained: (B, H, T, D) -> the same."""
+    x = x.to(cos.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def _llama3(turns: Tensor, scaling: RopeScaling, original: int) -> Tensor:
