@@ -3,7 +3,8 @@
     pip install -e ".[bench]"
     python benchmarks/decoding.py                     # --rounds 3; --only one,many,prefix to choose
 
-one: a prompt of 100 tokens, 64 new ones, batch 1: tokens a second without the prompt's time, and what part of the
+one: a prompt of 100 tokens, 64 new ones, batch 1 (guessing: the answer of the same weights, with guesses of their own in
+4 bits): tokens a second without the prompt's time, and what part of the
 memory bandwidth (of a plain sum, measured in the same round) reading the weights once a token comes to. many: 16
 prompts of 32 to 256 tokens that arrive a little apart, 64 new tokens each: requests a second; transformers answers them
 in batches of what has arrived. prefix: time to the first token of a prompt that begins with 512 tokens read before,
@@ -105,7 +106,7 @@ def decode_seconds(backend: Any, ids: tuple[int, ...]) -> float:
     backend.add(request("x", ids, NEW + 1))
     while not backend.step():
         pass
-    return timed(lambda: [backend.step() for _ in range(NEW)])
+    return timed(lambda: until_idle(backend))
 
 
 def generated_seconds(made: Any, ids: tuple[int, ...]) -> float:
@@ -121,8 +122,10 @@ def generated_seconds(made: Any, ids: tuple[int, ...]) -> float:
 def one(model: Any, tokenizer: Any, path: str, rounds: int) -> None:
     (ids,) = prompts(tokenizer, 1, 100, 100)
     ways: dict[str, Callable[[], float]] = {}
-    for kind in ("same", "bf16", "int8", "int4"):
-        backend = native(model, tokenizer, weights=kind, prefix_cache=False)
+    for kind in ("same", "bf16", "int8", "int4", "same, guessing", "bf16, guessing"):
+        weights, *guessing = kind.split(", ")
+        more = {"speculate": "self", "draft_weights": "int4"} if guessing else {}
+        backend = native(model, tokenizer, weights=weights, prefix_cache=False, **more)
         ways[kind] = lambda backend=backend: decode_seconds(backend, ids)
     for name, dtype in (("transformers fp32", torch.float32), ("transformers bf16", torch.bfloat16)):
         made = theirs(model, dtype)
@@ -146,6 +149,8 @@ def one(model: Any, tokenizer: Any, path: str, rounds: int) -> None:
     for a, b in (
         ("same", "transformers fp32"),
         ("bf16", "transformers bf16"),
+        ("same, guessing", "transformers fp32"),
+        ("bf16, guessing", "transformers bf16"),
         ("int8", "bf16"),
         ("int4", "llama.cpp Q4_1"),
     ):

@@ -130,18 +130,42 @@ def test_preempted_rows_begin_again_with_the_same_answers(model, alone):
 
 
 @pytest.mark.parametrize("memory", ["slab", "paged"])
-@pytest.mark.parametrize("speculate", ["ngram", "draft", "good draft"])
+@pytest.mark.parametrize("speculate", ["ngram", "draft", "good draft", "self"])
 def test_guesses_change_no_answer(model, alone, memory, speculate):
     """The good draft is the model itself: in exact arithmetic each of its guesses is right."""
     draft = {"draft": model_of(seed=9), "good draft": model}.get(speculate)
-    kind = "ngram" if draft is None else "draft"
-    config = NativeConfig(memory=memory, speculate=kind, draft="x" * (kind == "draft"), draft_rows=64, draft_tokens=3)
+    kind = speculate.split()[-1]
+    config = NativeConfig(
+        memory=memory,
+        speculate=kind,
+        draft="x" * (kind == "draft"),
+        draft_weights="bf16",
+        draft_rows=64,
+        draft_tokens=3,
+    )
     backend = NativeBackend(config, model, draft=draft)
     assert answers(backend, mixed()) == alone
     stats = idle(backend)
     assert stats.drafted_tokens > 30
     if speculate == "good draft":  # guesses beyond an answer's end are no mistakes
         assert stats.accepted_tokens > 0.9 * stats.drafted_tokens
+
+
+def test_guesses_of_own_weights_follow_the_weights():
+    """A draft of other weights would guess wrong: after an update nearly all guesses of the new ones are right."""
+    ours = model_of(seed=2)
+    asked = [Request("a", tuple(range(1, 20)), SamplingParams(max_tokens=40))]
+    backend = NativeBackend(NativeConfig(speculate="self", draft_weights="bf16"), ours)
+    collect(backend, asked)
+    with torch.no_grad():
+        for p, q in zip(ours.parameters(), model_of(seed=8).parameters(), strict=True):
+            p.copy_(q)
+    before = backend.stats()
+    events = collect(backend, asked)["a"]
+    assert [e.token_id for e in events] == answers(NativeBackend(NativeConfig(), ours), asked)["a"][:-1]
+    after = backend.stats()
+    accepted, drafted = after.accepted_tokens - before.accepted_tokens, after.drafted_tokens - before.drafted_tokens
+    assert accepted > 0.9 * drafted > 20
 
 
 def test_guesses_are_counted(model):

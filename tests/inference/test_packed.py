@@ -20,7 +20,7 @@ from trivium.models.gemma2 import Gemma2
 from trivium.models.gpt2 import GPT2
 from trivium.models.llama import Llama
 from trivium.models.mixtral import Mixtral
-from trivium.models.packed import FEW, GROUP, Packed, packed, rounded
+from trivium.models.packed import FEW, GROUP, Packed, _unhalved, packed, rounded
 from trivium.models.qwen2 import Qwen2
 from trivium.models.qwen3 import Qwen3
 from trivium.types import Request, SamplingParams
@@ -51,25 +51,47 @@ def logits_of(model, tokens):
 
 
 def test_rounded_by_hand():
-    """Largest 1.5 in a group: 4 bits have a scale of 1.5 / 7.5 = 0.2, in bf16 0.2002; codes are round(w / scale)."""
-    weight = torch.zeros(1, GROUP)
+    """4 bits: from -1.5 to 1.5 in steps of 3 / 15 = 0.2, in bf16 0.2002; code 0 is at -1.5 + 8 * 0.2002 = 0.1016, and a
+    code is round((w - 0.1016) / 0.2002). 8 bits: the largest is 1.5, steps are 1.5 / 127.5 = 0.01176."""
+    weight = torch.zeros(1, GROUP["int8"])
     weight[0, :4] = torch.tensor([1.5, -1.5, 0.31, 0.09])
-    codes, scales = rounded(weight, 4)
-    assert codes[0, :5].tolist() == [7, -7, 2, 0, 0]
+    codes, scales, zeros = rounded(weight[:, : GROUP["int4"]], "int4")
+    assert codes[0, :5].tolist() == [7, -8, 1, 0, -1]
     assert scales.item() == pytest.approx(0.2, rel=2**-8)
-    codes, scales = rounded(weight, 8)
-    assert codes[0, :5].tolist() == [127, -127, 26, 8, 0]  # of 1.5 / 127.5 = 0.01176
-    assert rounded(torch.zeros(1, GROUP), 8)[0].abs().sum() == 0
+    assert zeros.item() == pytest.approx(0.1016, rel=2**-8)
+    codes, scales, zeros = rounded(weight, "int8")
+    assert codes[0, :5].tolist() == [127, -127, 26, 8, 0]
+    assert zeros is None
+    for kind in GROUP:
+        codes, scales, _ = rounded(torch.zeros(1, 64), kind)
+        assert scales.abs().sum() == 0
 
 
-@pytest.mark.parametrize(("kind", "most"), [("int8", 128), ("int4", 8)])
+def test_four_bits_of_gguf_are_kept():
+    """Weights that lie on the grid of Q4_1, a step and a smallest weight for each 32, come back to bf16's rounding."""
+    generator = torch.Generator().manual_seed(5)
+    step = torch.rand(64, 6, 1, generator=generator).half().float() + 0.1
+    least = torch.randn(64, 6, 1, generator=generator).half().float()
+    grid = torch.randint(0, 16, (64, 6, 32), generator=generator)
+    grid[..., 0], grid[..., 1] = 0, 15
+    weight = (grid * step + least).view(64, 192)
+    layer = Packed(weight, None, "int4")
+    assert (layer.restored().float() - weight).abs().max().item() < 2**-6 * weight.abs().max().item()
+    assert torch.equal(_unhalved(layer.codes).view(64, 6, 32) + 8, grid.to(torch.int8))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 127.5), ("int4", 15)])
 def test_every_weight_is_within_half_a_scale(kind, most):
     torch.manual_seed(0)
     weight = torch.randn(64, 192).to(torch.bfloat16)
     layer = Packed(weight, None, kind)
-    scales = (weight.float().view(64, -1, GROUP).abs().amax(-1) / (most - 0.5)).repeat_interleave(GROUP, 1)
+    groups = weight.float().view(64, -1, GROUP[kind])
+    size = groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
+    scales = (size / most).repeat_interleave(GROUP[kind], 1)
+    zeros = torch.zeros(64, 3) if layer.zeros is None else layer.zeros.float()  # in bf16, too
+    rounding = 2**-8 * (weight.float().abs() + zeros.abs().repeat_interleave(192 // zeros.shape[1], 1))
     restored = layer.restored().float()
-    assert ((restored - weight.float()).abs() <= 0.52 * scales + 2**-8 * weight.float().abs()).all()
+    assert ((restored - weight.float()).abs() <= 0.52 * scales + rounding).all()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -80,8 +102,9 @@ def test_few_rows_and_many_rows_multiply_the_same_weights(kind, bias):
     weight = torch.randn(96, 192).to(torch.bfloat16)
     layer = Packed(weight, torch.randn(96).to(torch.bfloat16) if bias else None, kind)
     x = torch.randn(2 * FEW[kind], 192).to(torch.bfloat16)
-    codes, scales = rounded(weight.float(), 8 if kind == "int8" else 4)
-    exact = (codes.double().view(96, -1, GROUP) * scales.double()[..., None]).view(96, -1)
+    codes, scales, zeros = rounded(weight.float(), kind)
+    exact = codes.double().view(96, -1, GROUP[kind]) * scales.double()[..., None]
+    exact = (exact if zeros is None else exact + zeros.double()[..., None]).view(96, -1)
     wanted = x.double() @ exact.T + (layer.bias.double() if bias else 0)
     for part, expected in ((x[: FEW[kind]], wanted[: FEW[kind]]), (x, wanted)):
         off = (layer(part).double() - expected).abs().max().item()
@@ -144,7 +167,7 @@ def test_adapters_are_merged_into_the_copy():
 def test_widths_that_no_group_fills_are_refused():
     model = Llama(LlamaConfig(dim=36, layers=1, heads=2, kv_heads=2, ffn_dim=40, context=8), 50)
     model.init_weights(seed=0)
-    with pytest.raises(BackendError, match="can be held as int4: inputs must be multiples of 64"):
+    with pytest.raises(BackendError, match="can be held as int4: inputs must be multiples of 32"):
         packed(model, "int4")
     with pytest.raises(BackendError, match="'int3' are not known; there are bf16, int8, int4"):
         packed(model, "int3")

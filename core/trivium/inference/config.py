@@ -49,15 +49,18 @@ class NativeConfig(BackendConfig):
     page: int = 16  # tokens of a page: what prompts share is found in whole pages
     prefix_cache: bool = True  # prompts that begin as earlier ones did do not compute that again
     prefix_slots: int = 0  # tokens kept for later prompts beside a slab; 0: a quarter of `slots`
-    speculate: str = "none"  # guess tokens, confirm them together: ngram (what followed before), draft (a small model)
+    speculate: str = "none"  # guess tokens, confirm them together: ngram (what followed before), draft (a small model),
+    # self (the model's own weights in fewer bits)
     draft: str = ""  # for speculate=draft: a run, a folder or a file of a model with the same tokenizer
+    draft_weights: str = "int8"  # for speculate=self: bf16, int8, int4
     draft_tokens: int = 4  # guesses at a time
     draft_rows: int = 4  # guess while so many rows are decoded at most: with more, a pass has enough to do
+    cache: str = "same"  # keys and values as the weights are, or int8: in a half or a quarter of the memory
     weights: str = "same"  # the very ones being trained; or a copy made for speed: bf16, int8, int4
 
     def __post_init__(self) -> None:
-        if self.speculate not in ("none", "ngram", "draft"):
-            raise ConfigError(f"inference.speculate={self.speculate} is not none, ngram or draft")
+        if self.speculate not in ("none", "ngram", "draft", "self"):
+            raise ConfigError(f"inference.speculate={self.speculate} is not none, ngram, draft or self")
         if (self.speculate == "draft") != bool(self.draft):
             raise ConfigError(
                 f"inference.speculate={self.speculate} and inference.draft={self.draft or '(none)'} do not go "
@@ -71,8 +74,17 @@ class NativeConfig(BackendConfig):
                 raise ConfigError(f"inference.{name}={getattr(self, name)} must not be negative")
         if self.memory not in ("auto", "slab", "paged"):
             raise ConfigError(f"inference.memory={self.memory} is not auto, slab or paged")
+        if self.cache not in ("same", "int8"):
+            raise ConfigError(f"inference.cache={self.cache} is not same or int8")
         if self.weights not in ("same", "bf16", "int8", "int4"):
             raise ConfigError(f"inference.weights={self.weights} is not same, bf16, int8 or int4")
+        if self.draft_weights not in ("bf16", "int8", "int4"):
+            raise ConfigError(f"inference.draft_weights={self.draft_weights} is not bf16, int8 or int4")
+        if self.speculate == "self" and self.draft_weights == self.weights:
+            raise ConfigError(
+                f"inference.speculate=self guesses with inference.draft_weights={self.draft_weights}, which are the "
+                "weights that answer; set fewer bits"
+            )
 
 
 @dataclass(frozen=True)

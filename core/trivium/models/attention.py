@@ -141,7 +141,7 @@ class Attention(nn.Module):
         self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, positions: Tensor, layer: int, cache: KVCache
     ) -> Tensor:
         """(B, C) -> (B, C) in as few operations as can be: on a CPU ten of them cost as much as a layer's product."""
-        rows, (cos, sin), dtype = len(x), angles, cache.keys.dtype
+        rows, (cos, sin), dtype = len(x), angles, cache.dtype
         if self.joined is not None and not self.normed:
             heads = self.joined(x).view(rows, -1, 1, self.width)
             qk = turned(heads.narrow(1, 0, self.heads + self.kv_heads), cos, sin).to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """keys, values: (L, B, K, S, D)."""
+    """keys, values: (L, B, K, S, D). dtype: of what `update` gives."""
 
     def __init__(
         self, layers: int, rows: int, heads: int, length: int, width: int, *, device: object, dtype: torch.dtype
@@ -21,6 +21,7 @@ class KVCache:
         shape = (layers, rows, heads, length, width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
         self.values = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
+        self.dtype = dtype
         self._prepare()
 
     def _prepare(self) -> None:
@@ -44,15 +45,24 @@ class KVCache:
         held, places = self._layers[layer], self._places
         for slots, new in zip(held, (keys, values), strict=True):
             if isinstance(places, Tensor):
-                slots.index_copy_(2, places, new.to(slots.dtype))
+                slots.index_copy_(2, places, self.encoded(new))
             else:
-                slots[places[0], :, places[1]] = new.to(slots.dtype).transpose(1, 2)
-        return held
+                slots[places[0], :, places[1]] = self.encoded(new).transpose(1, 2)
+        return self.decoded(held[0]), self.decoded(held[1])
+
+    def encoded(self, new: Tensor) -> Tensor:
+        """(..., D) keys or values as slots hold them."""
+        return new.to(self.keys.dtype)
+
+    def decoded(self, slots: Tensor) -> Tensor:
+        """The inverse."""
+        return slots
 
     def part(self, rows: slice, length: int) -> KVCache:
         """The first `length` slots of some rows, as a cache that writes into this one."""
         part = object.__new__(type(self))
         part.keys, part.values = self.keys[:, rows, :, :length], self.values[:, rows, :, :length]
+        part.dtype = self.dtype
         part._prepare()
         return part
 
@@ -61,3 +71,24 @@ class KVCache:
         rows, length = other.keys.shape[1], other.length
         self.keys[:, :rows, :, :length] = other.keys
         self.values[:, :rows, :, :length] = other.values
+
+
+class Int8Cache(KVCache):
+    """Each head's key and value of a token in 8 bits a number: -127..127 times a scale of its own, which lies behind it
+    in the same slot, as four more bytes. Holds 1.9 times as many tokens as bf16, 3.8 times as many as fp32 (heads of
+    64), and takes longer to read."""
+
+    def __init__(self, like: KVCache, rows: int, length: int) -> None:
+        """like: the model's own cache of any size."""
+        layers, _, heads, _, width = like.keys.shape
+        super().__init__(layers, rows, heads, length, width + 4, device=like.keys.device, dtype=torch.int8)
+        self.dtype = like.dtype
+
+    def encoded(self, new: Tensor) -> Tensor:
+        wide = new.float()
+        scales = wide.abs().amax(-1, keepdim=True) / 127
+        codes = (wide / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+        return torch.cat((codes, scales.view(torch.int8)), -1)
+
+    def decoded(self, slots: Tensor) -> Tensor:
+        return (slots[..., :-4] * slots[..., -4:].contiguous().view(torch.float32)).to(self.dtype)

@@ -112,7 +112,7 @@ class Llama(CausalLM):
         masks = {window: visible(positions, segments, slots, window) for window in set(self.windows)}
         single = False
         if cache is not None and direct(x):
-            masks = {window: additive(mask, cache.keys.dtype) for window, mask in masks.items() if mask is not None}
+            masks = {window: additive(mask, cache.dtype) for window, mask in masks.items() if mask is not None}
             single = x.shape[1] == 1
             x = x[:, 0] if single else x
         for layer, window in zip(range(len(self.blocks)), self.windows, strict=False):

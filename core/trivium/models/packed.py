@@ -1,8 +1,9 @@
 """A model's weights laid out for reading prompts and decoding: bf16, or 8 or 4 bits a weight. A copy, never trained.
 
 On CPUs decoding waits for memory: a step cannot be faster than the weights can be read. So fewer bits are faster there,
-and layers that see the same input are one product. Weights are rounded in groups of 64 along the input, symmetrically,
-to -128..127 or -8..7 times the group's scale; activations stay bf16, sums fp32.
+and layers that see the same input are one product. Weights are rounded in groups along the input: 8 bits in groups of 64 to
+-128..127 times the group's scale, 4 bits in groups of 32 to 16 steps from its smallest weight to its largest, which is
+the grid of GGUF's Q4_0 and Q4_1; the head stays at 8 bits then. Activations are bf16, sums fp32.
 
 Of torch's CPU kernels the one for 4 bits alone reads weights as fast as memory gives them, for few rows at a time.
 8 bits are two weights of 4 there: w = 16 high + low. Prompts, with many rows, multiply restored bf16 weights.
@@ -25,7 +26,7 @@ from trivium.models.layers import GatedFFN, Head, Linear
 from trivium.models.protocol import CausalLM
 
 multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-GROUP = 64
+GROUP = {"int8": 64, "int4": 32}
 KINDS = ("bf16", "int8", "int4")
 FEW = {"int8": 8, "int4": 16}
 """Rows up to which reading fewer bits beats restoring them (LOG.md)."""
@@ -51,7 +52,9 @@ def packed(model: CausalLM, kind: str) -> CausalLM:
         for module in list(made.modules()):
             _pack_children(module, kind)
         if not any(isinstance(module, Packed) and module.kind == kind for module in made.modules()):
-            raise BackendError(f"no layer of this model can be held as {kind}: inputs must be multiples of {GROUP}")
+            raise BackendError(
+                f"no layer of this model can be held as {kind}: inputs must be multiples of {GROUP[kind]}"
+            )
     return made
 
 
@@ -67,7 +70,8 @@ def _pack_children(module: nn.Module, kind: str) -> None:
         if type(child) is nn.Embedding:
             setattr(module, name, Wide(child.weight))
         if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear, Head):
-            setattr(module, name, Packed(child.weight, child.bias, kind, getattr(child, "cap", 0.0)))
+            bits = "int8" if kind == "int4" and isinstance(child, Head) else kind  # of 4 it would be what costs most
+            setattr(module, name, Packed(child.weight, child.bias, bits, getattr(child, "cap", 0.0)))
 
 
 class Wide(nn.Module):
@@ -89,19 +93,22 @@ class Packed(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias, self.cap = None if bias is None else bias.detach().to(torch.bfloat16), cap
-        self.kind = kind if self.in_features % GROUP == 0 and self.out_features % 32 == 0 else "bf16"
+        self.kind = kind
+        if kind != "bf16" and (self.in_features % GROUP[kind] or self.out_features % 32):
+            self.kind = "bf16"
         if self.kind == "bf16":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.bfloat16).contiguous(), 1)
         else:
-            self.codes, self.scales = rounded(weight.to(torch.bfloat16).float(), 8 if self.kind == "int8" else 4)
-            self.planes = _planes(self.codes, self.scales, self.kind)
+            self.codes, self.scales, self.zeros = rounded(weight.float(), self.kind)
+            self.planes = _planes(self.codes, self.scales, self.zeros)
             if self.kind == "int4":
                 self.codes = _halved(self.codes)
 
     def restored(self) -> Tensor:
         """(N, K) bf16: the values that it computes with."""
         codes = _unhalved(self.codes) if self.kind == "int4" else self.codes
-        return (codes.view(self.out_features, -1, GROUP) * self.scales[..., None]).view(self.out_features, -1)
+        groups = codes.view(self.out_features, -1, GROUP[self.kind]) * self.scales[..., None]
+        return (groups if self.zeros is None else groups + self.zeros[..., None]).view(self.out_features, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
@@ -111,7 +118,7 @@ class Packed(nn.Module):
         else:
             rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
             if len(rows) <= FEW[self.kind]:
-                parts = [multiply(rows, codes, GROUP, scales) for codes, scales in self.planes]
+                parts = [multiply(rows, codes, GROUP[self.kind], scales) for codes, scales in self.planes]
                 out = parts[0] if len(parts) == 1 else parts[0] + parts[1]
             else:
                 out = F.linear(rows, self.restored())
@@ -140,25 +147,31 @@ class Gated(nn.Module):
         return self.act(gate).mul_(up)
 
 
-def rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(N, K) fp32 -> (N, K) int8 codes and (N, K / GROUP) bf16 scales: weight is about code * scale.
+def rounded(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(N, K) fp32 -> (N, K) int8 codes, (N, K / GROUP) bf16 scales and zeros: weight is about code * scale + zero.
 
-    >>> codes, scales = rounded(torch.linspace(-1.0, 1.0, 64)[None], 4)
-    >>> codes[0, [0, 32, 63]].tolist(), round(scales.item(), 4)  # 1 / 7.5 = 0.1333, in bf16
-    ([-7, 0, 7], 0.1338)
+    >>> codes, scales, zeros = rounded(torch.linspace(-1.0, 2.0, 32)[None], "int4")
+    >>> codes[0, [0, 15, 31]].tolist(), round(scales.item(), 4), round(zeros.item(), 4)  # 3 / 15; -1 + 8 * 0.2
+    ([-8, -1, 7], 0.2002, 0.6016)
     """
-    groups = weight.view(len(weight), -1, GROUP)
-    most = 2 ** (bits - 1)
-    scales = (groups.abs().amax(-1) / (most - 0.5)).to(torch.bfloat16)
+    groups = weight.view(len(weight), -1, GROUP[kind])
+    if kind == "int8":
+        scales, zeros = (groups.abs().amax(-1) / 127.5).to(torch.bfloat16), None
+        middle = 0.0
+    else:
+        scales = ((groups.amax(-1) - groups.amin(-1)) / 15).to(torch.bfloat16)
+        zeros = (groups.amin(-1) + 8 * scales.float()).to(torch.bfloat16)
+        middle = zeros.float()[..., None]
     wide = scales.float().clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (groups / wide[..., None]).round().clamp(-most, most - 1)
-    return codes.to(torch.int8).view(weight.shape), scales
+    most = 128 if kind == "int8" else 8
+    codes = ((groups - middle) / wide[..., None]).round().clamp(-most, most - 1)
+    return codes.to(torch.int8).view(weight.shape), scales, zeros
 
 
-def _planes(codes: Tensor, scales: Tensor, kind: str) -> list[tuple[Tensor, Tensor]]:
+def _planes(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """What the kernel reads: it computes (q - 8) * scale + zero of q in 0..15."""
-    if kind == "int4":
-        return [_plane(codes.int() + 8, scales, torch.zeros_like(scales))]
+    if zeros is not None:
+        return [_plane(codes.int() + 8, scales, zeros)]
     shifted = codes.int() + 128  # 16 high + low, both 0..15: the code is 16 (high - 8) + low
     return [_plane(shifted // 16, 16 * scales, torch.zeros_like(scales)), _plane(shifted % 16, scales, 8 * scales)]
 

@@ -26,6 +26,7 @@ from trivium.inference.native.scheduler import Scheduler
 from trivium.inference.native.speculative import Draft, Guesser, NGrams
 from trivium.inference.protocol import Backend, Capabilities, Stats, collect
 from trivium.inference.sampling import SAMPLING, Drawn, sample_places
+from trivium.models.cache import Int8Cache, KVCache
 from trivium.models.memory import free_bytes
 from trivium.models.packed import packed
 from trivium.models.protocol import CausalLM
@@ -67,6 +68,8 @@ class NativeBackend(Backend):
                 has = "none was given" if draft is None else f"that has {draft.vocab_size} tokens"
                 raise BackendError(f"speculate=draft needs a model of the same {model.vocab_size} tokens; {has}")
             self._guesser = Draft(draft.eval())
+        elif config.speculate == "self":
+            self._guesser = self._own()
 
     @property
     def scheduler(self) -> Scheduler:
@@ -76,13 +79,19 @@ class NativeBackend(Backend):
             paged = c.memory == "paged" or (c.memory == "auto" and self._device.type != "cpu")
             slots = max(c.slots or self._room(), c.page)
             kept = c.prefix_slots or slots // 4
-            memory: Memory = (Paged if paged else Slab)(self.reader, slots, c.page, kept if c.prefix_cache else 0)
+            kind: type[Memory] = Paged if paged else Slab
+            memory = kind(self._new_cache, self.model.context, slots, c.page, kept if c.prefix_cache else 0)
             self._made = Scheduler(memory, c.max_batch, prefix_cache=c.prefix_cache)
         return self._made
 
+    def _new_cache(self, rows: int, length: int) -> KVCache:
+        if self.config.cache == "int8":
+            return Int8Cache(self.reader.new_cache(1, 1), rows, length)
+        return self.reader.new_cache(rows, length)
+
     def _room(self) -> int:
         """Tokens whose keys and values a quarter of the free memory holds, but no more than can be used."""
-        one = self.reader.new_cache(1, 1)
+        one = self._new_cache(1, 1)
         size = 2 * one.keys.numel() * one.keys.element_size()
         return max(1, min(self.config.max_batch * self.model.context, free_bytes() // 4 // size))
 
@@ -178,6 +187,8 @@ class NativeBackend(Backend):
                 raise BackendError("the weights were changed while requests were being answered")
             self._made.memory.forget()
         self._state, self._copy = state, None
+        if self.config.speculate == "self":
+            self._guesser = self._own()
 
     def _count(self, **more: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
@@ -214,6 +225,10 @@ class NativeBackend(Backend):
             if scheduler.make_room(slice(0, len(rows)), [len(row.ids) + len(row.drafts) for row in rows]):
                 return self._run(Pass(rows, 0, counts, counts))
         return []
+
+    def _own(self) -> Draft:
+        """The model's own weights in fewer bits as its draft."""
+        return Draft(packed(self.model, self.config.draft_weights))
 
     def _guess(self, rows: list[Row]) -> None:
         if self._guesser is not None and len(rows) <= self.config.draft_rows:

@@ -8,15 +8,15 @@ really use, which is worth a gather on GPUs. Both keep prefixes of earlier rows 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from trivium.inference.native.blocks import Blocks
 from trivium.models.cache import KVCache
-from trivium.models.protocol import CausalLM
 
+NewCache = Callable[[int, int], KVCache]
 GROWTH = 64
 """Slots are added this many at a time at least: few reallocations, little unread memory."""
 
@@ -24,9 +24,9 @@ GROWTH = 64
 class Pool:
     """The tensors of all pages, and one more where padding is written. They grow as pages are used."""
 
-    def __init__(self, model: CausalLM, blocks: Blocks) -> None:
-        self.model, self.blocks = model, blocks
-        self.cache = model.new_cache(1, blocks.size)
+    def __init__(self, new_cache: NewCache, blocks: Blocks) -> None:
+        self.new_cache, self.blocks = new_cache, blocks
+        self.cache = new_cache(1, blocks.size)
 
     @property
     def sink(self) -> int:
@@ -37,7 +37,7 @@ class Pool:
         """Have memory for these pages."""
         needed = max(pages, default=-1) + 1
         if needed > self.sink:
-            grown = self.model.new_cache(1 + min(self.blocks.total, max(needed, 2 * self.sink)), self.blocks.size)
+            grown = self.new_cache(1 + min(self.blocks.total, max(needed, 2 * self.sink)), self.blocks.size)
             grown.copy_from(self.cache)
             self.cache = grown
 
@@ -48,12 +48,13 @@ class Pool:
 
 
 class Memory(ABC):
-    """What the engine asks for. slots: tokens that fit. read: the tokens whose keys and values a lane holds."""
+    """What the engine asks for. new_cache: makes one of so many rows and slots. context: the model's. slots: tokens that
+    fit."""
 
-    def __init__(self, model: CausalLM, slots: int, page: int, prefix_slots: int) -> None:
-        self.model, self.slots, self.page = model, slots, page
+    def __init__(self, new_cache: NewCache, context: int, slots: int, page: int, prefix_slots: int) -> None:
+        self.new_cache, self.context, self.slots, self.page = new_cache, context, slots, page
         self.blocks = Blocks(prefix_slots // page, page)
-        self.pool = Pool(model, self.blocks)
+        self.pool = Pool(new_cache, self.blocks)
         self.rows = 0
 
     @abstractmethod
@@ -109,9 +110,9 @@ class Memory(ABC):
 class Slab(Memory):
     """One lane a row. Prefixes are copied in and out."""
 
-    def __init__(self, model: CausalLM, slots: int, page: int, prefix_slots: int) -> None:
-        super().__init__(model, slots, page, prefix_slots)
-        self.cache = model.new_cache(1, GROWTH)
+    def __init__(self, new_cache: NewCache, context: int, slots: int, page: int, prefix_slots: int) -> None:
+        super().__init__(new_cache, context, slots, page, prefix_slots)
+        self.cache = new_cache(1, GROWTH)
         self.most: list[int] = []  # of each lane, how many tokens it may become
 
     @property
@@ -142,9 +143,9 @@ class Slab(Memory):
         if rows <= has_rows and length <= has:
             return
         rows = has_rows if rows <= has_rows else max(rows, 2 * has_rows)
-        most = max(length, self.model.context)  # padding may reach a little beyond the context
+        most = max(length, self.context)  # padding may reach a little beyond the context
         length = has if length <= has else min(most, max(length + GROWTH, has + has // 2))
-        grown = self.model.new_cache(rows, length)
+        grown = self.new_cache(rows, length)
         grown.copy_from(self.cache)
         self.cache = grown
 
@@ -169,7 +170,7 @@ class Slab(Memory):
         self.rows -= 1
 
     def rest(self) -> None:
-        self.cache = self.model.new_cache(1, GROWTH)
+        self.cache = self.new_cache(1, GROWTH)
 
     def swap(self, one: int, other: int) -> None:
         for held in (self.cache.keys, self.cache.values):
@@ -184,8 +185,8 @@ class Slab(Memory):
 class Paged(Memory):
     """A table of pages for each row, which it may share with others; more are taken as it grows."""
 
-    def __init__(self, model: CausalLM, slots: int, page: int, prefix_slots: int) -> None:
-        super().__init__(model, slots, page, slots)  # prefixes stay in the pages that rows have left
+    def __init__(self, new_cache: NewCache, context: int, slots: int, page: int, prefix_slots: int) -> None:
+        super().__init__(new_cache, context, slots, page, slots)  # prefixes stay in the pages that rows have left
         self.tables: list[list[int]] = []
 
     @property
@@ -239,15 +240,16 @@ class PagedCache(KVCache):
 
     def __init__(self, pool: Pool, tables: Tensor) -> None:
         self.pool, self.tables = pool, tables
-        self.keys, self.values = pool.cache.keys, pool.cache.values
+        self.keys, self.values, self.dtype = pool.cache.keys, pool.cache.values, pool.cache.dtype
 
     @property
     def length(self) -> int:
         return self.tables.shape[1] * self.pool.blocks.size
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.pool.blocks.size
+        size, cache = self.pool.blocks.size, self.pool.cache
         pages, slots = self.tables.gather(1, positions // size), positions % size
-        self.keys[layer][pages, :, slots] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][pages, :, slots] = values.transpose(1, 2).to(self.values.dtype)
-        return self.pool.read(self.keys, layer, self.tables), self.pool.read(self.values, layer, self.tables)
+        for held, new in ((self.keys, keys), (self.values, values)):
+            held[layer][pages, :, slots] = cache.encoded(new).transpose(1, 2)
+        read = [cache.decoded(self.pool.read(held, layer, self.tables)) for held in (self.keys, self.values)]
+        return read[0], read[1]
