@@ -3,8 +3,8 @@ tests/lifecycle/test_smollm2.py)."""
 
 import pytest
 import torch
-
 from tests.inference.test_engine import answers, idle, mixed, model_of
+
 from trivium.inference.config import NativeConfig
 from trivium.inference.native.engine import NativeBackend
 from trivium.models.cache import Int8Cache, KVCache

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivium.models.cache import KVCache
-from trivium.models.layers import Linear, RMSNorm, direct
+from trivium.models.layers import Linear, RMSNorm
 from trivium.models.rope import rotate, turned
 
 

@@ -12,8 +12,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class Linear(nn.Linear):
-    """torch's layer. Where nothing is trained, fp32 on a CPU goes through oneDNN, which takes half of MKL's time for few
-    rows (LOG.md)."""
+    """torch's layer. Where nothing is trained, fp32 on a CPU goes through oneDNN, which takes half of MKL's time for
+    few rows (LOG.md)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

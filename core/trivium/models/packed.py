@@ -1,9 +1,9 @@
 """A model's weights laid out for reading prompts and decoding: bf16, or 8 or 4 bits a weight. A copy, never trained.
 
 On CPUs decoding waits for memory: a step cannot be faster than the weights can be read. So fewer bits are faster there,
-and layers that see the same input are one product. Weights are rounded in groups along the input: 8 bits in groups of 64 to
--128..127 times the group's scale, 4 bits in groups of 32 to 16 steps from its smallest weight to its largest, which is
-the grid of GGUF's Q4_0 and Q4_1; the head stays at 8 bits then. Activations are bf16, sums fp32.
+and layers that see the same input are one product. Weights are rounded in groups along the input: 8 bits in groups of
+64 to -128..127 times the group's scale, 4 bits in groups of 32 to 16 steps from its smallest weight to its largest,
+which is the grid of GGUF's Q4_1; the head stays at 8 bits then. Activations are bf16, sums fp32.
 
 Of torch's CPU kernels the one for 4 bits alone reads weights as fast as memory gives them, for few rows at a time.
 8 bits are two weights of 4 there: w = 16 high + low. Prompts, with many rows, multiply restored bf16 weights.

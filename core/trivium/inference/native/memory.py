@@ -48,8 +48,8 @@ class Pool:
 
 
 class Memory(ABC):
-    """What the engine asks for. new_cache: makes one of so many rows and slots. context: the model's. slots: tokens that
-    fit."""
+    """What the engine asks for. new_cache: makes one of so many rows and slots. context: the model's. slots: tokens
+    that fit."""
 
     def __init__(self, new_cache: NewCache, context: int, slots: int, page: int, prefix_slots: int) -> None:
         self.new_cache, self.context, self.slots, self.page = new_cache, context, slots, page
