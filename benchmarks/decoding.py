@@ -3,12 +3,12 @@
     pip install -e ".[bench]"
     python benchmarks/decoding.py                     # --rounds 3; --only one,many,prefix to choose
 
-one: a prompt of 100 tokens, 64 new ones, batch 1 (guessing: the same answer, with guesses of its own weights in 4 bits):
-tokens a second without the prompt's time, and what part of the memory bandwidth (of a plain sum, measured in the same
-round) reading the weights once a token comes to. many: 16 prompts of 32 to 256 tokens that arrive a little apart, 64 new tokens each: requests a second; transformers answers them
-in batches of what has arrived. prefix: time to the first token of a prompt that begins with 512 tokens read before,
-against the same prompt read anew. Ways take turns; a ratio is of one round, the median of rounds is shown with the
-smallest and largest.
+one: a prompt of 100 tokens, 64 new ones, batch 1: tokens a second without the prompt's time, and what part of the
+memory bandwidth (of a plain sum, measured in the same round) reading the weights once a token comes to. guessing: the
+same answer, with guesses by the same weights in 4 bits. many: 16 prompts of 32 to 256 tokens that arrive a little
+apart, 64 new tokens each: requests a second; transformers answers them in batches of what has arrived. prefix: time
+to the first token of a prompt that begins with 512 tokens read before, against the same prompt read anew. Ways take
+turns; a ratio is of one round, the median of rounds is shown with the smallest and largest.
 """
 
 from __future__ import annotations
