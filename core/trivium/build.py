@@ -24,10 +24,10 @@ import torch
 from trivium.compose import Component, component, compose, options, run_config
 from trivium.data.cleaning import Cleaned
 from trivium.data.config import BPEConfig, CleaningConfig, MixtureConfig
-from trivium.data.fetch import CATALOGUE, fetch
+from trivium.data.fetch import CATALOGUE, fetch, fetch_folder
 from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.mixture import Mixture
-from trivium.data.packing import pair_sides
+from trivium.data.packing import said_in
 from trivium.data.position import key_of, permute
 from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ from trivium.models.weights import (
 )
 from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra, load, near_misses
+from trivium.schema import EncoderSettings
 from trivium.training.checkpoint import MODEL, RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
 from trivium.training.schedule import Schedule
 from trivium.training.tensorfile import write_tensors
@@ -161,6 +162,11 @@ def build_backend(
     that has the form, else the model as it is written for others; what is written goes with the backend. Raises
     ConfigError for a draft model with another tokenizer: its guesses would be of other text.
     """
+    if getattr(chosen.config, "alone", False):
+        raise ConfigError(
+            f"inference={chosen.name} is a model of its own that makes vectors of texts and writes none; it is for "
+            "phase=serve, and phase=search has search.encoder"
+        )
     device, more = device_of(accelerator), {}
     if named := getattr(chosen.config, "draft", ""):
         draft = load_artifact(named)
@@ -178,6 +184,20 @@ def build_backend(
     if written is not None:
         backend.reads = written  # while it is there
     return backend
+
+
+def build_encoder(settings: EncoderSettings, accelerator: str = "auto", say: Callable[[str], None] = print) -> Any:
+    """The encoder of a folder, or one that is fetched by its name, on the accelerator's device."""
+    path = settings.path
+    if not Path(path).exists():
+        known = [name for name, entry in CATALOGUE.items() if entry.folder]
+        if path not in known:
+            raise CheckpointError(
+                f"the encoder {path} is neither a folder nor one that can be fetched ({', '.join(known)})."
+                f"{near_misses(path, known)}"
+            )
+        settings = dataclasses.replace(settings, path=str(fetch_folder(path, say)))
+    return BACKENDS.load("encoder")(settings, device=device_of(accelerator))
 
 
 def _readable(form: str, artifact: Artifact | None) -> str:
@@ -254,19 +274,7 @@ def train_tokenizer(chosen: Component, source: Source) -> Tokenizer:
     numbers = range(len(source))
     if isinstance(source, Mixture):
         numbers = permute(np.arange(len(source)), len(source), key_of("tokenizer", source.fingerprint)).tolist()
-    return build(extra("tokenizers"), chosen, (_said(source[i]) for i in numbers))
-
-
-def _said(example: Any) -> str:
-    if "text" in example:
-        return example["text"]
-    if "messages" in example:
-        return "\n".join(m.get("content") or "" for m in example["messages"])
-    if "chosen" in example:
-        return "\n".join(map(_said, pair_sides(example)))
-    if "completions" in example:
-        return "\n".join([example["prompt"], *example["completions"]])
-    return example["prompt"] + example["completion"]
+    return build(extra("tokenizers"), chosen, (said_in(source[i]) for i in numbers))
 
 
 @contextmanager
@@ -688,6 +696,11 @@ def _by_name(name: str) -> Artifact:
 
     Its hash is that of the file, whichever is read. A copy of which a byte has changed is made anew.
     """
+    if CATALOGUE[name].folder:
+        raise CheckpointError(
+            f"init_from={name} is an encoder, which writes no text: phase=serve inference=encoder inference.path={name} "
+            "serves it, and phase=search has search.encoder.path"
+        )
     path, sha256 = fetch(name), CATALOGUE[name].sha256
     digest = hashlib.sha256(bytes.fromhex(sha256)).hexdigest()  # as `fingerprint` has it of one file
     folder = cache_folder() / "models" / sha256[:16]

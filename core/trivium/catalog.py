@@ -75,6 +75,11 @@ CATALOG = Plugin(
             "trivium.inference.config:LlamaCppConfig",
             "llama.cpp over a GGUF file",
         ),
+        "encoder": Entry(
+            "trivium.inference.encoder:EncoderBackend",
+            "trivium.inference.config:EncoderConfig",
+            "vectors of texts, from a folder of sentence-transformers",
+        ),
         "vllm": Entry(
             "trivium.inference.vllm:VLLMBackend", "trivium.inference.config:VLLMConfig", "vLLM, on GPUs, at scale"
         ),

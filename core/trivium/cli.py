@@ -28,7 +28,7 @@ VERBS = {
 }
 """Looked up before anything heavy is imported: a verb loads only what it needs."""
 
-TEXTS = ("name", "prompt", "system", "init_from", "runs", "data.path")
+TEXTS = ("name", "prompt", "query", "system", "init_from", "runs", "data.path")
 """Settings whose words are kept as they were typed."""
 
 USAGE = """\

@@ -13,8 +13,10 @@ from typing import Any
 from trivium.errors import ConfigError
 
 TRAINING_PHASES = ("pretrain", "sft", "preference", "reward", "rlhf", "distill")
-PHASES = ("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat", "serve", "export", "feedback", "promote")
-DATA_PHASES = ("tokenizer", "evaluate", *TRAINING_PHASES)
+PHASES = (
+    *("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat", "serve", "search", "export", "feedback", "promote"),
+)
+DATA_PHASES = ("tokenizer", "evaluate", "search", *TRAINING_PHASES)
 """Those that cannot do without data."""
 PRECISIONS = ("auto", "fp32", "bf16", "bf16_true", "fp16")
 LAUNCHERS = ("here", "slurm", "local")
@@ -24,6 +26,8 @@ FORMATS = ("hf", "gguf")
 CHANGING = ("unicode", "whitespace", "pii")
 """Cleaning steps that change texts and remove nothing."""
 QUANTIZE = ("f32", "f16", "q8_0")
+POOLINGS = ("mean", "cls", "max", "lasttoken")
+INDEXES = ("exact", "hnsw")
 FULL = ("error", "drop_oldest", "summarise")
 WANDB_MODES = ("offline", "online", "disabled")
 
@@ -363,6 +367,51 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class EncoderSettings:
+    """Which encoder makes vectors of texts, and what it does with those that are too long."""
+
+    path: str = "minilm"  # a folder as sentence-transformers writes it, or a name to fetch: minilm
+    pooling: str = ""  # mean | cls | max | lasttoken: of a folder without modules.json, which else says
+    normalize: str = ""  # unit, at length 1 | none, as they are: of a folder without modules.json
+    max_length: int = 0  # tokens of a text; 0 is what the folder says. Fewer is faster and sees less of it
+    too_long: str = "refuse"  # a longer text: refuse | cut, which is counted
+    query_prompt: str = ""  # put before queries; empty is what the folder says, often nothing
+    passage_prompt: str = ""  # put before passages and documents, likewise
+    batch: int = 32  # texts computed together; more is faster on GPUs and takes memory
+
+    def __post_init__(self) -> None:
+        if self.pooling and self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
+        if self.normalize not in ("", "unit", "none"):
+            raise ConfigError(f"normalize={self.normalize!r} is not unit or none")
+        if self.too_long not in ("refuse", "cut"):
+            raise ConfigError(f"too_long={self.too_long!r} is not refuse or cut")
+        if not self.path:
+            raise ConfigError("the encoder's path is empty; name a folder, or minilm")
+        if self.max_length < 0 or self.batch <= 0:
+            raise ConfigError(
+                f"max_length={self.max_length} must not be negative (0 is the encoder's own), and batch={self.batch} "
+                "must be greater than 0"
+            )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How phase=search cuts, indexes and answers."""
+
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    tokens: int = 0  # of a passage at most; 0 is as many as the encoder reads. Fewer finds places more exactly
+    index: str = "exact"  # exact compares with every passage | hnsw follows a graph: faster from 100,000 on, misses some
+    top: int = 5  # passages shown, and given to the model that answers
+
+    def __post_init__(self) -> None:
+        _positive("search", self, "top")
+        _not_negative("search", self, "tokens")
+        if self.index not in INDEXES:
+            raise ConfigError(f"search.index={self.index!r} is not one of {', '.join(INDEXES)}")
+
+
+@dataclass(frozen=True)
 class FeedbackConfig:
     """How phase=feedback makes training data of what people said of answers."""
 
@@ -447,6 +496,7 @@ class RunConfig:
     precision: str = "auto"  # auto | fp32 | bf16 | bf16_true | fp16; auto is bf16 where the hardware computes in it
     prompt: str = ""  # what to answer (phase=generate)
     prompts: list[str] = field(default_factory=list)  # several at once (phase=generate)
+    query: str = ""  # what to look for (phase=search); empty asks in the terminal
     prompt_format: str = "auto"  # auto | chat | text; auto is chat once the model was tuned on conversations
     system: str = ""  # system message (phases generate, chat and serve: there, of conversations without one)
     format: str = "hf"  # what phase=export writes: hf, a Hugging Face folder | gguf, a file for llama.cpp
@@ -480,6 +530,7 @@ class RunConfig:
     sessions: SessionsConfig = field(default_factory=SessionsConfig)
     reference: CompanionConfig = field(default_factory=CompanionConfig)
     teacher: CompanionConfig = field(default_factory=CompanionConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     promote: PromoteConfig = field(default_factory=PromoteConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

@@ -67,7 +67,7 @@ def test_phase_on_domain_composes(phase, domain):
     """A phase on a domain is typed settings, or one sentence with the phases that the domain has."""
     has = [o.split("/")[1] for o in options("data") if o.startswith(f"{domain}/")]
     assert has, f"{domain} has no data at all"
-    if phase in ("tokenizer", "evaluate", *TRAINING_PHASES) and phase not in has:
+    if phase in ("tokenizer", "evaluate", "search", *TRAINING_PHASES) and phase not in has:
         sentence = f"domain={domain} has no data for phase={phase}; it has {', '.join(has)}"
         with pytest.raises(ConfigError, match=sentence):
             choose(f"phase={phase}", f"domain={domain}")

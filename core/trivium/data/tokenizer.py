@@ -89,6 +89,9 @@ class Tokenizer:
     but eos_token may be missing. `hf_folder.settings_of` makes one of a Hugging Face folder.
     """
 
+    query_prompt = passage_prompt = text_prompt = ""
+    """What an encoder wants before queries, before passages, and before texts of which it is not known what they are."""
+
     def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         self._core = core
         top = max(core.get_vocab(with_added_tokens=True).values(), default=0)  # writing one counts through every id
@@ -232,6 +235,10 @@ class Tokenizer:
         """Ids of plain text; nothing in it is read as a special token."""
         with self._reading(special=False) as core:
             return core.encode(text, add_special_tokens=False).ids
+
+    def input_ids(self, text: str) -> list[int]:
+        """Ids of a plain text as a model is given it whole, at least one."""
+        return [*self.start, *self.encode(text)] or [self.eos_id]
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Ids of many texts, on all cores. special: read special tokens in them (rendered templates only)."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from trivium.errors import ConfigError
+from trivium.schema import EncoderSettings
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,14 @@ class LlamaCppConfig(BackendConfig):
         for name in ("threads", "context", "gpu_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"inference.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class EncoderConfig(BackendConfig, EncoderSettings):
+    """An encoder, which makes vectors of texts and writes none."""
+
+    alone: ClassVar[bool] = True
+    """It is a model of its own: init_from has no part in it."""
 
 
 @dataclass(frozen=True)

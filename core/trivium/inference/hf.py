@@ -49,7 +49,7 @@ class HFBackend(Backend):
         self._theirs = self._copy()
 
     def _copy(self) -> Any:
-        transformers = _transformers()
+        transformers = quiet_transformers()
         theirs = self.model.inner if isinstance(self.model, HuggingFace) else copy_of(self.model)
         theirs.generation_config = transformers.GenerationConfig()  # a folder's may hold settings that nobody asked for
         self._cache_name = "cache" if "cache" in signature(theirs.forward).parameters else "past_key_values"
@@ -144,7 +144,7 @@ class HFBackend(Backend):
         if p.temperature > 0:
             cuts = {"top_k": p.top_k, "top_p": p.top_p, "min_p": p.min_p or None}
             sampled = {"do_sample": True, "temperature": p.temperature, **cuts}
-        return _transformers().GenerationConfig(
+        return quiet_transformers().GenerationConfig(
             **sampled,
             max_new_tokens=1,
             suppress_tokens=list(p.stop_ids) if served.made < p.min_tokens else None,
@@ -177,7 +177,7 @@ class HFBackend(Backend):
 
 def copy_of(model: CausalLM) -> Any:
     """transformers' model of the same family, settings and weights. Raises ConfigError where there is none."""
-    transformers = _transformers()
+    transformers = quiet_transformers()
     family = family_of(model)
     if model.adapters is not None:
         raise ConfigError("inference=hf takes no model with an adapter; export it merged first (phase=export)")
@@ -198,12 +198,13 @@ def copy_of(model: CausalLM) -> Any:
     return theirs.to(model.embed.weight.device)
 
 
-def _transformers() -> Any:
+def quiet_transformers(needed: str = "inference=hf") -> Any:
+    """transformers without its progress bars. needed: what for, if it is not installed."""
     try:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "inference=hf needs transformers, which is not installed: pip install trivium-llm[hf]"
+            f"{needed} needs transformers, which is not installed: pip install trivium-llm[hf]"
         ) from error
     transformers.utils.logging.disable_progress_bar()
     return transformers

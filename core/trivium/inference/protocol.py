@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trivium.errors import BackendError
@@ -23,7 +25,11 @@ class Capabilities:
     vocab_size: int = 0  # token ids are below it; 0 is not known
     sampling: frozenset[str] = BASIC  # fields of SamplingParams that it honours
     shares_weights: bool = False  # samples from the very weights that are being trained
-    embeds: bool = False  # has hidden states for `embed`
+    generates: bool = True  # answers requests; one that does not refuses each of them, and `score`
+    embeds: bool = False  # has vectors of texts, from `embed`
+    similarity: str = "cosine"  # how those are compared: cosine | dot
+    unit: bool = True  # they have length 1
+    rewards: bool = False  # judges answers, with `reward`
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Stats:
     waiting: int = 0
     slots: int = 0  # tokens whose keys and values fit in memory
     used_slots: int = 0  # of those, held by running requests
+    cut_texts: int = 0  # embedded in part, since they were longer than the context
     cached_slots: int = 0  # held for later prompts, given up when room is needed
 
 
@@ -94,8 +101,13 @@ class Backend(ABC):
         """Counters so far."""
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """(N, C) fp32: of each sequence the mean of its last hidden states, at length 1."""
+        """(N, C) fp32: a vector of each sequence, at length 1 where `capabilities().unit`. Of a language model the mean
+        of the last hidden states; of an encoder what it was trained to give."""
         raise BackendError(f"{type(self).__name__} has no embeddings")
+
+    def reward(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """(N,) fp32: a reward model's score of each document, read at its last token."""
+        raise BackendError(f"{type(self).__name__} has no rewards")
 
     def health(self) -> bool:
         """Whether it can serve."""
@@ -104,6 +116,8 @@ class Backend(ABC):
     def check(self, request: Request) -> None:
         """Refuse what this backend cannot honour. Raises BackendError."""
         has = self.capabilities()
+        if not has.generates:
+            raise BackendError(f"request {request.id}: {type(self).__name__} writes no text")
         for f in fields(SamplingParams):
             if f.name not in has.sampling and getattr(request.params, f.name) != f.default:
                 raise BackendError(
@@ -152,6 +166,19 @@ class Backend(ABC):
             self._aborted = None
             for name in ids:
                 self.drop(name)
+
+
+def similarities(query: Tensor, others: Tensor, how: str) -> Tensor:
+    """(N,) similarity of `query` (C,) and each of `others` (N, C). how: `Capabilities.similarity`.
+
+    >>> similarities(torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 3.0], [4.0, 0.0]]), "cosine")
+    tensor([1., 0.])
+    >>> similarities(torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 3.0], [4.0, 0.0]]), "dot")
+    tensor([6., 0.])
+    """
+    if how == "cosine":
+        query, others = F.normalize(query, dim=-1), F.normalize(others, dim=-1)
+    return others @ query
 
 
 def collect(backend: Backend, requests: Sequence[Request]) -> dict[str, list[TokenEvent]]:

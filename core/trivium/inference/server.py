@@ -271,7 +271,7 @@ class Metrics:
         """The engine's own counts, as they stand."""
         stats, engine = self.engine.stats, self.engine
         for name in ("requests", "prompt_tokens", "generated_tokens", "cached_tokens", "drafted_tokens",
-                     "accepted_tokens", "preempted"):  # fmt: skip
+                     "accepted_tokens", "preempted", "cut_texts"):  # fmt: skip
             yield CounterMetricFamily(f"trivium_{name}", "Of the engine, since it was started", getattr(stats, name))
         yield CounterMetricFamily("trivium_engine_failures", "Steps of the engine that raised", engine.failures)
         for name in ("running", "waiting", "slots", "used_slots", "cached_slots", "weight_version"):

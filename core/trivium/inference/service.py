@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trivium.data.chat import Chat
+from trivium.data.packing import encode_examples
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import BackendError, TriviumError
 from trivium.inference import openai as wire
@@ -29,6 +30,7 @@ from trivium.inference.feedback import FeedbackStore, Record
 from trivium.inference.kept import InMemory, Kept, ResponseStore
 from trivium.inference.loop import EngineFailure, EngineLoop, Reply
 from trivium.inference.openai import TOO_LONG, WireError
+from trivium.inference.protocol import similarities
 from trivium.inference.sessions import SessionStore
 from trivium.inference.text import TokenTexts
 from trivium.inference.tools import CallReader, writes_calls
@@ -42,7 +44,8 @@ DOWN = "the server is shutting down"
 
 @dataclass(frozen=True)
 class Served:
-    """What is served. name: what clients call it. sha256, form: of its weights, and what it was last trained on."""
+    """What is served. name: what clients call it. sha256, form: of its weights, and what it was last trained on, "chat"
+    or "text"."""
 
     name: str
     sha256: str
@@ -50,6 +53,7 @@ class Served:
     sampling: SamplingConfig
     system: str = ""
     created: int = 0
+    form: str = "chat"
 
 
 @dataclass(frozen=True)
@@ -335,8 +339,8 @@ class Service:
         job = await self.job("cmpl", asked, prompts, params, stops, n)
         return CompletionAnswer(self, asked, job)
 
-    def inputs(self, given: Any, name: str) -> list[list[int]]:
-        """Ids of one or several texts or lists of ids. Raises WireError."""
+    def inputs(self, given: Any, name: str, before: str = "") -> list[list[int]]:
+        """Ids of one or several texts, each with `before` before it, or lists of ids. Raises WireError."""
         several = isinstance(given, list) and not (given and isinstance(given[0], int))
         ones = given if several else [given]
         if not ones or len(ones) > wire.MOST_INPUTS:
@@ -345,7 +349,7 @@ class Service:
         for one in ones:
             if isinstance(one, str):
                 self.fit(one)
-                one = [*self.tokenizer.start, *self.tokenizer.encode(one)] or [self.tokenizer.eos_id]
+                one = self.tokenizer.input_ids(before + one)
             vocabulary = self.engine.capabilities.vocab_size
             if not one or min(one) < 0 or (vocabulary and max(one) >= vocabulary):
                 raise WireError(f"{name} must have tokens, with ids from 0 to {vocabulary - 1}", param=name)
@@ -393,9 +397,9 @@ class Service:
     # ---- /v1/embeddings, /v1/rerank
 
     async def embeddings(self, asked: wire.EmbeddingRequest) -> dict[str, Any]:
-        """The mean of each input's last hidden states, at length 1."""
+        """A vector of each input."""
         self.model(asked.model)
-        inputs = await asyncio.to_thread(self.inputs, asked.input, "input")
+        inputs = await asyncio.to_thread(self.inputs, asked.input, "input", self.tokenizer.text_prompt)
         found = await self._embedded(inputs)
         if asked.dimensions is not None and asked.dimensions != len(found[0]):
             raise WireError(
@@ -411,20 +415,45 @@ class Service:
     async def _embedded(self, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
         if not self.engine.capabilities.embeds:
             raise WireError("this server's engine has no embeddings", code="unsupported")
-        context = self.engine.capabilities.context
-        if too_long := [ids for ids in inputs if len(ids) > context]:
-            raise WireError(f"{len(too_long[0])} tokens do not fit the model's context of {context}", code=TOO_LONG)
+        self._fit_context(inputs)
         embed = self.engine.backend.embed
         # one at a time, so that others are answered in between
         return [(await self.engine.call(lambda ids=ids: embed([ids])))[0] for ids in inputs]
 
+    def _fit_context(self, inputs: Sequence[Sequence[int]]) -> None:
+        context = self.engine.capabilities.context
+        if too_long := [ids for ids in inputs if len(ids) > context]:
+            raise WireError(f"{len(too_long[0])} tokens do not fit the model's context of {context}", code=TOO_LONG)
+
+    def _answers_to(self, query: str, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as an answer to the query, as a reward model was trained on them."""
+        for text in (query, *texts):
+            self.fit(text)
+        if self.served.form == "chat":
+            asked = {"role": "user", "content": query}
+            told = [{"messages": [asked, {"role": "assistant", "content": text}]} for text in texts]
+        else:
+            told = [{"prompt": query, "completion": text} for text in texts]
+        examples = [{"id": f"documents[{i}]", **one} for i, one in enumerate(told)]
+        return [one.ids for one in encode_examples(examples, self.tokenizer, "last_turn")]
+
     async def rerank(self, asked: wire.RerankRequest) -> dict[str, Any]:
-        """Documents by the cosine of their embedding and the query's, the most relevant first."""
+        """Documents, the most relevant first: by the similarity of their vector and the query's, or by a reward model's
+        score of each as an answer to the query."""
         self.model(asked.model)
         texts = [d if isinstance(d, str) else d.text for d in asked.documents]
-        inputs = await asyncio.to_thread(self.inputs, [asked.query, *texts], "documents")
-        query, *others = await self._embedded(inputs)
-        scores = (torch.stack(others) @ query).tolist()
+        if self.engine.capabilities.rewards:
+            inputs = await asyncio.to_thread(self._answers_to, asked.query, texts)
+            self._fit_context(inputs)
+            reward = self.engine.backend.reward
+            scores = [(await self.engine.call(lambda ids=ids: reward([ids])))[0].item() for ids in inputs]
+        else:
+            queries = await asyncio.to_thread(self.inputs, asked.query, "query", self.tokenizer.query_prompt)
+            documents = await asyncio.to_thread(self.inputs, texts, "documents", self.tokenizer.passage_prompt)
+            inputs = queries + documents
+            query, *others = await self._embedded(inputs)
+            how = self.engine.capabilities.similarity
+            scores = similarities(query, torch.stack(others), how).tolist()
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: asked.top_n]
         results = [{"index": i, "relevance_score": scores[i]} for i in order]
         if asked.return_documents:

@@ -36,9 +36,20 @@ RESULTS_OF = {
     "chat": ("prompts", "system", "inference", "phase"),
     "serve": ("system", "inference", "phase"),
     "export": ("format", "quantize", "average", "push", "push_public", "phase"),
+    "search": ("data", "search", "query", "system", "prompt_format", "inference", "phase"),
     "feedback": ("feedback", "phase"),
     "promote": ("promote", "evaluation", "phase"),
 }
+
+
+def _about(config: RunConfig) -> str:
+    """What a run without a name is called after, behind its phase."""
+    if config.phase == "search" and config.data is not None:
+        return Path(getattr(config.data.config, "path", "")).resolve().name or config.domain
+    if config.phase == "serve" and getattr(config.inference.config, "alone", False):
+        return Path(config.inference.config.path).name
+    speaks = config.phase in RESULTS_OF and config.init_from
+    return Path(config.init_from).name if speaks else config.domain
 
 
 class Run:
@@ -46,8 +57,7 @@ class Run:
 
     def __init__(self, config: RunConfig, console: Console, world: World = ALONE) -> None:
         self.world = world
-        speaks = config.phase in RESULTS_OF and config.init_from
-        self.name = config.name or f"{config.phase}-{Path(config.init_from).name if speaks else config.domain}"
+        self.name = config.name or f"{config.phase}-{_about(config)}"
         self.config = config = dataclasses.replace(config, name=self.name)
         self.console = console
         self._sources: dict[str | None, Source] = {}
@@ -125,6 +135,8 @@ class Run:
             return bool(verified_files(self.folder / self.config.format))
         if self.config.phase == "feedback":
             return verified_rows(self.folder, self.manifest.facts)
+        if self.config.phase == "search":  # it looks for itself, and makes what is missing
+            return False
         if self.config.phase not in DATA_PHASES:
             return True
         return self.manifest.facts.get("source") == self.source().fingerprint
@@ -134,6 +146,11 @@ class Run:
         if self.parent is None:
             raise ConfigError(f"phase={self.config.phase} needs a trained model: set init_from=runs/...")
         return self.parent
+
+    def note_parent(self, role: str, path: str, sha256: str) -> None:
+        """Tell the manifest of a model that came into the run later."""
+        others = [p for p in self.manifest.facts["parents"] if p["role"] != role]
+        self.manifest.update(parents=[*others, {"role": role, "path": path, "sha256": sha256}])
 
     def write_samples(self, rows: Sequence[dict]) -> None:
         """samples.jsonl, whole."""

@@ -6,14 +6,21 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from trivium.build import build_backend
+from trivium.build import build_backend, build_encoder
 from trivium.errors import ConfigError
 from trivium.inference.loop import EngineLoop
 from trivium.phases.run import Run
-from trivium.phases.speak import feedback_store, session_store, speaking_model
+from trivium.phases.speak import feedback_store, session_store
 from trivium.registry import load
 from trivium.training.stop import EXIT_CODE, SignalWatch
 
+ASKS = {
+    "chat": ("chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'),
+    "text": ("completions", '"prompt": "Hello"'),
+    "embeddings": ("embeddings", '"input": "Hello"'),
+    "rerank": ("rerank", '"query": "Hello", "documents": ["Good morning", "A fish"]'),
+}
+"""Where a model of each kind is asked, and a first question."""
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -21,7 +28,13 @@ def run_serve(this: Run) -> int:
     """Answer until SIGTERM or Ctrl-C, then let what was begun end, and return 143."""
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         raise ConfigError(f'phase=serve needs {", ".join(missing)}: pip install "trivium-llm[serve]"')
-    config, parent = this.config, this.needs_parent()
+    config = this.config
+    if config.inference.name == "encoder" and config.init_from:
+        raise ConfigError(
+            f"init_from={config.init_from} has no part in inference=encoder, which reads inference.path="
+            f"{config.inference.config.path}; leave one away"
+        )
+    parent = this.needs_parent() if config.inference.name != "encoder" else None
     limits = config.server
     if config.sessions.full == "summarise":
         raise ConfigError("sessions.full=summarise is for phase=chat; phase=serve takes error and drop_oldest")
@@ -30,22 +43,30 @@ def run_serve(this: Run) -> int:
     server = load("trivium.inference.server:listen"), load("trivium.inference.server:serve")
     sock = server[0](limits)
     try:
-        model = speaking_model(this)
-        backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator)
+        if parent is None:
+            backend = build_encoder(config.inference.config, config.trainer.accelerator, this.say)
+            this.note_parent("encoder", config.inference.config.path, backend.sha256)
+            about = (config.inference.config.path, backend.sha256, backend.tokenizer, "text")
+        else:
+            model = parent.model(config.model)[0]
+            backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator)
+            about = (config.init_from, parent.sha256, parent.tokenizer, parent.form)
+        named, sha256, tokenizer, form = about
+        can = backend.capabilities()
         engine = EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread)
         served = load("trivium.inference.service:Served")(
-            limits.model or Path(config.init_from).name, parent.sha256, parent.tokenizer,
-            config.inference.config.sampling, config.system, int(time.time()),
+            limits.model or Path(named).name, sha256, tokenizer,
+            config.inference.config.sampling, config.system, int(time.time()), form,
         )  # fmt: skip
-        if parent.tokenizer.has_template and config.sessions.keep:
+        if can.generates and tokenizer.has_template and config.sessions.keep:
             store = session_store(this)
         service = load("trivium.inference.service:Service")(
             engine, served, limits, feedback=feedback, sessions=store, full=config.sessions.full
         )
         port = sock.getsockname()[1]
         name = f"[{limits.host}]" if ":" in limits.host else limits.host
-        path = "chat/completions" if parent.form == "chat" else "completions"
-        asked = '"messages": [{"role": "user", "content": "Hello"}]' if parent.form == "chat" else '"prompt": "Hello"'
+        way = "rerank" if can.rewards else "embeddings" if not can.generates else form
+        path, asked = ASKS[way]
         key = " -H 'Authorization: Bearer KEY'" if limits.key else ""
 
         def ready() -> None:

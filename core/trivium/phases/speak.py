@@ -33,8 +33,7 @@ def speaking_model(this: Run) -> CausalLM:
 def prompt_ids(this: Run, tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
     """Token ids to answer each prompt from, as a user turn or as plain text."""
     if not chat:
-        start = tokenizer.start
-        return [[*start, *tokenizer.encode(p)] or [tokenizer.eos_id] for p in prompts]  # a model needs one token
+        return [tokenizer.input_ids(p) for p in prompts]
     system = [{"role": "system", "content": this.config.system}] if this.config.system else []
     talker = Chat(tokenizer)
     return [talker.prompt_ids([*system, {"role": "user", "content": p}]) for p in prompts]

@@ -20,6 +20,7 @@ from trivium.phases.export import run_export
 from trivium.phases.feedback import run_feedback
 from trivium.phases.promote import run_promote
 from trivium.phases.run import Run
+from trivium.phases.search import run_search
 from trivium.phases.serve import run_serve
 from trivium.phases.speak import run_chat, run_generate
 from trivium.phases.train import run_tokenizer, run_training
@@ -36,6 +37,7 @@ PHASES: dict[str, Callable[[Run], int]] = {
     "generate": run_generate,
     "chat": run_chat,
     "serve": run_serve,
+    "search": run_search,
     "export": run_export,
     "feedback": run_feedback,
     "promote": run_promote,
@@ -117,7 +119,7 @@ def _run(config: RunConfig, console: Console, world: World, skip_done: bool) -> 
     this = Run(config, console, world)
     config = this.config
     world.barrier()  # all have read what the folder holds
-    about = f" on {config.domain}" if config.phase in DATA_PHASES else ""
+    about = f" on {config.domain}" if config.phase in DATA_PHASES and config.phase != "search" else ""
     console.rule(f"[bold]{config.phase}[/]{about} -> {this.folder}", align="left", style="dim")
     if this.manifest.was_done and (skip_done or config.phase in ("tokenizer", "evaluate")) and this.same_content():
         this.say("done already; the same settings and inputs")

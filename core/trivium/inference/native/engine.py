@@ -114,7 +114,9 @@ class NativeBackend(Backend):
             vocab_size=self.model.vocab_size,
             sampling=SAMPLING if self._grammars else SAMPLING - CONSTRAINTS,
             shares_weights=self.config.weights == "same",
+            generates=self.model.score is None,
             embeds=True,
+            rewards=self.model.score is not None,
         )
 
     def stats(self) -> Stats:
@@ -344,6 +346,12 @@ class NativeBackend(Backend):
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         means = torch.stack([self._hidden(ids).float().mean(0) for ids in sequences]).cpu()
         return torch.nn.functional.normalize(means, dim=-1)
+
+    @torch.no_grad()
+    def reward(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        if self.reader.score is None:
+            return super().reward(sequences)
+        return torch.stack([self.reader.score(self._hidden(ids)[-1])[0].float() for ids in sequences]).cpu()
 
     def _hidden(self, token_ids: Sequence[int]) -> Tensor:
         """(T, C) of one sequence, without the cache."""

@@ -1,0 +1,187 @@
+"""Files cut into passages for search: as long as an encoder reads, at blank lines where that can be, each with its place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from trivium.data.config import FilesConfig
+from trivium.data.converted import PACKED, unpacked
+from trivium.data.files import Files
+from trivium.data.find import find_files
+from trivium.data.packing import said_in
+from trivium.data.readers import Sources, kind_of
+from trivium.data.rows import RowError
+from trivium.disk import digest_file
+from trivium.errors import DataError
+
+VERSION = 1
+"""Of how files are cut; raise it when others come of the same bytes."""
+
+Count = Callable[[Sequence[str]], list[int]]
+"""Tokens of each text."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of a file. first, last: numbers of its lines, from 1; of a row, its number twice. unit: line or row."""
+
+    first: int
+    last: int
+    text: str
+    unit: str = "line"
+
+
+class FoundFile(NamedTuple):
+    """A file to read. name: its path from the folder that was asked for. sha256: of its bytes."""
+
+    path: Path
+    name: str
+    sha256: str
+
+
+def files_to_search(config: FilesConfig) -> tuple[list[FoundFile], Counter[str]]:
+    """Text, source code and files of rows under data.path, in order, and how many others, by reason.
+
+    Raises DataError if there is nothing to read.
+    """
+    if not config.path:
+        raise DataError("phase=search needs data.path=, a folder, a file or a glob")
+    found = find_files(config.path, every=True)
+    if not found.files:
+        raise DataError(f"{config.path} has nothing to read")
+    place = Path(config.path).expanduser()
+    base = place if place.is_dir() else place.parent if place.is_file() else None
+    names = [(p.relative_to(base) if base else p).as_posix() for p in found.files]
+    files = [FoundFile(p, name, digest_file(p)[1]) for p, name in zip(found.files, names, strict=True)]
+    return files, found.left_out
+
+
+def passages_of(file: FoundFile, config: FilesConfig, most: int, count: Count) -> tuple[list[Passage], dict[str, int]]:
+    """The passages of one file, none longer than `most` tokens, and how many of its rows were left out, by reason.
+
+    A file of rows is read as it is for training, each row for itself; if its columns are of no known schema, as lines of
+    text. Raises DataError naming file and row, or line.
+    """
+    if kind_of(file.path) not in ("", "text") and (rows := _rows(file, config)) is not None:
+        source, left_out = rows
+        found = []
+        for i in range(len(source)):
+            example = source[i]
+            number = int(example["id"].rpartition(":")[2])
+            found += [replace(p, first=number, last=number, unit="row") for p in cut(said_in(example), most, count)]
+        return found, left_out
+    packed = file.path.suffix in PACKED
+    held = unpacked(file.path, int(config.max_unpacked_gb * 1e9)) if packed else file.path
+    sources = Sources(file.path, config.max_chars, [held])
+    try:
+        return cut(sources[0] or "", most, count), {}
+    except RowError as error:
+        if config.bad_rows == "skip":
+            return [], {error.reason: 1}
+        raise DataError(f"{error}; data.bad_rows=skip leaves such files and rows out and counts them") from error
+
+
+def _rows(file: FoundFile, config: FilesConfig) -> tuple[Files, dict[str, int]] | None:
+    """A file's rows as examples; None of one that is text without known columns."""
+    try:
+        source = Files(replace(config, path=str(file.path), validation_path="", validation_share=0.0))
+    except RowError:
+        raise
+    except DataError as error:
+        chosen = config.schema != "auto" or config.columns or config.text_column
+        if chosen or file.path.suffix not in (".json", ".jsonl", ".csv") or "has the columns" not in str(error):
+            raise
+        return None
+    return source, dict(source.notes.get("skipped", {}))
+
+
+def cut(text: str, most: int, count: Count) -> list[Passage]:
+    """Passages of a text: whole paragraphs, as many as fit into `most` tokens; of one that is longer its lines, of a
+    longer line its words. Blank lines between passages are in none.
+
+    >>> words = lambda texts: [len(t.split()) for t in texts]
+    >>> [(p.first, p.last, p.text) for p in cut("a b\\nc\\n\\nd\\n\\ne f g h i", 4, words)]
+    [(1, 4, 'a b\\nc\\n\\nd'), (6, 6, 'e f g h'), (6, 6, 'i')]
+    """
+    found: list[Passage] = []
+    held: list[Passage] = []  # neighbours that fit together
+
+    def close() -> None:
+        if held:
+            found.append(_joined(held))
+            held.clear()
+
+    paragraphs = list(_paragraphs(text))
+    for paragraph, size in zip(paragraphs, count([p.text for p in paragraphs]), strict=True):
+        if held and count([_joined([*held, paragraph]).text])[0] > most:
+            close()
+        if size > most:
+            close()
+            found += _halved(paragraph, most, count)
+        else:
+            held.append(paragraph)
+    close()
+    return found
+
+
+def _paragraphs(text: str) -> Iterator[Passage]:
+    lines = text.split("\n")
+    start = None
+    for number, line in enumerate([*lines, ""]):
+        if line.strip() and start is None:
+            start = number
+        elif not line.strip() and start is not None:
+            yield Passage(start + 1, number, "\n".join(lines[start:number]))
+            start = None
+
+
+def _joined(neighbours: Sequence[Passage]) -> Passage:
+    text = neighbours[0].text
+    for before, after in zip(neighbours, neighbours[1:], strict=False):
+        text += "\n" * max(1, after.first - before.last) + after.text
+    return Passage(neighbours[0].first, neighbours[-1].last, text)
+
+
+def _halved(passage: Passage, most: int, count: Count) -> list[Passage]:
+    """Pieces of a paragraph that is too long: as many lines as fit, then as many words, then as many characters."""
+    lines = passage.text.split("\n")
+    if len(lines) > 1:
+        parts = [Passage(passage.first + i, passage.first + i, line) for i, line in enumerate(lines)]
+        join: Callable[[Sequence[Passage]], Passage] = _joined
+    else:
+        passage = replace(passage, text=passage.text.strip(" "))
+        words = passage.text.split(" ")
+        pieces = [w + " " for w in words[:-1]] + words[-1:] if len(words) > 1 else list(passage.text)
+        parts = [replace(passage, text=piece) for piece in pieces]
+
+        def join(some: Sequence[Passage]) -> Passage:
+            return replace(passage, text="".join(p.text for p in some))
+
+    found = []
+    while parts:
+        taken = _most_that_fit(parts, join, most, count)
+        if taken:
+            found.append(join(parts[:taken]))
+        elif len(lines) > 1 or len(parts[0].text) > 1:
+            found += _halved(parts[0], most, count)
+        parts = parts[max(taken, 1) :]
+    found = [replace(p, text=p.text.strip(" ")) for p in found]
+    return [p for p in found if p.text.strip()]
+
+
+def _most_that_fit(
+    parts: Sequence[Passage], join: Callable[[Sequence[Passage]], Passage], most: int, count: Count
+) -> int:
+    """How many of the first parts together have `most` tokens at most: doubled until it is too many, then halved."""
+    low, high = 0, 1
+    while high <= len(parts) and count([join(parts[:high]).text])[0] <= most:
+        low, high = high, 2 * high
+    high = min(high, len(parts) + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count([join(parts[:middle]).text])[0] <= most else (low, middle)
+    return low
