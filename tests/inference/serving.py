@@ -95,15 +95,16 @@ class Running:
 
 @contextmanager
 def running(
-    tokenizer=None, *, model=None, sampling=None, native=None, feedback=None, system="", sessions=None, **settings
+    tokenizer=None, *, model=None, sampling=None, native=None, feedback=None, system="", sessions=None, engine=None,
+    form="chat", **settings
 ):
-    """A server while the block runs."""
+    """A server while the block runs. engine: a backend in place of the native one."""
     torch.set_num_threads(1)
     tokenizer = tokenizer or tokenizer_of()
     limits = ServerConfig(port=0, **settings)
-    backend = Scripted(native or NativeConfig(), model or model_of(tokenizer), tokenizer)
+    backend = engine or Scripted(native or NativeConfig(), model or model_of(tokenizer), tokenizer)
     engine = EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread)
-    served = Served("tiny", "ab" * 32, tokenizer, sampling or SamplingConfig(max_tokens=16), system, 1)
+    served = Served("tiny", "ab" * 32, tokenizer, sampling or SamplingConfig(max_tokens=16), system, 1, form)
     service = Service(engine, served, limits, feedback=feedback, sessions=sessions)
     sock = listen(limits)
     port = sock.getsockname()[1]

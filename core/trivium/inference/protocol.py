@@ -25,7 +25,7 @@ class Capabilities:
     vocab_size: int = 0  # token ids are below it; 0 is not known
     sampling: frozenset[str] = BASIC  # fields of SamplingParams that it honours
     shares_weights: bool = False  # samples from the very weights that are being trained
-    generates: bool = True  # answers requests; one that does not refuses each of them, and `score`
+    generates: bool = True  # answers requests; one that does not refuses each of them
     embeds: bool = False  # has vectors of texts, from `embed`
     similarity: str = "cosine"  # how those are compared: cosine | dot
     unit: bool = True  # they have length 1

@@ -200,10 +200,17 @@ class ObjectiveContract:
 
 
 class BackendContract:
-    """Define `make() -> (backend, vocab_size)`: a tiny model with a context of at least 48 tokens."""
+    """Define `make() -> (backend, vocab_size)`: a tiny model with a context of at least 48 tokens. One that declares
+    generates=False is held to what is left: it refuses every request, and embeds."""
 
     def make(self) -> tuple[Backend, int]:
         raise NotImplementedError
+
+    def _writing(self) -> tuple[Backend, int]:
+        backend, vocab = self.make()
+        if not backend.capabilities().generates:
+            pytest.skip("the backend declares that it writes nothing")
+        return backend, vocab
 
     def _run(self, backend: Backend, requests: list[Request]) -> dict[str, list[int]]:
         out: dict[str, list[int]] = {r.id: [] for r in requests}
@@ -212,7 +219,7 @@ class BackendContract:
         return out
 
     def test_neighbours_never_change_an_answer(self) -> None:
-        backend, vocab = self.make()
+        backend, vocab = self._writing()
         greedy = SamplingParams(max_tokens=8)
         sampled = SamplingParams(max_tokens=8, temperature=1.0, top_k=20, top_p=0.9, seed=5)
         requests = [
@@ -225,21 +232,21 @@ class BackendContract:
         assert [len(together[r.id]) for r in requests] == [8, 8, 3]
 
     def test_log_probabilities_are_those_of_the_score(self) -> None:
-        backend, _ = self.make()
+        backend, _ = self._writing()
         prompt = (1, 2, 3, 4)
         events = list(backend.generate([Request("a", prompt, SamplingParams(max_tokens=6))]))
         scored = backend.score([*prompt, *(e.token_id for e in events)])[len(prompt) - 1 :]
         assert [e.logprob for e in events] == pytest.approx(scored, abs=1e-4)
 
     def test_stops_with_a_reason(self) -> None:
-        backend, _ = self.make()
+        backend, _ = self._writing()
         free = list(backend.generate([Request("a", (1, 2, 3), SamplingParams(max_tokens=4))]))
         assert [e.finish_reason for e in free] == [None, None, None, "length"]
         stopped = SamplingParams(max_tokens=4, stop_ids=(free[0].token_id,))
         assert [e.finish_reason for e in backend.generate([Request("a", (1, 2, 3), stopped)])] == ["stop"]
 
     def test_refuses_what_cannot_fit_before_the_first_token(self) -> None:
-        backend, _ = self.make()
+        backend, _ = self._writing()
         room = backend.capabilities().context
         good = Request("good", (1,), SamplingParams(max_tokens=1))
         with pytest.raises(BackendError, match="bad"):
@@ -247,7 +254,7 @@ class BackendContract:
         assert backend.health()
 
     def test_what_it_does_not_declare_is_refused_by_name(self) -> None:
-        backend, _ = self.make()
+        backend, _ = self._writing()
         others = {
             "temperature": 0.5, "top_k": 3, "top_p": 0.5, "seed": 4, "stop_ids": (1,), "min_p": 0.1,
             "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1, "logit_bias": ((1, 1.0),),
@@ -268,7 +275,7 @@ class BackendContract:
 
     def test_events_are_well_formed(self) -> None:
         """Tokens of the vocabulary, log-probabilities, one finish_reason, on each request's last event."""
-        backend, vocab = self.make()
+        backend, vocab = self._writing()
         count = 3 if "top_logprobs" in backend.capabilities().sampling else 0
         params = SamplingParams(max_tokens=5, temperature=1.0, top_k=9, top_logprobs=count)
         events = list(backend.generate([Request(name, (1, 2, 3), params) for name in "abc"]))
@@ -285,7 +292,7 @@ class BackendContract:
                 assert dict(event.top).get(event.token_id, event.logprob) == pytest.approx(event.logprob, abs=1e-6)
 
     def test_likeliest_tokens_are_those_of_the_score(self) -> None:
-        backend, _ = self.make()
+        backend, _ = self._writing()
         if "top_logprobs" not in backend.capabilities().sampling:
             pytest.skip("the backend declares no top_logprobs")
         prompt = (1, 2, 3, 4)
@@ -295,7 +302,7 @@ class BackendContract:
         )
 
     def test_abort_frees_what_was_held(self) -> None:
-        backend, _ = self.make()
+        backend, _ = self._writing()
         params = SamplingParams(max_tokens=20)
         requests = [Request(name, (1, 2, 3), params) for name in "abc"]
         seen: dict[str, int] = {"a": 0, "b": 0, "c": 0}
@@ -318,13 +325,39 @@ class BackendContract:
         return not backend.busy and (stats.running, stats.waiting, stats.used_slots) == (0, 0, 0)
 
     def test_counters_count(self) -> None:
-        backend, _ = self.make()
+        backend, _ = self._writing()
         before = backend.stats()
         params = SamplingParams(max_tokens=4)
         self._run(backend, [Request("a", (1, 2, 3), params), Request("b", (1,), params)])
         after = backend.stats()
         counted = [getattr(after, n) - getattr(before, n) for n in ("requests", "prompt_tokens", "generated_tokens")]
         assert counted == [2, 4, 8] and after.seconds > before.seconds
+
+    def test_one_that_writes_nothing_refuses_every_request(self) -> None:
+        backend, _ = self.make()
+        if backend.capabilities().generates:
+            pytest.skip("the backend declares that it writes")
+        request = Request("it", (1, 2), SamplingParams(max_tokens=1))
+        for take in (backend.check, backend.add, lambda one: next(iter(backend.generate([one])))):
+            with pytest.raises(BackendError, match="request it: "):
+                take(request)
+        assert self._idle(backend) and backend.step() == [] and backend.health()
+        backend.abort("nobody")
+        has = backend.capabilities()
+        assert has.embeds or has.rewards, "it does nothing at all"
+
+    def test_rewards_where_they_are_declared(self) -> None:
+        backend, _ = self.make()
+        sequences = [(1, 2, 3), (4, 5), (1, 2, 3, 6, 7)]
+        if not backend.capabilities().rewards:
+            with pytest.raises(BackendError, match="rewards"):
+                backend.reward(sequences)
+            return
+        found = backend.reward(sequences)
+        assert found.dtype == torch.float32 and found.shape == (3,)
+        alone = torch.cat([backend.reward([ids]) for ids in sequences])
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+        assert (found[0] - found[1]).abs() > 1e-6
 
     def test_embeddings_where_they_are_declared(self) -> None:
         backend, _ = self.make()
@@ -335,13 +368,14 @@ class BackendContract:
             return
         found = backend.embed(sequences)
         assert found.dtype == torch.float32 and found.shape[0] == 3
-        torch.testing.assert_close(found.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-5)
+        if backend.capabilities().unit:
+            torch.testing.assert_close(found.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-5)
         alone = torch.cat([backend.embed([ids]) for ids in sequences])
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
         assert (found[0] - found[1]).abs().max() > 1e-3
 
     def test_weights_do_not_change_under_a_request(self) -> None:
-        backend, _ = self.make()
+        backend, _ = self._writing()
         events = backend.generate([Request("a", (1, 2, 3), SamplingParams(max_tokens=4))])
         next(events)
         with pytest.raises(BackendError):
