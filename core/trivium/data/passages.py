@@ -159,7 +159,7 @@ def _halved(passage: Passage, most: int, count: Count) -> list[Passage]:
         parts = [replace(passage, text=piece) for piece in pieces]
 
         def join(some: Sequence[Passage]) -> Passage:
-            return replace(passage, text="".join(p.text for p in some))
+            return replace(passage, text="".join(p.text for p in some).strip(" "))
 
     found = []
     while parts:
@@ -169,7 +169,6 @@ def _halved(passage: Passage, most: int, count: Count) -> list[Passage]:
         elif len(lines) > 1 or len(parts[0].text) > 1:
             found += _halved(parts[0], most, count)
         parts = parts[max(taken, 1) :]
-    found = [replace(p, text=p.text.strip(" ")) for p in found]
     return [p for p in found if p.text.strip()]
 
 

@@ -1,0 +1,127 @@
+"""Files cut into passages: nothing is lost but blank lines, nothing is too long, and each says where it is."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from trivium.data.config import FilesConfig
+from trivium.data.passages import cut, files_to_search, passages_of
+from trivium.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+def words(texts):
+    """A token a word, and one a character of a word beyond its first ten: long words are many tokens."""
+    return [sum(1 + max(0, len(w) - 10) for w in t.split()) for t in texts]
+
+
+def read(path, most=50, **settings):
+    config = FilesConfig(path=str(path), validation_share=0.0, **settings)
+    (file,), _ = files_to_search(config)
+    return passages_of(file, config, most, words)
+
+
+@pytest.mark.parametrize("most", [7, 40, 200])
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/models.md", "core/trivium/build.py"])
+def test_every_word_of_a_page_is_in_one_passage_at_its_lines(page, most):
+    text = (ROOT / page).read_text()
+    lines, found = text.split("\n"), cut(text, most, words)
+    assert max(words([p.text for p in found])) <= most
+    assert "".join("".join(p.text.split()) for p in found) == "".join(text.split())
+    for passage in found:
+        there = "\n".join(lines[passage.first - 1 : passage.last])
+        assert passage.text == there or (passage.first == passage.last and passage.text in there)
+    assert [p.first for p in found] == sorted(p.first for p in found)
+
+
+def test_passages_are_whole_paragraphs_and_as_full_as_can_be():
+    """Of three words each, with room for seven: two and two; one of nine is cut at its lines."""
+    text = "a b c\n\nd e f\n\n\ng h i\n\nj k l\n\n1 2 3\n4 5 6\n7 8 9"
+    found = [(p.first, p.last, p.text) for p in cut(text, 7, words)]
+    assert found == [
+        (1, 3, "a b c\n\nd e f"), (6, 8, "g h i\n\nj k l"), (10, 11, "1 2 3\n4 5 6"), (12, 12, "7 8 9")
+    ]  # fmt: skip
+
+
+def test_a_long_line_is_cut_at_words_and_a_long_word_at_characters():
+    assert [p.text for p in cut("one two three four five", 2, words)] == ["one two", "three four", "five"]
+    found = cut(f"a {'x' * 95} b", 30, words)
+    assert "".join(p.text for p in found).replace(" ", "") == "a" + "x" * 95 + "b"
+    assert max(words([p.text for p in found])) <= 30 and {p.first for p in found} == {1}
+    assert cut(" \n\n \n", 5, words) == [] == cut("", 5, words)
+
+
+def test_rows_are_read_as_for_training_and_known_by_their_number(tmp_path):
+    rows = [{"text": "a heron"}, {"text": "w " * 70}, {"text": "a fish"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    found, left_out = read(path)
+    assert [(p.first, p.last, p.unit) for p in found] == [(n, n, "row") for n in (1, 2, 2, 3)] and left_out == {}
+    chat = tmp_path / "b.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]}))
+    assert [p.text for p in read(chat)[0]] == ["why?\nso"]
+    table = tmp_path / "c.csv"
+    table.write_text("title,body\nx,the river\ny,the sea\n")
+    assert [p.text for p in read(table, text_column="body")[0]] == ["the river", "the sea"]
+    assert [p.text for p in read(table)[0]] == ["title,body\nx,the river\ny,the sea"], "no schema: lines of text"
+
+
+def test_code_text_and_rows_of_one_folder_are_read_and_the_rest_counted(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.md").write_text("# Title\n\ntext")
+    (tmp_path / "sub/b.py").write_text("def f():\n    return 1\n")
+    (tmp_path / "c.json").write_text('{"name": "package", "private": true}')
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed"))
+    (tmp_path / "e.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "f.txt").write_bytes(b"bin\0ary")
+    (tmp_path / "g.txt").write_text("  \n")
+    (tmp_path / ".hidden").write_text("x")
+    config = FilesConfig(path=str(tmp_path), validation_share=0.0)
+    files, left_out = files_to_search(config)
+    assert [f.name for f in files] == ["a.md", "c.json", "d.txt.gz", "sub/b.py"]
+    assert dict(left_out) == {"hidden files": 1, "binary files": 1, "empty files": 1, "files of other kinds": 1}
+    texts = {f.name: "".join(p.text for p in passages_of(f, config, 50, words)[0]) for f in files}
+    assert texts["d.txt.gz"] == "packed" and "package" in texts["c.json"] and texts["sub/b.py"].startswith("def f")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.bin", b"\0\1", "is not a known kind"),
+        ("a.txt", b"a\0b", r"a.txt is binary"),
+        ("a.txt", b"  \n", r"a.txt is empty"),
+        ("a.md", b"caf\xe9", "a.md line 1 is not UTF-8: byte 3 is 0xe9; data.bad_rows=skip leaves such files and rows"),
+        ("a.jsonl", b'{"text": "a"}\n{"text":', "a.jsonl line 2 is not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_in_a_sentence(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as told:
+        read(tmp_path / name)
+    assert "\n" not in str(told.value)
+
+
+def test_bad_files_and_rows_may_be_left_out_and_are_counted(tmp_path):
+    (tmp_path / "a.md").write_bytes(b"caf\xe9")
+    assert read(tmp_path / "a.md", bad_rows="skip") == ([], {"not UTF-8": 1})
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text":\n')
+    found, left_out = read(tmp_path / "b.jsonl", bad_rows="skip")
+    assert [p.text for p in found] == ["a"] and left_out == {"not JSON": 1}
+
+
+@pytest.mark.parametrize("made", ["empty", "binary", "missing", "none"])
+def test_nothing_to_read_is_one_sentence(made, tmp_path):
+    place = tmp_path / made
+    if made != "missing":
+        place.mkdir()
+    if made == "binary":
+        (place / "a.txt").write_bytes(b"\0")
+    said = {"empty": "no file under", "binary": r"no file under .*1 binary files", "missing": "does not exist",
+            "none": "phase=search needs data.path="}[made]  # fmt: skip
+    with pytest.raises(DataError, match=said) as told:
+        files_to_search(FilesConfig(path="" if made == "none" else str(place)))
+    assert not re.search("\n", str(told.value))
