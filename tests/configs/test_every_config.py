@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from tests.inference.encoders import minilm
 
 from trivium.build import (
     build,
     build_backend,
+    build_encoder,
     build_model,
     build_objective,
     build_optimizer,
@@ -199,6 +201,10 @@ def built(group, option, corpus):
         last = (5 / 99) ** 0.5 if option == "inverse_sqrt" else config.schedule.config.final
         return 0 < factors[0] < factors[5] == max(factors) == 1.0 and factors[99] == pytest.approx(last)
     if group == "inference":
+        if getattr(config.inference.config, "alone", False):  # a model of its own, refused where this one would speak
+            with pytest.raises(ConfigError, match=f"inference={option} is a model of its own"):
+                build_backend(config.inference, model, None, "cpu")
+            return build_encoder(dataclasses.replace(config.inference.config, path=str(minilm())), "cpu").width == 384
         rules = BPEConfig(vocab_size=300, rules="gguf")
         needs = {"llamacpp": "xllamacpp", "vllm": "vllm"}.get(option, "torch")
         if importlib.util.find_spec(needs) is None:

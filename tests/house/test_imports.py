@@ -64,6 +64,11 @@ def test_transformers_stays_in_its_adapters_and_the_export_gate():
     assert offenders({"transformers"}, ["models/hf.py", "inference/hf.py", "phases/export.py"]) == []
 
 
+def test_encoders_and_their_index_stay_in_their_adapters():
+    assert offenders({"sentence_transformers"}, ["inference/encoder.py"]) == []
+    assert offenders({"faiss"}, ["inference/index.py"]) == []
+
+
 def test_no_module_of_ours_is_imported_inside_a_function():
     """A function-level import hides a cycle or a cost; registry.load is the one place that imports by name."""
     assert offenders({"trivium"}, [], nested=True) == []
