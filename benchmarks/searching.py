@@ -106,7 +106,9 @@ def by_words(passages):
 
 def recalls(found, passages, queries):
     ranks = [[passages[n][0] for n in found(query, 10)] for query, _ in queries]
-    return {k: np.mean([right in names[:k] for names, (_, right) in zip(ranks, queries, strict=True)]) for k in (1, 5, 10)}
+    return {
+        k: np.mean([right in names[:k] for names, (_, right) in zip(ranks, queries, strict=True)]) for k in (1, 5, 10)
+    }
 
 
 def interval(share, count):

@@ -698,8 +698,8 @@ def _by_name(name: str) -> Artifact:
     """
     if CATALOGUE[name].folder:
         raise CheckpointError(
-            f"init_from={name} is an encoder, which writes no text: phase=serve inference=encoder inference.path={name} "
-            "serves it, and phase=search has search.encoder.path"
+            f"init_from={name} is an encoder, which writes no text: phase=serve inference=encoder "
+            f"inference.path={name} serves it, and phase=search has search.encoder.path"
         )
     path, sha256 = fetch(name), CATALOGUE[name].sha256
     digest = hashlib.sha256(bytes.fromhex(sha256)).hexdigest()  # as `fingerprint` has it of one file

@@ -96,7 +96,10 @@ def spoken(action: Callable[[], int], *, debug: bool) -> int:
 def dispatch(args: list[str]) -> int:
     """Verb, help, Hydra's own flags, or a run."""
     if "phase=search" in args and not any(a.startswith("domain=") for a in args):
-        args = [*args, "domain=files"]  # the one that a search reads; a phase cannot choose a domain, which goes over it
+        args = [
+            *args,
+            "domain=files",
+        ]  # the one that a search reads; a phase cannot choose a domain, which goes over it
     if args and args[0] in VERBS:
         verb = load(VERBS[args[0]])
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # what it shows or starts is cleaned up after Ctrl-C

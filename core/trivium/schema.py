@@ -14,7 +14,18 @@ from trivium.errors import ConfigError
 
 TRAINING_PHASES = ("pretrain", "sft", "preference", "reward", "rlhf", "distill")
 PHASES = (
-    *("tokenizer", *TRAINING_PHASES, "evaluate", "generate", "chat", "serve", "search", "export", "feedback", "promote"),
+    *(
+        "tokenizer",
+        *TRAINING_PHASES,
+        "evaluate",
+        "generate",
+        "chat",
+        "serve",
+        "search",
+        "export",
+        "feedback",
+        "promote",
+    ),
 )
 DATA_PHASES = ("tokenizer", "evaluate", "search", *TRAINING_PHASES)
 """Those that cannot do without data."""
@@ -401,7 +412,9 @@ class SearchConfig:
 
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     tokens: int = 0  # of a passage at most; 0 is as many as the encoder reads. Fewer finds places more exactly
-    index: str = "exact"  # exact compares with every passage | hnsw follows a graph: faster from 100,000 on, misses some
+    index: str = (
+        "exact"  # exact compares with every passage | hnsw follows a graph: faster from 100,000 on, misses some
+    )
     top: int = 5  # passages shown, and given to the model that answers
 
     def __post_init__(self) -> None:

@@ -62,7 +62,9 @@ def test_rows_are_read_as_for_training_and_known_by_their_number(tmp_path):
     found, left_out = read(path)
     assert [(p.first, p.last, p.unit) for p in found] == [(n, n, "row") for n in (1, 2, 2, 3)] and left_out == {}
     chat = tmp_path / "b.jsonl"
-    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]}))
+    chat.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]})
+    )
     assert [p.text for p in read(chat)[0]] == ["why?\nso"]
     table = tmp_path / "c.csv"
     table.write_text("title,body\nx,the river\ny,the sea\n")

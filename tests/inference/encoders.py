@@ -37,7 +37,11 @@ def tiny_encoder(folder, *, pooling="mean", unit=True, said=None, bert=None, see
     torch.manual_seed(seed)
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     config = transformers.BertConfig(
-        vocab_size=core.get_vocab_size(), max_position_embeddings=LONGEST, initializer_range=0.5, **sizes, **(bert or {})
+        vocab_size=core.get_vocab_size(),
+        max_position_embeddings=LONGEST,
+        initializer_range=0.5,
+        **sizes,
+        **(bert or {}),
     )
     transformers.BertModel(config).save_pretrained(folder)
     if pooling is not None:

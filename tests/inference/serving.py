@@ -95,8 +95,17 @@ class Running:
 
 @contextmanager
 def running(
-    tokenizer=None, *, model=None, sampling=None, native=None, feedback=None, system="", sessions=None, engine=None,
-    form="chat", **settings
+    tokenizer=None,
+    *,
+    model=None,
+    sampling=None,
+    native=None,
+    feedback=None,
+    system="",
+    sessions=None,
+    engine=None,
+    form="chat",
+    **settings,
 ):
     """A server while the block runs. engine: a backend in place of the native one."""
     torch.set_num_threads(1)

@@ -115,7 +115,12 @@ def test_vectors_are_those_of_transformers(pooling, unit, tmp_path):
 def test_the_real_encoder_is_that_of_transformers_and_knows_what_is_alike():
     folder = minilm()
     encoder = encoder_of(folder)
-    texts = ["How do I bake bread?", "Flour, water, yeast and an hour in the oven.", "The contract is void.", "word " * 200]
+    texts = [
+        "How do I bake bread?",
+        "Flour, water, yeast and an hour in the oven.",
+        "The contract is void.",
+        "word " * 200,
+    ]
     found = encoder.embed([encoder.tokenizer.input_ids(t) for t in texts])
     torch.testing.assert_close(found, by_hand(folder, texts, POOLS["mean"], True), rtol=0, atol=1e-5)
     bread, recipe, contract, _ = found
@@ -131,7 +136,7 @@ def test_batches_and_order_change_nothing(tiny):
 
 
 def test_no_text_is_read_as_a_special_token(tiny):
-    """"[SEP]" that somebody wrote is none, and the folder's own truncation and padding to 8 are off."""
+    """ "[SEP]" that somebody wrote is none, and the folder's own truncation and padding to 8 are off."""
     tokenizer = encoder_of(tiny).tokenizer
     ids = tokenizer.input_ids("[SEP] the river [PAD]")
     assert (ids[0], ids[-1]) == (2, 3) and not {0, 2, 3} & set(ids[1:-1])
@@ -154,7 +159,9 @@ def test_its_hash_is_of_all_that_decides_a_vector(tiny, tmp_path):
     assert encoder_of(copy, batch=7).sha256 == one.sha256
     others = {encoder_of(copy, max_length=20).sha256, encoder_of(copy, query_prompt="q").sha256}
     (copy / "1_Pooling/config.json").write_text(
-        (copy / "1_Pooling/config.json").read_text().replace('"pooling_mode_cls_token": false', '"pooling_mode_cls_token": true')
+        (copy / "1_Pooling/config.json")
+        .read_text()
+        .replace('"pooling_mode_cls_token": false', '"pooling_mode_cls_token": true')
     )
     others.add(encoder_of(copy).sha256)
     weights = load_file(copy / "model.safetensors")
@@ -207,7 +214,9 @@ def test_max_length_is_the_folders_or_less(tiny):
 def test_how_a_vector_is_made_is_never_guessed(tmp_path):
     """Without modules.json both options are named; with it they are refused; each gives what the folder would."""
     whole, bare = tiny_encoder(tmp_path / "whole"), tiny_encoder(tmp_path / "bare", pooling=None)
-    with pytest.raises(ConfigError, match=r"no modules.json .* set the encoder's pooling \(pooling=mean, cls, max or last"):
+    with pytest.raises(
+        ConfigError, match=r"no modules.json .* set the encoder's pooling \(pooling=mean, cls, max or last"
+    ):
         encoder_of(bare)
     with pytest.raises(ConfigError, match="set the encoder's normalize"):
         encoder_of(bare, pooling="mean")
@@ -285,7 +294,9 @@ def test_an_encoder_is_no_language_model(tiny):
         build_backend(Component("encoder", EncoderConfig(path=str(tiny))), None, None, "cpu")
     with pytest.raises(CheckpointError, match="init_from=minilm is an encoder, which writes no text"):
         load_artifact("minilm")
-    with pytest.raises(CheckpointError, match=r"the encoder minilmm is neither a folder nor .*\(minilm\).* mean minilm"):
+    with pytest.raises(
+        CheckpointError, match=r"the encoder minilmm is neither a folder nor .*\(minilm\).* mean minilm"
+    ):
         build_encoder(EncoderSettings(path="minilmm"), "cpu")
     encoder = EncoderBackend(EncoderConfig(path=str(tiny)))
     with pytest.raises(BackendError, match="request a: EncoderBackend writes no text"):

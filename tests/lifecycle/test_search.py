@@ -1,4 +1,4 @@
-"""`phase=search` as it is started: an index that follows the files, passages with their places, answers with sources."""
+"""`phase=search` as it is started: an index that follows the files, passages with places, answers with sources."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tests.inference.encoders import minilm, tiny_encoder
 
-from trivium.phases.search import Source, asked, cited
 from trivium.data.passages import Passage
+from trivium.phases.search import Source, asked, cited
 
 pytest.importorskip("faiss", reason="NOT TESTED: phase=search needs faiss")
 ROOT = Path(__file__).parents[2]
@@ -203,8 +203,9 @@ def test_in_a_terminal_it_asks_again_and_again(encoder, folder, cache, tmp_path)
     ours, theirs = pty.openpty()
     words = ["phase=search", f"data.path={folder}", f"search.encoder.path={encoder}", f"runs={tmp_path / 'runs'}"]
     process = subprocess.Popen(
-        [sys.executable, "launch.py", *words, "trainer.accelerator=cpu"], cwd=ROOT, stdin=theirs, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "TRIVIUM_CACHE": str(cache), "TERM": "dumb"},
+        [sys.executable, "launch.py", *words, "trainer.accelerator=cpu"], cwd=ROOT, text=True, stdin=theirs,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "TRIVIUM_CACHE": str(cache), "TERM": "dumb"},
     )  # fmt: skip
     os.close(theirs)
     os.write(ours, f"{'river ' * 60}\n\nan offer\n/exit\n".encode())
@@ -255,7 +256,11 @@ def test_real_words_are_found_by_what_they_mean(search, tmp_path):
     (place / "bread.md").write_text("Flour, water and yeast; knead, let it rise, an hour in the oven.\n")
     (place / "law.md").write_text("A contract needs an offer and its acceptance by two parties.\n")
     (place / "code.py").write_text("def add(a, b):\n    return a + b\n")
-    for query, name in (("baking a loaf", "bread.md"), ("legally binding agreements", "law.md"), ("sum function", "code.py")):
+    for query, name in (
+        ("baking a loaf", "bread.md"),
+        ("legally binding agreements", "law.md"),
+        ("sum function", "code.py"),
+    ):
         done = search(f"query={query}", "search.top=1", encoder=minilm(), data=place)
         assert done.code == 0, done.err
         assert sample(tmp_path, "search-kitchen")["passages"][0]["file"] == name

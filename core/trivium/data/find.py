@@ -43,7 +43,12 @@ def find_files(path: str, code: bool = False, every: bool = False) -> Found:
     place = Path(path).expanduser()
     if place.is_file():
         packed_or_rows = place.suffix in PACKED or kind_of(place) not in ("", "text")
-        if every and (place.suffix in CODE or kind_of(place)) and not packed_or_rows and _aside(place, aside := Counter()):
+        if (
+            every
+            and (place.suffix in CODE or kind_of(place))
+            and not packed_or_rows
+            and _aside(place, aside := Counter())
+        ):
             raise DataError(f"{place} is {'empty' if aside['empty files'] else 'binary, which is no text'}")
         if place.suffix in CODE:
             return Found([place], Counter(), code=True)

@@ -1,4 +1,4 @@
-"""Files cut into passages for search: as long as an encoder reads, at blank lines where that can be, each with its place."""
+"""Files cut into passages for search, at blank lines where that can be: each with its place, none too long."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def files_to_search(config: FilesConfig) -> tuple[list[FoundFile], Counter[str]]
 def passages_of(file: FoundFile, config: FilesConfig, most: int, count: Count) -> tuple[list[Passage], dict[str, int]]:
     """The passages of one file, none longer than `most` tokens, and how many of its rows were left out, by reason.
 
-    A file of rows is read as it is for training, each row for itself; if its columns are of no known schema, as lines of
-    text. Raises DataError naming file and row, or line.
+    A file of rows is read as it is for training, each row for itself; if its columns are of no known schema, as lines
+    of text. Raises DataError naming file and row, or line.
     """
     if kind_of(file.path) not in ("", "text") and (rows := _rows(file, config)) is not None:
         source, left_out = rows
@@ -146,20 +146,22 @@ def _joined(neighbours: Sequence[Passage]) -> Passage:
     return Passage(neighbours[0].first, neighbours[-1].last, text)
 
 
+def _glued(pieces: Sequence[Passage]) -> Passage:
+    return replace(pieces[0], text="".join(p.text for p in pieces).strip(" "))
+
+
 def _halved(passage: Passage, most: int, count: Count) -> list[Passage]:
     """Pieces of a paragraph that is too long: as many lines as fit, then as many words, then as many characters."""
     lines = passage.text.split("\n")
     if len(lines) > 1:
         parts = [Passage(passage.first + i, passage.first + i, line) for i, line in enumerate(lines)]
-        join: Callable[[Sequence[Passage]], Passage] = _joined
+        join = _joined
     else:
         passage = replace(passage, text=passage.text.strip(" "))
         words = passage.text.split(" ")
         pieces = [w + " " for w in words[:-1]] + words[-1:] if len(words) > 1 else list(passage.text)
         parts = [replace(passage, text=piece) for piece in pieces]
-
-        def join(some: Sequence[Passage]) -> Passage:
-            return replace(passage, text="".join(p.text for p in some).strip(" "))
+        join = _glued
 
     found = []
     while parts:

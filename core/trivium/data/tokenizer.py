@@ -90,7 +90,7 @@ class Tokenizer:
     """
 
     query_prompt = passage_prompt = text_prompt = ""
-    """What an encoder wants before queries, before passages, and before texts of which it is not known what they are."""
+    """What an encoder wants before queries, before passages, and before texts that may be either."""
 
     def __init__(self, core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
         self._core = core

@@ -1,8 +1,9 @@
 """An encoder: vectors of texts that stand near one another where the texts mean alike, for search.
 
-The folder is one of sentence-transformers (Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084), and that library
-computes it. What makes a vector of a text's states is read from the folder's own files and never guessed: sentence-
-transformers itself takes the mean where they are missing. Nothing of a folder is executed, and only safetensors are read.
+The folder is one of sentence-transformers (Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084), and that
+library computes it. What makes a vector of a text's states is read from the folder's own files and never guessed:
+sentence-transformers itself takes the mean where they are missing. Nothing of a folder is executed, and only
+safetensors are read.
 
 In a text that people bring, "[SEP]" is five characters and no special token, as everywhere here; sentence-transformers
 reads it as one.
@@ -80,8 +81,8 @@ class EncoderTokenizer(Tokenizer):
         if len(ids) > self.room:
             if not self.cut:
                 raise DataError(
-                    f"a text has {len(ids) + self.most - self.room:,} tokens and the encoder reads {self.most:,}; shorten "
-                    "it, or have its beginning read with too_long=cut"
+                    f"a text has {len(ids) + self.most - self.room:,} tokens and the encoder reads {self.most:,}; "
+                    "shorten it, or have its beginning read with too_long=cut"
                 )
             self.num_cut += 1
             ids = ids[: self.room]
@@ -105,7 +106,8 @@ class EncoderBackend(Backend):
         self.similarity = said.get("similarity_fn_name") or "cosine"
         if self.similarity not in ("cosine", "dot"):
             raise CheckpointError(
-                f"{self.path / READ[3]}: similarity_fn_name={self.similarity!r} is not supported, only cosine and dot are"
+                f"{self.path / READ[3]}: similarity_fn_name={self.similarity!r} is not supported, only cosine and dot "
+                "are"
             )
         self.unit = modules[-1] == "Normalize" if modules else config.normalize == "unit"
         self.sha256 = _digest(self.path, config)
@@ -143,7 +145,9 @@ class EncoderBackend(Backend):
         tokenizer.query_prompt = config.query_prompt or prompts.get("query") or usual
         tokenizer.passage_prompt = config.passage_prompt or prompts.get("document") or prompts.get("passage") or usual
         if any(getattr(module, "include_prompt", True) is False for module in self.model):
-            raise CheckpointError(f"{self.path} leaves prompts out of its pooling (include_prompt=false), which is not read")
+            raise CheckpointError(
+                f"{self.path} leaves prompts out of its pooling (include_prompt=false), which is not read"
+            )
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -215,7 +219,7 @@ class EncoderBackend(Backend):
 
 def _modules(folder: Path, config: EncoderSettings) -> list[str]:
     """The encoder's parts, by the last words of their types; none where only the settings say what comes after the
-    transformer. Raises CheckpointError and ConfigError for a folder that is no encoder, or not one that is read here."""
+    transformer. Raises CheckpointError and ConfigError for a folder that is no encoder, or none that is read here."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no encoder: it has no config.json")
     if not (folder / "tokenizer.json").is_file():
@@ -253,7 +257,9 @@ def _modules(folder: Path, config: EncoderSettings) -> list[str]:
         if name == "Dense":
             Tensors(folder / place)
     if names[:2] != ["Transformer", "Pooling"] or kinds[0][1]:
-        raise CheckpointError(f"{path} must begin with a Transformer in the folder itself and a Pooling, not {names[:2]}")
+        raise CheckpointError(
+            f"{path} must begin with a Transformer in the folder itself and a Pooling, not {names[:2]}"
+        )
     return names
 
 

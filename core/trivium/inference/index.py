@@ -1,8 +1,8 @@
 """Vectors of passages, kept by content, and the nearest of them to a query: what phase=search asks.
 
-Each file's passages and vectors are one entry, whose name is the hash of all that decides them: the file's bytes, how it
-is cut, and the encoder. So what is unchanged is never computed again, what has changed has another name, and no vector
-can be taken for another encoder's. The index over all entries is faiss's (Douze et al. 2024,
+Each file's passages and vectors are one entry, whose name is the hash of all that decides them: the file's bytes, how
+it is cut, and the encoder. So what is unchanged is never computed again, what has changed has another name, and no
+vector can be taken for another encoder's. The index over all entries is faiss's (Douze et al. 2024,
 https://arxiv.org/abs/2401.08281) and is made from them, so it can always be made again.
 """
 

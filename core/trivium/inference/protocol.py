@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -171,6 +170,7 @@ class Backend(ABC):
 def similarities(query: Tensor, others: Tensor, how: str) -> Tensor:
     """(N,) similarity of `query` (C,) and each of `others` (N, C). how: `Capabilities.similarity`.
 
+    >>> import torch
     >>> similarities(torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 3.0], [4.0, 0.0]]), "cosine")
     tensor([1., 0.])
     >>> similarities(torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 3.0], [4.0, 0.0]]), "dot")

@@ -241,7 +241,7 @@ def page_context(run: Run) -> dict[str, Any]:
         "examined": [(s, told) for s in run.stages if (told := _examined(s))],
         "samples": stage_samples(run),
         "progress": [(stage, table) for stage, table in progress if table],
-        "chats": [(s, s.samples[:MAX_TURNS]) for s in run.stages if s.phase == "chat" and s.samples],
+        "chats": [(s, s.samples[:MAX_TURNS]) for s in run.stages if s.phase in ("chat", "search") and s.samples],
         "lineage": lineage_tree(run),
         "configs": [(name, config) for name, config in configs if config],
         "commands": [str(command) for command in run.manifest.get("next_commands") or []],

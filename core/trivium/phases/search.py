@@ -112,7 +112,8 @@ class Library:
         self.most = self.settings.tokens or room
         if not LEAST <= self.most <= room:
             raise ConfigError(
-                f"search.tokens={self.settings.tokens} must be from {LEAST} to the {room} that the encoder reads of a passage"
+                f"search.tokens={self.settings.tokens} must be from {LEAST} to the {room} that the encoder reads of a "
+                "passage"
             )
         read = {k: v for k, v in asdict(data).items() if k not in ("path", "split", "validation_path")}
         self.rules = {"tokens": self.most, "data": read, "version": [cutting.VERSION, indexing.VERSION]}
@@ -130,7 +131,9 @@ class Library:
         missing = [k for k in dict.fromkeys(keys) if not (entries / f"{k}.bin").is_file()]
         shown = len(missing) > 20 and self.this.console.is_terminal
         told = zip(files, keys, strict=True)
-        for file, key in track(told, "reading", len(files), console=self.this.console, disable=not shown, transient=True):
+        for file, key in track(
+            told, "reading", len(files), console=self.this.console, disable=not shown, transient=True
+        ):
             path = entries / f"{key}.bin"
             entry = read_entry(path, self.encoder.width)
             if entry is None:
@@ -199,8 +202,8 @@ class Library:
         if sha256 != self.encoder.sha256:
             raise ConfigError(
                 f"{self.folder} is an index of the encoder {named} ({sha256[:10]}), whose vectors say nothing to "
-                f"{self.settings.encoder.path} with its settings ({self.encoder.sha256[:10]}); choose another name=, or "
-                "remove that folder"
+                f"{self.settings.encoder.path} with its settings ({self.encoder.sha256[:10]}); choose another name=, "
+                "or remove that folder"
             )
         if source != self._source:
             raise ConfigError(
@@ -224,7 +227,8 @@ class Library:
         try:
             ids = tokenizer.input_ids(tokenizer.query_prompt + query)
         except DataError as error:
-            raise DataError(f"the query is too long: {error}".replace("too_long=", "search.encoder.too_long=")) from error
+            told = str(error).replace("too_long=", "search.encoder.too_long=")
+            raise DataError(f"the query is too long: {told}") from error
         if tokenizer.num_cut > before:
             self.this.say(f"the query is longer than the encoder reads; only its first {tokenizer.room} tokens count")
         found = []
@@ -283,7 +287,8 @@ def _told(this: Run, query: str, sources: Sequence[Source], answerer: Answerer |
     """Show what was found, and the answer if there is one to make; the sample to keep."""
     _show(this, sources)
     rows = [{"file": s.file, "place": s.place, "score": round(s.score, 4), **asdict(s.passage)} for s in sources]
-    sample: dict[str, Any] = {"kind": "search", "prompt": query, "completion": "", "passages": rows}
+    places = "; ".join(f"[{i}] {source.place}" for i, source in enumerate(sources, 1))
+    sample: dict[str, Any] = {"kind": "search", "prompt": query, "completion": places, "passages": rows}
     if answerer is None:
         return sample
     answer, shown = answerer.answer(query, sources)
