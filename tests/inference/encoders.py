@@ -24,6 +24,7 @@ def tiny_encoder(folder, *, pooling="mean", unit=True, said=None, bert=None, see
     core.normalizer = normalizers.BertNormalizer(lowercase=True)
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL))
+    assert core.get_vocab_size() < 200, "every word must be a token: which are merged first is a matter of chance"
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -203,13 +203,20 @@ def test_in_a_terminal_it_asks_again_and_again(encoder, folder, cache, tmp_path)
     ours, theirs = pty.openpty()
     words = ["phase=search", f"data.path={folder}", f"search.encoder.path={encoder}", f"runs={tmp_path / 'runs'}"]
     process = subprocess.Popen(
-        [sys.executable, "launch.py", *words, "trainer.accelerator=cpu"], cwd=ROOT, text=True, stdin=theirs,
+        [sys.executable, "launch.py", *words, "trainer.accelerator=cpu", "search.top=10"], cwd=ROOT, text=True, stdin=theirs,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "TRIVIUM_CACHE": str(cache), "TERM": "dumb"},
     )  # fmt: skip
     os.close(theirs)
-    os.write(ours, f"{'river ' * 60}\n\nan offer\n/exit\n".encode())
-    out, _ = process.communicate(timeout=120)
+    out = ""
+    for line in ("river " * 60, "", "an offer", "/exit"):
+        while not out.endswith("you: "):  # as a person does, who waits until asked
+            piece = process.stdout.read(1)
+            assert piece, out
+            out += piece
+        os.write(ours, f"{line}\n".encode())
+        out += "\n"
+    out += process.communicate(timeout=120)[0]
     os.close(ours)
     assert process.returncode == 0, out
     assert "the query is too long" in out and "law.txt:1" in out and "Traceback" not in out
