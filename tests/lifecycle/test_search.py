@@ -203,7 +203,8 @@ def test_in_a_terminal_it_asks_again_and_again(encoder, folder, cache, tmp_path)
     ours, theirs = pty.openpty()
     words = ["phase=search", f"data.path={folder}", f"search.encoder.path={encoder}", f"runs={tmp_path / 'runs'}"]
     process = subprocess.Popen(
-        [sys.executable, "launch.py", *words, "trainer.accelerator=cpu", "search.top=10"], cwd=ROOT, text=True, stdin=theirs,
+        [sys.executable, "launch.py", *words, "trainer.accelerator=cpu", "search.top=10"], cwd=ROOT, text=True,
+        stdin=theirs,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "TRIVIUM_CACHE": str(cache), "TERM": "dumb"},
     )  # fmt: skip
