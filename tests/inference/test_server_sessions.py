@@ -84,7 +84,7 @@ def test_what_cannot_be_is_told(server):
     )
     with server.store.writing(id):
         assert "is being written by process" in refused(server, 409, {"session": id})
-    with server.store._transaction() as db:
+    with server.store._db.transaction() as db:
         db.execute("UPDATE sessions SET model = 'other' WHERE id = ?", (id,))
     assert "was held with another model" in refused(server, 409, {"session": id})
     assert server.store.turns(id) == []

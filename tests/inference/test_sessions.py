@@ -246,7 +246,7 @@ def test_what_is_no_store_is_refused_in_one_sentence(tmp_path):
     other.close()
     for name, what in (
         ("text", "cannot be used (file is not a database)"), ("foreign", "is a database of another program"),
-        ("later", "is of version 7, this trivium reads 1"), (".", "cannot be used"),
+        ("later", "is of version 7, this program reads version 2"), (".", "cannot be used"),
     ):  # fmt: skip
         with pytest.raises(CheckpointError) as told:
             SessionStore(tmp_path / name)
@@ -259,7 +259,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
     store = SessionStore(tmp_path / "s")
     session = store.create(new_session("m", "t"))
     kept = store.append(session.id, None, [user("q")], [said("a")])
-    store._db.execute(f"PRAGMA max_page_count = {store._db.execute('PRAGMA page_count').fetchone()[0] + 2}")
+    store._db.connection.execute(f"PRAGMA max_page_count = {store._db.connection.execute('PRAGMA page_count').fetchone()[0] + 2}")
     with pytest.raises(CheckpointError, match="database or disk is full"):
         store.append(session.id, kept.answers[0].id, [user("q2")], [said("long", [1] * 100_000)])
     assert texts(store.path(store.get(session.id).head)) == ["q", "a"]
@@ -268,8 +268,8 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
 
 def test_the_file_is_synced_at_every_turn(tmp_path):
     store = SessionStore(tmp_path / "s")
-    assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-    assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+    assert store._db.connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    assert store._db.connection.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
 
 
 def test_many_processes_may_make_the_file_at_once(tmp_path):

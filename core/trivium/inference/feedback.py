@@ -4,8 +4,7 @@ A record is a response with all that it takes to learn from it exactly: the ids 
 text. Feedback is a log: nothing in it is changed, a later verdict on the same thing stands in place of the earlier one,
 and both are kept. What a person said and got can be removed by their name, and then really is: out of the file, too.
 
-A change is on the disk when the call returns (WAL, synchronous=FULL), so a kill loses nothing that was acknowledged.
-Threads and processes may share a file.
+A change is on the disk when the call returns, so a kill loses nothing that was acknowledged.
 """
 
 from __future__ import annotations
@@ -14,38 +13,44 @@ import hashlib
 import json
 import math
 import sqlite3
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trivium.data.tokenizer import Tokenizer
-from trivium.disk import make_folder
 from trivium.errors import DataError, FeedbackError
+from trivium.inference.database import Database
 from trivium.registry import near_misses
 
 KINDS = ("thumb", "score", "edit", "preference", "regenerate")
 FIELDS = ("id", "kind", "value", "comment", "user", "key")
 """Of a message that gives feedback; the first three must be there."""
 THUMBS = ("up", "down", "none")
-VERSION = 1
 MINUTE = 60.0
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS records (id TEXT PRIMARY KEY, user TEXT NOT NULL, time REAL NOT NULL, body TEXT NOT NULL)
-    WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS log (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
-    slot TEXT NOT NULL, value TEXT NOT NULL, comment TEXT NOT NULL, user TEXT NOT NULL, key TEXT, time REAL NOT NULL);
-CREATE UNIQUE INDEX IF NOT EXISTS log_key ON log (id, key) WHERE key IS NOT NULL;
-CREATE INDEX IF NOT EXISTS log_slot ON log (kind, slot, number);
-CREATE INDEX IF NOT EXISTS log_user ON log (user, time);
-CREATE INDEX IF NOT EXISTS records_user ON records (user);
-CREATE TABLE IF NOT EXISTS removed (number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL,
-    records INTEGER NOT NULL, entries INTEGER NOT NULL);
-"""
+OWNED = "owner = ifnull(?, owner)"
+UPGRADES = (
+    """
+    CREATE TABLE records (id TEXT PRIMARY KEY, user TEXT NOT NULL, time REAL NOT NULL, body TEXT NOT NULL)
+        WITHOUT ROWID;
+    CREATE TABLE log (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
+        slot TEXT NOT NULL, value TEXT NOT NULL, comment TEXT NOT NULL, user TEXT NOT NULL, key TEXT, time REAL NOT NULL);
+    CREATE UNIQUE INDEX log_key ON log (id, key) WHERE key IS NOT NULL;
+    CREATE INDEX log_slot ON log (kind, slot, number);
+    CREATE INDEX log_user ON log (user, time);
+    CREATE INDEX records_user ON records (user);
+    CREATE TABLE removed (number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, records INTEGER NOT NULL,
+        entries INTEGER NOT NULL)
+    """,
+    """
+    ALTER TABLE records ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    ALTER TABLE log ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    ALTER TABLE removed ADD COLUMN owner TEXT NOT NULL DEFAULT ''
+    """,
+)
+"""What the first version kept has no owner: it is that of a server without keys, or with server.key."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Record:
     drew it (an end that was put there because the answer was too long is not), logprobs: its natural log-probability
     under the unmodified distribution, 0 where not sampled. sampling: the request's parameters. model: SHA-256 of the
     weights, weight_version: of an engine whose weights change. template: `template_hash`. latency: seconds. time: of
-    the end of the answer, in seconds since 1970.
+    the end of the answer, in seconds since 1970. owner: the name of the server's key that it was asked with.
     """
 
     messages: list[dict[str, Any]]
@@ -88,6 +93,7 @@ class Record:
     tools: list[dict[str, Any]] = field(default_factory=list)
     user: str = ""
     session: str = ""
+    owner: str = ""
     time: float = field(default_factory=time.time)
     id: str = field(default_factory=lambda: f"resp-{uuid.uuid4().hex}")
 
@@ -134,20 +140,11 @@ class FeedbackStore:
     def __init__(self, path: Path, limits: Limits = Limits(), clock: Callable[[], float] = time.time) -> None:
         """Opens the file, or makes it. Raises DataError for one that is something else."""
         self.path, self.limits, self.clock = path, limits, clock
-        self._lock = threading.Lock()
-        make_folder(path.parent)
-        try:
-            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA secure_delete=ON")  # what is removed is overwritten, not only forgotten
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            found = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if found not in (0, VERSION):
-                raise DataError(f"{path} is a feedback store of version {found}; this program reads version {VERSION}")
-            if not found:
-                self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
-        except sqlite3.Error as error:
-            raise DataError(f"{path} cannot be opened as a feedback store: {error}") from error
+        self._db = Database(
+            path, UPGRADES,
+            opening=lambda why: DataError(f"{path} cannot be opened as a feedback store: {why}"),
+            using=lambda why: FeedbackError(f"the feedback store {path} refuses: {why}", 503),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Let go of the file."""
@@ -162,18 +159,23 @@ class FeedbackStore:
         self._within("a response", len(body), self.limits.record, "bytes")
         for what in ("id", "user", "session"):
             self._within(what, len(getattr(record, what)), self.limits.name, "characters")
-        with self._writing() as db:
+        with self._db.transaction() as db:
             self._has_room(db)
-            db.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?)", (record.id, record.user, record.time, body))
+            row = (record.id, record.user, record.time, body, record.owner)
+            db.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?)", row)
 
-    def give(self, id: str, kind: str, value: Any, comment: str = "", user: str | None = None, key: str = "") -> Given:
+    def give(
+        self, id: str, kind: str, value: Any, comment: str = "", user: str | None = None, key: str = "",
+        owner: str | None = None,
+    ) -> Given:  # fmt: skip
         """Say something of a response.
 
         thumb: "up", "down" or "none", which takes it back. score: a finite number, more is better. edit: what the
         answer should have been. preference: ids of answers to the same prompt, best first, this one among them; or one
         id, which this one is better than. regenerate: the id of the answer that was asked for in place of this one, or
         {"by": id, "kept": true or false}. user: None is the response's own. key: the same key again is the same
-        feedback; without one, what stands already is not said again. Raises FeedbackError.
+        feedback; without one, what stands already is not said again. owner: whose responses are known; None for all.
+        Raises FeedbackError.
         """
         if kind not in KINDS:
             raise FeedbackError(f"kind={kind!r} is not one of {', '.join(KINDS)}.{near_misses(str(kind), KINDS)}")
@@ -184,11 +186,11 @@ class FeedbackStore:
         self._within("comment", len(comment), self.limits.comment, "characters")
         self._within("key", len(key), self.limits.name, "characters")
         _check_unicode(id, kind, value, comment, key)
-        with self._writing() as db:
-            record = self._record(db, id)
+        with self._db.transaction() as db:
+            record = self._record(id, owner)
             if user is not None and user != record.user:
                 raise FeedbackError(f"response {id} was given to another user, whose feedback it takes", 403)
-            value, slot = self._checked(db, record, kind, value)
+            value, slot = self._checked(record, kind, value)
             said = json.dumps(value, ensure_ascii=False, allow_nan=False)
             if key:
                 same = db.execute(
@@ -206,69 +208,69 @@ class FeedbackStore:
                 return Given(same[0], False)
             now = self.clock()
             recent = db.execute(
-                "SELECT count(*) FROM log WHERE user=? AND time>?", (record.user, now - MINUTE)
+                "SELECT count(*) FROM log WHERE user=? AND owner=? AND time>?", (record.user, record.owner, now - MINUTE)
             ).fetchone()[0]
             if recent >= self.limits.per_minute:
                 raise FeedbackError(f"more than {self.limits.per_minute} entries in a minute; wait and send again", 429)
             self._has_room(db)
-            row = (id, kind, slot, said, comment, record.user, key or None, now)
-            number = db.execute(
-                "INSERT INTO log (id, kind, slot, value, comment, user, key, time) VALUES (?,?,?,?,?,?,?,?)", row
-            ).lastrowid
+            row = (id, kind, slot, said, comment, record.user, key or None, now, record.owner)
+            names = "id, kind, slot, value, comment, user, key, time, owner"
+            number = db.execute(f"INSERT INTO log ({names}) VALUES (?,?,?,?,?,?,?,?,?)", row).lastrowid
             assert number is not None
             return Given(number, True)
 
-    def feedback(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def feedback(self, body: Mapping[str, Any], owner: str | None = None) -> dict[str, Any]:
         """`give` with the fields of a client's message, of which null is unset -> what it is told."""
         given = {key: value for key, value in body.items() if value is not None}
         if unknown := [key for key in given if key not in FIELDS]:
             raise FeedbackError(f"{unknown[0][:40]!r} is no field of feedback.{near_misses(unknown[0], FIELDS)}")
         if missing := [key for key in FIELDS[:3] if key not in given]:
             raise FeedbackError(f"feedback needs {missing[0]}")
-        found = self.give(**given)
+        found = self.give(**given, owner=owner)
         return {"object": "feedback", "id": given["id"], "number": found.number, "new": found.new}
 
-    def remove(self, user: str) -> dict[str, int]:
-        """Remove all that a user got and said, out of the file too; how much that was stays, and nothing else."""
+    def remove(self, user: str, owner: str | None = None) -> dict[str, int]:
+        """Remove all that a user got and said, out of the file too; how much that was stays, and nothing else. owner:
+        None removes it of users of that name under every key."""
         if not isinstance(user, str) or not user:
             raise FeedbackError("name the user whose responses and feedback are to be removed")
-        with self._writing() as db:
-            entries = db.execute("DELETE FROM log WHERE user=?", (user,)).rowcount
-            records = db.execute("DELETE FROM records WHERE user=?", (user,)).rowcount
-            if entries or records:
-                db.execute(
-                    "INSERT INTO removed (time, records, entries) VALUES (?, ?, ?)", (self.clock(), records, entries)
-                )
-        with self._lock, self._told():
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log of changes holds it still
-        return {"records": records, "entries": entries}
+        with self._db.transaction() as db:
+            counts = {}
+            for table in ("records", "log"):
+                counts[table] = db.execute(f"DELETE FROM {table} WHERE user=? AND {OWNED}", (user, owner)).rowcount
+            if any(counts.values()):
+                names, row = "time, records, entries, owner", (self.clock(), *counts.values(), owner or "")
+                db.execute(f"INSERT INTO removed ({names}) VALUES (?, ?, ?, ?)", row)
+        self._db.forget()
+        return {"records": counts["records"], "entries": counts["log"]}
 
-    def stats(self) -> dict[str, Any]:
-        """Counts: responses, users, entries by kind as logged and as they stand, what was removed, bytes."""
-        with self._lock, self._told():
-            one = lambda question: self._db.execute(question).fetchone()  # noqa: E731
-            logged = dict(self._db.execute("SELECT kind, count(*) FROM log GROUP BY kind ORDER BY kind"))
-            standing = dict(self._db.execute("SELECT kind, count(DISTINCT slot) FROM log GROUP BY kind ORDER BY kind"))
-            gone = one("SELECT count(*), total(records), total(entries) FROM removed")
-            return {
-                "records": one("SELECT count(*) FROM records")[0],
-                "users": one("SELECT count(DISTINCT user) FROM records WHERE user != ''")[0],
-                "entries": sum(logged.values()),
-                "logged": logged,
-                "standing": standing,
-                "removed": {"times": gone[0], "records": int(gone[1]), "entries": int(gone[2])},
-                "bytes": one("PRAGMA page_count")[0] * one("PRAGMA page_size")[0],
-            }
+    def stats(self, owner: str | None = None) -> dict[str, Any]:
+        """Counts: responses, users, entries by kind as logged and as they stand, what was removed, bytes of the file.
+        owner: None for all."""
+
+        def counted(what: str, table: str, rest: str = "") -> list[tuple[Any, ...]]:
+            return self._db.rows(f"SELECT {what} FROM {table} WHERE {OWNED} {rest}", owner)
+
+        by_kind = "GROUP BY kind ORDER BY kind"
+        logged = dict(counted("kind, count(*)", "log", by_kind))
+        gone = counted("count(*), total(records), total(entries)", "removed")[0]
+        return {
+            "records": counted("count(*)", "records")[0][0],
+            "users": len(counted("DISTINCT user, owner", "records", "AND user != ''")),
+            "entries": sum(logged.values()),
+            "logged": logged,
+            "standing": dict(counted("kind, count(DISTINCT slot)", "log", by_kind)),
+            "removed": {"times": gone[0], "records": int(gone[1]), "entries": int(gone[2])},
+            "bytes": self._db.rows("PRAGMA page_count")[0][0] * self._db.rows("PRAGMA page_size")[0][0],
+        }
 
     def record(self, id: str) -> Record:
         """A response. Raises FeedbackError where there is none of that id."""
-        with self._lock, self._told():
-            return self._record(self._db, id)
+        return self._record(id)
 
     def records(self) -> Iterator[Record]:
         """Every response, by time and id."""
-        with self._lock, self._told():
-            rows = self._db.execute("SELECT body FROM records ORDER BY time, id").fetchall()
+        rows = self._db.rows("SELECT body FROM records ORDER BY time, id")
         return (Record(**json.loads(body)) for (body,) in rows)
 
     def log(self) -> list[Entry]:
@@ -283,37 +285,15 @@ class FeedbackStore:
         )
 
     def _entries(self, question: str) -> list[Entry]:
-        with self._lock, self._told():
-            rows = self._db.execute(question).fetchall()
-        return [Entry(n, id, kind, json.loads(value), *rest) for n, id, kind, value, *rest in rows]
+        return [Entry(n, id, kind, json.loads(value), *rest) for n, id, kind, value, *rest in self._db.rows(question)]
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise FeedbackError(f"the feedback store {self.path} refuses: {error}", 503) from error
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, one writer at a time, on the disk when it ends."""
-        with self._lock, self._told():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def _record(self, db: sqlite3.Connection, id: Any) -> Record:
-        found = db.execute("SELECT body FROM records WHERE id=?", (id,)).fetchone() if isinstance(id, str) else None
-        if found is None:
+    def _record(self, id: Any, owner: str | None = None) -> Record:
+        known = self._db.rows(f"SELECT body FROM records WHERE id=? AND {OWNED}", id, owner) if isinstance(id, str) else []
+        if not known:
             raise FeedbackError(f"there is no response {str(id)[:80]!r}, or it was removed", 404)
-        return Record(**json.loads(found[0]))
+        return Record(**json.loads(known[0][0]))
 
-    def _checked(self, db: sqlite3.Connection, record: Record, kind: str, value: Any) -> tuple[Any, str]:
+    def _checked(self, record: Record, kind: str, value: Any) -> tuple[Any, str]:
         """The value in its one way of writing, and the slot in which a later one stands in its place."""
         if kind == "thumb":
             if value not in THUMBS or not isinstance(value, str):
@@ -335,19 +315,19 @@ class FeedbackStore:
             given = value if isinstance(value, Mapping) else {"by": value}
             if not set(given) <= {"by", "kept"} or not isinstance(given.get("kept"), bool | None):
                 raise FeedbackError('regenerate is the later answer\'s id, or {"by": id, "kept": true or false}')
-            self._same_prompt(db, record, [given.get("by")])
+            self._same_prompt(record, [given.get("by")])
             return {"by": given["by"], "kept": given.get("kept")}, f"{record.id} {given['by']}"
         ranked = [record.id, value] if isinstance(value, str) else value
         if not isinstance(ranked, Sequence) or not 2 <= len(ranked) <= self.limits.ranked:
             raise FeedbackError(f"a preference is 2 to {self.limits.ranked} ids, best first; found {_short(value)}")
         if not all(isinstance(r, str) for r in ranked) or len(set(ranked)) < len(ranked) or record.id not in ranked:
             raise FeedbackError(f"a preference is ids, each once, response {record.id} among them")
-        self._same_prompt(db, record, [r for r in ranked if r != record.id])
+        self._same_prompt(record, [r for r in ranked if r != record.id])
         return list(ranked), " ".join(sorted(ranked))
 
-    def _same_prompt(self, db: sqlite3.Connection, record: Record, others: Sequence[Any]) -> None:
+    def _same_prompt(self, record: Record, others: Sequence[Any]) -> None:
         for id in others:
-            other = self._record(db, id)
+            other = self._record(id, record.owner)
             if other.id == record.id:
                 raise FeedbackError(f"response {id} is compared with itself")
             if (other.user, other.messages, other.tools) != (record.user, record.messages, record.tools):

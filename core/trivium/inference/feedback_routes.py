@@ -26,7 +26,7 @@ def feedback_routes(store: FeedbackStore | None) -> APIRouter:
     @router.post("/v1/feedback", openapi_extra={"requestBody": anything})
     async def give(request: Request) -> JSONResponse:
         async def said(there: FeedbackStore) -> dict[str, Any]:
-            return await run_in_threadpool(there.feedback, await _body(request))
+            return await run_in_threadpool(there.feedback, await _body(request), owner_of(request))
 
         return await _answered(store, said)
 
@@ -36,18 +36,23 @@ def feedback_routes(store: FeedbackStore | None) -> APIRouter:
     async def remove(request: Request) -> JSONResponse:
         async def said(there: FeedbackStore) -> dict[str, Any]:
             user = request.query_params.get("user", "")
-            return {"object": "feedback.removed", **await run_in_threadpool(there.remove, user)}
+            return {"object": "feedback.removed", **await run_in_threadpool(there.remove, user, owner_of(request))}
 
         return await _answered(store, said)
 
     @router.get("/v1/feedback/stats")
-    async def stats() -> JSONResponse:
+    async def stats(request: Request) -> JSONResponse:
         async def said(there: FeedbackStore) -> dict[str, Any]:
-            return {"object": "feedback.stats", **await run_in_threadpool(there.stats)}
+            return {"object": "feedback.stats", **await run_in_threadpool(there.stats, owner_of(request))}
 
         return await _answered(store, said)
 
     return router
+
+
+def owner_of(request: Request) -> str:
+    """Who asks: the name of the key that was sent, empty where there is but one."""
+    return getattr(request.state, "owner", "")
 
 
 async def _answered(store: FeedbackStore | None, said: Any) -> JSONResponse:

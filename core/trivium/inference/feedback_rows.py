@@ -195,7 +195,7 @@ def _is_unicode(content: Mapping[str, Any]) -> bool:
 def _owner(record: Record) -> str:
     """Whose feedback this is: of a name, a session, or a prompt that anybody may have asked."""
     if record.user:
-        return f"user {record.user}"
+        return f"user {record.user}" + f" of {record.owner}" * bool(record.owner)
     return f"session {record.session}" if record.session else f"prompt {answer_key(record.messages)}"
 
 

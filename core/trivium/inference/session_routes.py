@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from trivium.data.chat import Chat
 from trivium.errors import SessionError, TriviumError
 from trivium.inference.exchange import copy_for
+from trivium.inference.feedback_routes import owner_of
 from trivium.inference.sessions import Session, SessionStore, Turn, new_session
 from trivium.registry import near_misses
 
@@ -37,28 +38,30 @@ def session_routes(
     router = APIRouter()
 
     @router.get("/v1/sessions")
-    async def sessions() -> JSONResponse:
-        return await _answered(
-            lambda: {"object": "list", "data": [_told(s, model, template) for s in store.sessions(LISTED)]}
-        )
+    async def sessions(request: Request) -> JSONResponse:
+        def said() -> dict[str, Any]:
+            mine = store.sessions(LISTED, owner_of(request))
+            return {"object": "list", "data": [_told(s, model, template) for s in mine]}
+
+        return await _answered(said)
 
     @router.post("/v1/sessions")
     async def begin(request: Request) -> JSONResponse:
         def said(given: dict[str, Any]) -> dict[str, Any]:
             title, own = given.get("title") or "", given.get("system") or system
-            made = store.create(new_session(model, template, system=own, title=title))
+            made = store.create(new_session(model, template, system=own, title=title, owner=owner_of(request)))
             return _told(made, model, template, [])
 
         return await _asked(read, request, ("title", "system"), said)
 
     @router.get("/v1/sessions/{id}")
-    async def session(id: str) -> JSONResponse:
-        return await _answered(lambda: _whole(store, id, model, template))
+    async def session(id: str, request: Request) -> JSONResponse:
+        return await _answered(lambda: _whole(store, store.get(id, owner_of(request)), model, template))
 
     @router.post("/v1/sessions/{id}")
     async def change(id: str, request: Request) -> JSONResponse:
         def said(given: dict[str, Any]) -> dict[str, Any]:
-            store.get(id)
+            store.get(id, owner_of(request))
             with store.writing(id):
                 if "head" in given:
                     store.move(id, given["head"] or None)
@@ -70,13 +73,14 @@ def session_routes(
     @router.post("/v1/sessions/{id}/copy")
     async def copy(id: str, request: Request) -> JSONResponse:
         def said(_: dict[str, Any]) -> dict[str, Any]:
-            return _told(copy_for(store, store.get(id), chat, model, template), model, template)
+            return _told(copy_for(store, store.get(id, owner_of(request)), chat, model, template), model, template)
 
         return await _asked(read, request, (), said)
 
     @router.delete("/v1/sessions/{id}")
-    async def delete(id: str) -> JSONResponse:
+    async def delete(id: str, request: Request) -> JSONResponse:
         def said() -> dict[str, Any]:
+            store.get(id, owner_of(request))
             store.delete(id)
             return {"id": id, "object": "session", "deleted": True}
 
@@ -85,10 +89,9 @@ def session_routes(
     return router
 
 
-def _whole(store: SessionStore, id: str, model: str, template: str) -> dict[str, Any]:
-    found = store.get(id)
+def _whole(store: SessionStore, found: Session, model: str, template: str) -> dict[str, Any]:
     store.path(found.head)  # raises for one that is damaged
-    return _told(found, model, template, store.turns(id))
+    return _told(found, model, template, store.turns(found.id))
 
 
 def _told(session: Session, model: str, template: str, turns: list[Turn] | None = None) -> dict[str, Any]:

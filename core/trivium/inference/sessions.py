@@ -1,8 +1,8 @@
 """Conversations that outlive the process: every turn with the ids that were read and drawn, in one SQLite file.
 
 A conversation is a tree. A turn has a parent and a session has a head, so another answer or an edited question is a
-branch, and nothing that was said is overwritten. Turns are appended in one transaction (write-ahead log, synced at each
-commit): a process that dies in the middle of a turn leaves the last one that was complete.
+branch, and nothing that was said is overwritten. Turns are appended in one transaction: a process that dies in the middle
+of a turn leaves the last one that was complete.
 """
 
 from __future__ import annotations
@@ -25,33 +25,44 @@ import numpy as np
 
 from trivium.disk import make_folder
 from trivium.errors import CheckpointError, SessionError
+from trivium.inference.database import Database
 
-VERSION = 1
 APPLICATION = 0x54726976  # "Triv", in the header of the file: another program's database is not taken for ours
 TITLE = 60
 """Characters of a title that is made of the first question."""
-TABLES = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS sessions (
-    id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, model TEXT NOT NULL,
-    template TEXT NOT NULL, system TEXT NOT NULL, sampling TEXT NOT NULL, head TEXT
-);
-CREATE TABLE IF NOT EXISTS turns (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, parent TEXT,
-    role TEXT NOT NULL, text TEXT NOT NULL, ids BLOB NOT NULL, created REAL NOT NULL, data TEXT NOT NULL,
-    digest TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS turns_of_session ON turns (session);
-PRAGMA user_version = {VERSION};
-PRAGMA application_id = {APPLICATION};
-COMMIT;
-"""
+RESPONSE = "response"
+"""The kind of a conversation that goes on by the ids of its answers (/v1/responses); others are of kind ""."""
+UPGRADES = (
+    """
+    CREATE TABLE sessions (
+        id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, model TEXT NOT NULL,
+        template TEXT NOT NULL, system TEXT NOT NULL, sampling TEXT NOT NULL, head TEXT
+    );
+    CREATE TABLE turns (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, parent TEXT,
+        role TEXT NOT NULL, text TEXT NOT NULL, ids BLOB NOT NULL, created REAL NOT NULL, data TEXT NOT NULL,
+        digest TEXT NOT NULL
+    );
+    CREATE INDEX turns_of_session ON turns (session)
+    """,
+    """
+    ALTER TABLE sessions ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    ALTER TABLE sessions ADD COLUMN kind TEXT NOT NULL DEFAULT '';
+    CREATE TABLE responses (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, body TEXT NOT NULL
+    );
+    CREATE INDEX responses_of_owner ON responses (owner, number);
+    CREATE INDEX turns_of_parent ON turns (parent)
+    """,
+)
+"""Conversations of the first version have no owner: they are those of a server without keys, or with server.key."""
 
 
 @dataclass(frozen=True)
 class Session:
     """A conversation without its turns. model, template: hashes of what it was held with; template includes the whole
-    tokenizer. head: its newest turn on the branch that goes on; None before the first."""
+    tokenizer. head: its newest turn on the branch that goes on; None before the first. owner: the name of the key that
+    began it, empty where there is one owner. kind: "" or RESPONSE."""
 
     id: str
     title: str
@@ -62,6 +73,8 @@ class Session:
     system: str
     sampling: dict[str, Any]
     head: str | None
+    owner: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,23 +94,23 @@ class Turn:
 
 @dataclass(frozen=True)
 class NewTurn:
-    """A turn that is to be kept. id: empty makes one."""
+    """A turn that is to be kept. id: empty makes one. body: of a response, as it is sent; its id can then be named."""
 
     role: str
     text: str
     ids: Sequence[int]
     data: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
+    body: Mapping[str, Any] | None = None
 
 
 def new_session(
-    model: str, template: str, *, system: str = "", sampling: Mapping[str, Any] | None = None, title: str = ""
-) -> Session:
+    model: str, template: str, *, system: str = "", sampling: Mapping[str, Any] | None = None, title: str = "",
+    owner: str = "", kind: str = "",
+) -> Session:  # fmt: skip
     """A conversation that nothing was said in, and that is in no store yet."""
-    now = time.time()
-    return Session(
-        secrets.token_hex(8), clean(title), now, now, model, template, clean(system), dict(sampling or {}), None
-    )
+    now, id, settings = time.time(), secrets.token_hex(8), dict(sampling or {})
+    return Session(id, clean(title), now, now, model, template, clean(system), settings, None, owner, kind)
 
 
 class Appended(NamedTuple):
@@ -113,73 +126,24 @@ class SessionStore:
     def __init__(self, path: Path | None) -> None:
         """Raises CheckpointError for a file that cannot be used."""
         self.file = path
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._held: set[str] = set()
         self._name = "the conversations in memory" if path is None else str(path)
-        if path is not None:
-            make_folder(path.parent)
-        with self._told():
-            self._db = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None, check_same_thread=False)
-        try:
-            with self._told():
-                self._prepare()
-        except BaseException:
-            self._db.close()
-            raise
 
-    def _prepare(self) -> None:
-        kind, version = (
-            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-        )
-        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if tables and kind != APPLICATION:
-            raise CheckpointError(f"{self._name} is a database of another program; choose another sessions.path=")
-        if tables and version != VERSION:
-            raise CheckpointError(
-                f"{self._name} is of version {version}, this trivium reads {VERSION}; choose another sessions.path="
-            )
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        if not tables:
-            self._db.executescript(TABLES)
+        def refused(why: str) -> CheckpointError:
+            return CheckpointError(f"{self._name} cannot be used ({why}); free it, or choose another sessions.path=")
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """SQLite's refusals as one sentence."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise CheckpointError(
-                f"{self._name} cannot be used ({error}); free its disk, or choose another sessions.path="
-            ) from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it is kept, or nothing."""
-        with self._lock, self._told():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def _rows(self, question: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock, self._told():
-            return self._db.execute(question, values).fetchall()
+        self._db = Database(path, UPGRADES, application=APPLICATION, opening=refused, using=refused)
 
     def close(self) -> None:
         """Let go of the file."""
-        with self._lock:
-            self._db.close()
+        self._db.close()
 
     # ---- sessions
 
     def create(self, session: Session) -> Session:
         """Keep a new conversation before its first turn. Raises SessionError for an id that is taken."""
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             if db.execute("SELECT 1 FROM sessions WHERE id = ?", (session.id,)).fetchone():
                 raise SessionError(f"there is a conversation {session.id!r} already", "busy")
             self._begin(db, session)
@@ -189,33 +153,34 @@ class SessionStore:
         row = [getattr(session, f.name) for f in fields(Session)]
         row[7] = json.dumps(session.sampling)
         kept = "ON CONFLICT (id) DO UPDATE SET sampling = excluded.sampling"
-        db.execute(f"INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) {kept}", row)
+        db.execute(f"INSERT INTO sessions VALUES ({', '.join('?' * len(row))}) {kept}", row)
 
-    def get(self, id: str) -> Session:
-        """A conversation by its id. Raises SessionError where there is none."""
-        rows = self._rows("SELECT * FROM sessions WHERE id = ?", id)
+    def get(self, id: str, owner: str | None = None) -> Session:
+        """A conversation by its id; owner: None for anybody's. Raises SessionError where there is none."""
+        rows = self._db.rows("SELECT * FROM sessions WHERE id = ?1 AND owner = ifnull(?2, owner)", id, owner)
         if not rows:
             raise SessionError(f"there is no conversation {id!r} in {self._name}", "missing")
         return _session(rows[0])
 
     def find(self, name: str) -> Session:
         """A conversation by its id, or by its title; of several the newest. Raises SessionError where there is none."""
-        question = "SELECT * FROM sessions WHERE id = ? OR title = ? ORDER BY id = ? DESC, updated DESC LIMIT 1"
-        rows = self._rows(question, name, name, name)
+        question = "SELECT * FROM sessions WHERE id = ?1 OR title = ?1 ORDER BY id = ?1 DESC, kind, updated DESC LIMIT 1"
+        rows = self._db.rows(question, name)
         if not rows:
             raise SessionError(f"there is no conversation {name!r} in {self._name}", "missing")
         return _session(rows[0])
 
-    def sessions(self, most: int = 100) -> list[Session]:
-        """Conversations, the one that was continued last first."""
-        rows = self._rows("SELECT * FROM sessions ORDER BY updated DESC, rowid DESC LIMIT ?", most)
+    def sessions(self, most: int = 100, owner: str | None = None) -> list[Session]:
+        """Conversations, of all or of one owner, the one that was continued last first; without those of responses."""
+        whose = "kind = '' AND owner = ifnull(?, owner)"
+        rows = self._db.rows(f"SELECT * FROM sessions WHERE {whose} ORDER BY updated DESC, rowid DESC LIMIT ?", owner, most)
         return [_session(row) for row in rows]
 
     def update(self, id: str, *, title: str | None = None, sampling: Mapping[str, Any] | None = None) -> Session:
         """Give a conversation another title or other settings."""
         said = {"title": title if title is None else clean(title)}
         said["sampling"] = None if sampling is None else json.dumps(dict(sampling))
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             for name, value in said.items():
                 if value is not None:
                     db.execute(f"UPDATE sessions SET {name} = ? WHERE id = ?", (value, id))
@@ -225,16 +190,18 @@ class SessionStore:
         """Go on from another turn of the conversation; None is its beginning."""
         if turn is not None and self.turn(turn).session != id:
             raise SessionError(f"turn {turn!r} is not of conversation {id!r}", "missing")
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             db.execute("UPDATE sessions SET head = ? WHERE id = ?", (turn, id))
         return self.get(id)
 
     def delete(self, id: str) -> None:
         """Remove a conversation and all its turns. Raises SessionError while it is being written."""
         self.get(id)
-        with self.writing(id), self._transaction() as db:
+        with self.writing(id), self._db.transaction() as db:
+            db.execute("DELETE FROM responses WHERE id IN (SELECT id FROM turns WHERE session = ?)", (id,))
             db.execute("DELETE FROM turns WHERE session = ?", (id,))
             db.execute("DELETE FROM sessions WHERE id = ?", (id,))
+        self._db.forget()
 
     def check(self, session: Session, model: str, template: str) -> None:
         """Refuse a conversation that was held with another model or template. Raises SessionError."""
@@ -265,7 +232,7 @@ class SessionStore:
         begin: the conversation itself, which is kept with its first turn, and its settings with each. Raises
         SessionError, keeping nothing.
         """
-        with self._transaction() as db:
+        with self._db.transaction() as db:
             if begin is not None:
                 self._begin(db, begin)
             if parent is not None and self.turn(parent).session != session:
@@ -301,24 +268,27 @@ class SessionStore:
         row = (turn.id, session, parent, turn.role, turn.text, packed, turn.created, data)
         names = "id, session, parent, role, text, ids, created, data, digest"
         db.execute(f"INSERT INTO turns ({names}) VALUES ({', '.join('?' * 9)})", (*row, _digest(before, *row)))
+        if new.body is not None:
+            question = "INSERT INTO responses (id, owner, body) SELECT ?, owner, ? FROM sessions WHERE id = ?"
+            db.execute(question, (turn.id, json.dumps(new.body), session))
         return turn
 
     def _there(self, session: str, parent: str | None, new: NewTurn) -> Turn | None:
         question = f"{TURN} WHERE session = ? AND parent IS ? AND role = ? AND text = ? AND ids = ? AND data = ?"
         packed = np.asarray(new.ids, "<u4").tobytes()
-        rows = self._rows(question, session, parent, new.role, clean(new.text), packed, json.dumps(dict(new.data)))
+        rows = self._db.rows(question, session, parent, new.role, clean(new.text), packed, json.dumps(dict(new.data)))
         return _turn(rows[0]) if rows else None
 
     def turn(self, id: str) -> Turn:
         """One turn. Raises SessionError where there is none."""
-        rows = self._rows(f"{TURN} WHERE id = ?", id)
+        rows = self._db.rows(f"{TURN} WHERE id = ?", id)
         if not rows:
             raise SessionError(f"there is no turn {id!r} in {self._name}", "missing")
         return _turn(rows[0])
 
     def turns(self, session: str) -> list[Turn]:
         """Every turn of a conversation, of all its branches, in the order they were kept."""
-        return [_turn(row) for row in self._rows(f"{TURN} WHERE session = ? ORDER BY number", session)]
+        return [_turn(row) for row in self._db.rows(f"{TURN} WHERE session = ? ORDER BY number", session)]
 
     def path(self, turn: str | None) -> list[Turn]:
         """The turns from the beginning to this one. Raises CheckpointError where one is not what was written."""
@@ -326,7 +296,7 @@ class SessionStore:
             WITH RECURSIVE up AS (
                 SELECT * FROM turns WHERE id = ? UNION ALL SELECT t.* FROM turns t JOIN up ON t.id = up.parent
             ) {TURN.replace("turns", "up")} ORDER BY number"""
-        rows = self._rows(question, turn) if turn is not None else []
+        rows = self._db.rows(question, turn) if turn is not None else []
         if turn is not None and (not rows or rows[-1][0] != turn):
             raise SessionError(f"there is no turn {turn!r} in {self._name}", "missing")
         before, parent = "", None
@@ -335,6 +305,47 @@ class SessionStore:
                 raise CheckpointError(f"{self._name} is damaged: turn {row[0]} is not what was written; it is not read")
             before, parent = row[8], row[0]
         return [_turn(row) for row in rows]
+
+    # ---- responses
+
+    def response(self, id: str, owner: str | None = None) -> tuple[Turn, dict[str, Any]]:
+        """An answer that was kept with a body, and that. Raises SessionError where there is none of that owner."""
+        rows = self._db.rows("SELECT body FROM responses WHERE id = ?1 AND owner = ifnull(?2, owner)", id, owner)
+        if not rows:
+            raise SessionError(f"there is no response {id[:100]!r}", "missing")
+        return self.turn(id), json.loads(rows[0][0])
+
+    def delete_response(self, id: str, owner: str | None = None) -> None:
+        """Forget a response. What was said in it stays as long as a later one goes on from it, and then goes, too.
+
+        Raises SessionError where there is none of that owner.
+        """
+        self.response(id, owner)
+        with self._db.transaction() as db:
+            self._forget(db, id)
+        self._db.forget()
+
+    def keep_newest(self, most: int, owner: str) -> None:
+        """Forget all responses of an owner but the newest `most`."""
+        question = "SELECT id FROM responses WHERE owner = ? ORDER BY number DESC LIMIT -1 OFFSET ?"
+        if old := self._db.rows(question, owner, most):
+            with self._db.transaction() as db:
+                for (id,) in old:
+                    self._forget(db, id)
+
+    def _forget(self, db: sqlite3.Connection, id: str) -> None:
+        """Remove it, and upwards from it all that neither has a name nor leads to what has."""
+        db.execute("DELETE FROM responses WHERE id = ?", (id,))
+        session = self.turn(id).session
+        turn: str | None = id
+        needed = "SELECT 1 FROM responses WHERE id = ?1 UNION ALL SELECT 1 FROM turns WHERE parent = ?1"
+        while turn is not None and not db.execute(needed, (turn,)).fetchone():
+            (parent,) = db.execute("SELECT parent FROM turns WHERE id = ?", (turn,)).fetchone()
+            db.execute("DELETE FROM turns WHERE id = ?", (turn,))
+            db.execute("UPDATE sessions SET head = ? WHERE id = ? AND head = ?", (parent, session, turn))
+            turn = parent
+        if not db.execute("SELECT 1 FROM turns WHERE session = ?", (session,)).fetchone():
+            db.execute("DELETE FROM sessions WHERE id = ?", (session,))
 
     # ---- one writer
 
@@ -390,8 +401,7 @@ def _busy(session: str, who: str) -> SessionError:
 
 
 def _session(row: tuple[Any, ...]) -> Session:
-    id, title, created, updated, model, template, system, sampling, head = row
-    return Session(id, title, created, updated, model, template, system, json.loads(sampling), head)
+    return Session(*row[:7], json.loads(row[7]), *row[8:])
 
 
 def _turn(row: tuple[Any, ...]) -> Turn:
