@@ -55,7 +55,7 @@ class FeedbackError(TriviumError):
 
 class SessionError(BackendError):
     """A conversation that cannot be continued. reason: missing | busy (another writes it) | foreign (it was held with
-    another model or template) | full (the model's context)."""
+    another model or template) | full (the model's context) | order (of its turns) | form (of what was asked)."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)

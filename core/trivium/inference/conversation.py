@@ -15,7 +15,6 @@ from trivium.errors import ConfigError, SessionError
 from trivium.inference.config import SamplingConfig
 from trivium.inference.exchange import (
     CONTEXT,
-    SUMMARY,
     Answer,
     Exchange,
     Summarise,
@@ -23,6 +22,7 @@ from trivium.inference.exchange import (
     context_of,
     copy_for,
     message_of,
+    summary_prompt,
     system_of,
 )  # fmt: skip
 from trivium.inference.protocol import Backend
@@ -224,18 +224,7 @@ class Conversation:
 
     def _summary(self, leaving: Sequence[Turn], earlier: str) -> str:
         """The model's own words for what it will no longer read."""
-        told = [f"{turn.role}: {turn.text}" for turn in leaving]
-        text = "\n".join([f"Earlier: {earlier}"] * bool(earlier) + told)
-        context = self.backend.capabilities().context
-        most = max(1, context // SUMMARY)
-        told_ids, prompt, over = self.tokenizer.encode(text), [], 0
-        while not prompt or over > 0:
-            told_ids = told_ids[max(0, over) :]  # the newest of it, if it does not fit by itself
-            asked = f"Summarise this conversation in a few sentences:\n\n{self.tokenizer.decode(told_ids)}"
-            prompt = self.chat.prompt_ids([{"role": "user", "content": asked}])
-            over = len(prompt) + most - context
-            if over > len(told_ids):
-                raise SessionError(f"the model's context of {context} tokens has no room for a summary", "full")
+        prompt, most = summary_prompt(self.chat, leaving, earlier, self.backend.capabilities().context)
         params = replace(sampling_params(self.sampling, self.tokenizer.stop_ids), max_tokens=most, temperature=0.0)
         events = self.backend.generate([Request("summary", tuple(prompt), params)])
         return self.tokenizer.decode([event.token_id for event in events])
