@@ -327,6 +327,7 @@ class ServerConfig:
     host: str = "127.0.0.1"  # an address that others can reach needs server.key
     port: int = 8000  # 0 takes one that is free
     key: str = ""  # what clients must send on every path but /health; empty asks for none
+    keys: list[str] = field(default_factory=list)  # NAME:KEY of others, whose conversations and feedback are their own
     model: str = ""  # what the model is called; empty is the run's name
     feedback: bool = False  # keep answers, and what people say of them, to learn from later
     feedback_path: str = ""  # the file for it; empty is feedback.sqlite in the run's folder
@@ -340,7 +341,7 @@ class ServerConfig:
     max_stops: int = 4  # stop strings of a request
     max_schema_depth: int = 32  # how deep a JSON schema may be
     max_unread: int = 4096  # tokens made that a reader has not taken, before its request is given up
-    max_kept: int = 1000  # responses that previous_response_id can name; the oldest are forgotten
+    max_kept: int = 1000  # responses of a key that previous_response_id can name; the oldest are forgotten
     header_seconds: float = 10.0  # for a request's head to arrive, before the connection is cut
     body_seconds: float = 30.0  # for its body
     write_seconds: float = 30.0  # for a reader to take anything
@@ -360,13 +361,25 @@ class ServerConfig:
             raise ConfigError(f"server.port={self.port} is no port; 0 to 65535 are")
         if self.stale_seconds < 1:
             raise ConfigError(f"server.stale_seconds={self.stale_seconds} must be at least 1")
-        if not self.key.isascii() or self.key != self.key.strip() or not self.key.isprintable():
+        keys = [self.key, *self.owners]
+        if any(not key.isascii() or key != key.strip() or not key.isprintable() for key in keys):
             raise ConfigError("server.key must be printable ASCII without spaces around it: a header carries it")
-        if not self.is_local and not self.key:
+        names = {name for name in self.owners.values() if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)}
+        if not len(names | {""} if self.key else names) == len(self.owners) == bool(self.key) + len(self.keys):
+            raise ConfigError(
+                "server.keys must be NAME:KEY each, NAME of letters, digits, _ . and -, no NAME or KEY twice"
+            )
+        if not self.is_local and not self.owners:
             raise ConfigError(
                 f"server.host={self.host} can be reached by others: set server.key= to what they must send, or "
                 "server.host=127.0.0.1"
             )
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Each key, and the name of who has it: "" for server.key."""
+        named = [entry.partition(":")[::2] for entry in self.keys]
+        return {**({self.key: ""} if self.key else {}), **{key: name for name, key in named if key}}
 
     @property
     def is_local(self) -> bool:

@@ -103,6 +103,7 @@ def running(
     feedback=None,
     system="",
     sessions=None,
+    full="error",
     engine=None,
     form="chat",
     **settings,
@@ -114,7 +115,7 @@ def running(
     backend = engine or Scripted(native or NativeConfig(), model or model_of(tokenizer), tokenizer)
     engine = EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread)
     served = Served("tiny", "ab" * 32, tokenizer, sampling or SamplingConfig(max_tokens=16), system, 1, form)
-    service = Service(engine, served, limits, feedback=feedback, sessions=sessions)
+    service = Service(engine, served, limits, feedback=feedback, sessions=sessions, full=full)
     sock = listen(limits)
     port = sock.getsockname()[1]
     stop, ready = threading.Event(), threading.Event()

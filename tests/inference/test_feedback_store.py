@@ -175,7 +175,9 @@ def test_file_that_is_no_store_is_refused(tmp_path):
     with pytest.raises(DataError, match="f cannot be opened as a feedback store: file is not a database"):
         FeedbackStore(tmp_path / "f")
     sqlite3.connect(tmp_path / "g").execute("PRAGMA user_version=7").connection.close()
-    with pytest.raises(DataError, match="g cannot be opened as a feedback store: it is of version 7, this program reads version 2"):
+    with pytest.raises(
+        DataError, match="g cannot be opened as a feedback store: it is of version 7, this program reads version 2"
+    ):
         FeedbackStore(tmp_path / "g")
 
 

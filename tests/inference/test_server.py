@@ -299,11 +299,12 @@ def test_a_response_goes_on_from_an_earlier_one_on_its_very_ids(server):
         )
     finally:
         server.backend.add = add
-    kept = server.service.store.get(one["id"])
+    store = server.service.store
+    kept = [i for turn in store.path(one["id"]) for i in turn.ids]
     first, second = (list(r.prompt_ids) for r in asked)
-    assert kept.ids[: len(first)] == first and kept.ids[-1] == server.tokenizer.eot_id
-    assert second[: len(kept.ids)] == kept.ids
-    assert [m["role"] for m in server.service.store.get(two["id"]).messages] == ["user", "assistant"] * 2
+    assert kept[: len(first)] == first and kept[-1] == server.tokenizer.eot_id
+    assert second[: len(kept)] == kept
+    assert [turn.role for turn in store.path(two["id"])] == ["user", "assistant"] * 2
     assert two["usage"]["input_tokens"] == len(second)
     assert httpx.get(f"{server.url}/v1/responses/{two['id']}").json() == two
     assert httpx.delete(f"{server.url}/v1/responses/{one['id']}").json()["deleted"] is True

@@ -2,12 +2,14 @@
 
 import threading
 import time
+from contextlib import ExitStack
 
 import httpx
 import pytest
-from tests.inference.serving import running, streamed
+from tests.inference.serving import model_of, running, streamed, tokenizer_of
 
 from trivium.data.chat import Chat
+from trivium.inference.exchange import context_of
 from trivium.inference.sessions import SessionStore
 
 
@@ -129,3 +131,110 @@ def test_many_at_once_on_one_conversation_are_one_or_refused(server):
     assert set(codes) <= {200, 409} and 200 in codes
     path = server.store.path(server.store.get(id).head)
     assert len(path) == 2 * codes.count(200) == len(server.store.turns(id))
+
+
+# ---- a full context
+
+
+SMALL = 160
+"""Tokens of a context that a few questions fill."""
+
+
+@pytest.fixture
+def small(tmp_path):
+    """small(full): a server of a model with a context of SMALL tokens, and every prompt that its engine was given."""
+    with ExitStack() as stack:
+
+        def small(full):
+            tokenizer = tokenizer_of()
+            store = SessionStore(tmp_path / f"{full}.sqlite")
+            model = model_of(tokenizer, context=SMALL)
+            server = stack.enter_context(running(tokenizer, model=model, sessions=store, full=full, system="be kind"))
+            server.store, server.prompts = store, []
+            add = server.backend.add
+            server.backend.add = lambda request: (server.prompts.append(request), add(request))[1]
+            return server
+
+        yield small
+
+
+def fill(server, id, stream=False):
+    """Ask until something leaves the context, or is refused; how many were answered."""
+    ends = {"logit_bias": {str(i): -100 for i in server.tokenizer.stop_ids}, "max_tokens": 8, "temperature": 0}
+    for number in range(12):
+        body = {"session": id, **question(f"{number}: the cat sat on the mat"), **ends, "stream": stream}
+        found = httpx.post(f"{server.url}/v1/chat/completions", json=body, trust_env=False, timeout=60)
+        if found.status_code != 200:
+            return number, found
+        path = server.store.path(server.store.get(id).head)
+        if any(turn.role == "context" for turn in path):
+            return number + 1, path
+    raise AssertionError("it never filled")
+
+
+def test_full_error_refuses_the_question_and_keeps_what_was_said(small):
+    server = small("error")
+    id = begun(server)
+    answered, found = fill(server, id)
+    assert found.status_code == 400 and found.json()["error"]["code"] == "context_length_exceeded"
+    assert len(server.store.path(server.store.get(id).head)) == 2 * answered > 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_full_drop_oldest_leaves_out_whole_turns(small, stream):
+    """The system message stays, whole questions go with their answers, and of the others every id stays."""
+    server = small("drop_oldest")
+    id = begun(server)
+    _, path = fill(server, id, stream)
+    context = context_of(path)
+    assert server.tokenizer.decode(context.ids).startswith("system\nbe kind")
+    assert not context.summary and context.turns[0].role == "user" and context.turns[0].text != path[0].text
+    (kept,) = [turn for turn in path if turn.role == "context"]
+    assert kept.data["left"] % 2 == 0 and kept.data["left"] > 0
+    prompt = list(server.prompts[-1].prompt_ids)
+    assert prompt == context.ids[: len(prompt)] and len(prompt) < SMALL
+    for turn in context.turns[:-1]:
+        if turn.role == "assistant":
+            assert list(turn.ids) in [prompt[i : i + len(turn.ids)] for i in range(len(prompt))]
+    assert len(httpx.get(f"{server.url}/v1/sessions/{id}", trust_env=False).json()["turns"]) == len(path)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_full_summarise_puts_the_models_own_words_in_their_place(small, stream):
+    """The model is asked for a summary of what leaves, between two answers, and reads it from then on."""
+    server = small("summarise")
+    id = begun(server)
+    _, path = fill(server, id, stream)
+    asked = [r for r in server.prompts if r.id.startswith("summary")]
+    (kept,) = [turn for turn in path if turn.role == "context"]
+    assert asked and {(r.params.max_tokens, r.params.temperature) for r in asked} == {(SMALL // 8, 0.0)}
+    told = server.tokenizer.decode(list(asked[0].prompt_ids))
+    assert "Summarise this conversation" in told and "0: the cat sat on the mat" in told
+    assert kept.text and f"Earlier in this conversation: {kept.text}" in server.tokenizer.decode(kept.ids)
+    prompt = list(server.prompts[-1].prompt_ids)
+    assert prompt == context_of(path).ids[: len(prompt)]
+    server.idle()
+
+
+def test_who_leaves_while_a_summary_is_made_frees_its_row(small):
+    server = small("summarise")
+    id = begun(server)
+    before = len(server.store.turns(id))
+    drop = server.backend.drop
+    dropped = []
+    server.backend.drop = lambda name: (dropped.append(name), drop(name))[1]
+    server.backend._commit, plain = (lambda row, found: (_slow(row), plain(row, found))[1]), server.backend._commit
+
+    def _slow(row):
+        if row.request.id.startswith("summary"):
+            time.sleep(0.2)
+
+    with pytest.raises(httpx.ReadTimeout):
+        for number in range(12):
+            body = {"session": id, **question(f"{number}: the cat sat on the mat"), "max_tokens": 8}
+            httpx.post(f"{server.url}/v1/chat/completions", json=body, trust_env=False, timeout=1)
+    server.idle()
+    assert [name for name in dropped if name.startswith("summary")], "the summary was given up"
+    assert not any(turn.role == "context" for turn in server.store.turns(id)) and len(server.store.turns(id)) > before
+    server.backend._commit = plain
+    ask(server, id, "short?", max_tokens=4)

@@ -259,7 +259,9 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
     store = SessionStore(tmp_path / "s")
     session = store.create(new_session("m", "t"))
     kept = store.append(session.id, None, [user("q")], [said("a")])
-    store._db.connection.execute(f"PRAGMA max_page_count = {store._db.connection.execute('PRAGMA page_count').fetchone()[0] + 2}")
+    store._db.connection.execute(
+        f"PRAGMA max_page_count = {store._db.connection.execute('PRAGMA page_count').fetchone()[0] + 2}"
+    )
     with pytest.raises(CheckpointError, match="database or disk is full"):
         store.append(session.id, kept.answers[0].id, [user("q2")], [said("long", [1] * 100_000)])
     assert texts(store.path(store.get(session.id).head)) == ["q", "a"]

@@ -25,6 +25,7 @@ from trivium.types import SamplingParams
 CONSTRAINTS = frozenset({"json_schema", "regex"})
 MOST_BYTES, MOST_DEPTH = 65536, 32
 """Of a schema or regex; deeper than people write, shallow enough for every parser that reads it."""
+INSTALL = 'inference=native can where llguidance is installed: pip install -e ".[grammar]"'
 COMPILED = 64
 """Grammars that are kept."""
 LIMITS = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 100_000, "max_lexer_states": 50_000,
@@ -57,6 +58,11 @@ REPEAT = re.compile(r"[*+?]|\{\d*,?\d*\}")
 def installed() -> bool:
     """Whether the grammar library is there (extra `grammar`)."""
     return importlib.util.find_spec("llguidance") is not None
+
+
+def how_to_hold() -> str:
+    """What to install for it, as the end of a sentence; empty where the library is there."""
+    return "" if installed() else f"; {INSTALL}"
 
 
 class Grammar:

@@ -2,9 +2,9 @@
 
 What was read and drawn is never tokenised again: the next prompt is the ids of every turn so far, and the new question.
 When that no longer fits, the oldest questions leave with their answers, or a summary takes their place. Where the
-template writes earlier turns otherwise than they were drawn, the history is what it writes. Where a question brings other
-tools or another system message, the first question is written anew, and every id from the first answer on stays. A turn
-of role "context" then keeps the ids that the model reads instead, and everything that was said stays in the store.
+template writes earlier turns otherwise than they were drawn, the history is what it writes. Where a question brings
+other tools or another system message, the first question is written anew, and every id from the first answer on stays.
+A turn of role "context" then keeps the ids that the model reads instead, and all that was said stays in the store.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from trivium.inference.sessions import Appended, NewTurn, Session, SessionStore,
 
 CONTEXT = "context"
 """The role of a turn that says what the model reads in place of what was said before. text: the summary, if any; data:
-`first`, the first turn that it still reads, None for none; `left`, how many turns it no longer reads; `system`, where it is
-not the conversation's; `tools`, if any."""
+`first`, the first turn that it still reads, None for none; `left`, how many turns it no longer reads; `system`, where
+it is not the conversation's; `tools`, if any."""
 SUMMARY = 8
 """A summary has at most an eighth of the context."""
 Summarise = Callable[[Sequence[Turn], str], str]
@@ -132,7 +132,7 @@ def begin(
 
     context: tokens that prompt and answer may have together; wanted: tokens that an answer may have. full: what is done
     when the conversation fills the context: error | drop_oldest | summarise. tools: functions that the prompt shows.
-    system: a message in place of the conversation's own. Raises SessionError, and DataError for what the template refuses.
+    system: a message in place of the conversation's own. Raises SessionError, DataError for what a template refuses.
     """
     new = [{**message, "content": clean(str(message["content"]))} for message in new]
     path = store.path(parent)
@@ -195,6 +195,8 @@ def _check_order(path: Sequence[Turn], new: Sequence[Message]) -> None:
                 f"{', '.join(map(str, calls)) or 'nothing'}",
                 "order",
             )
+    if new[-1]["role"] == "assistant":
+        raise SessionError("the last message is the assistant's; end with what is to be answered", "order")
 
 
 def _messages(session: Session, context: Context, new: Sequence[Message]) -> list[dict[str, Any]]:
@@ -216,7 +218,7 @@ def _from(session: Session, chat: Chat, now: Context, first: int, summary: str) 
     """The context from its turn `first` on. Its first question is written anew, as the beginning of a conversation; all
     ids after that stay."""
     turns = now.turns[first:]
-    answer = next((i for i, turn in enumerate(turns) if turn.role == "assistant"), 0)
+    answer = next((i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.ids), 0)
     asked = _messages(session, replace(now, turns=turns[:answer], summary=summary), ())
     ids = chat.prompt_ids(asked, tools=now.tools) if answer else []
     return replace(now, turns=turns, ids=[*ids, *(i for turn in turns[answer:] for i in turn.ids)], summary=summary)

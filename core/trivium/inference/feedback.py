@@ -36,7 +36,8 @@ UPGRADES = (
     CREATE TABLE records (id TEXT PRIMARY KEY, user TEXT NOT NULL, time REAL NOT NULL, body TEXT NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE log (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
-        slot TEXT NOT NULL, value TEXT NOT NULL, comment TEXT NOT NULL, user TEXT NOT NULL, key TEXT, time REAL NOT NULL);
+        slot TEXT NOT NULL, value TEXT NOT NULL, comment TEXT NOT NULL, user TEXT NOT NULL, key TEXT,
+        time REAL NOT NULL);
     CREATE UNIQUE INDEX log_key ON log (id, key) WHERE key IS NOT NULL;
     CREATE INDEX log_slot ON log (kind, slot, number);
     CREATE INDEX log_user ON log (user, time);
@@ -207,9 +208,8 @@ class FeedbackStore:
             if same:
                 return Given(same[0], False)
             now = self.clock()
-            recent = db.execute(
-                "SELECT count(*) FROM log WHERE user=? AND owner=? AND time>?", (record.user, record.owner, now - MINUTE)
-            ).fetchone()[0]
+            since = (record.user, record.owner, now - MINUTE)
+            recent = db.execute("SELECT count(*) FROM log WHERE user=? AND owner=? AND time>?", since).fetchone()[0]
             if recent >= self.limits.per_minute:
                 raise FeedbackError(f"more than {self.limits.per_minute} entries in a minute; wait and send again", 429)
             self._has_room(db)
@@ -288,7 +288,7 @@ class FeedbackStore:
         return [Entry(n, id, kind, json.loads(value), *rest) for n, id, kind, value, *rest in self._db.rows(question)]
 
     def _record(self, id: Any, owner: str | None = None) -> Record:
-        known = self._db.rows(f"SELECT body FROM records WHERE id=? AND {OWNED}", id, owner) if isinstance(id, str) else []
+        known = isinstance(id, str) and self._db.rows(f"SELECT body FROM records WHERE id=? AND {OWNED}", id, owner)
         if not known:
             raise FeedbackError(f"there is no response {str(id)[:80]!r}, or it was removed", 404)
         return Record(**json.loads(known[0][0]))

@@ -19,6 +19,7 @@ from pydantic_core import from_json
 from trivium.errors import TriviumError
 from trivium.inference.choice import Choice, Piece
 from trivium.inference.config import SamplingConfig
+from trivium.inference.constrain import how_to_hold
 from trivium.inference.protocol import Capabilities
 from trivium.inference.text import TokenTexts
 from trivium.schema import ServerConfig
@@ -31,6 +32,7 @@ SCHEMA_LENGTH = 65_536
 MOST_INPUTS = 2048
 """Texts of one request for embeddings, as OpenAI has it; of one to rerank, query and documents."""
 TOO_LONG = "context_length_exceeded"
+CANNOT_HOLD = "this server's engine cannot hold answers"
 INVALID = "invalid_request_error"
 W = TypeVar("W", bound="Wire")
 
@@ -225,6 +227,39 @@ class InputMessage(Wire):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
+class CallItem(Wire):
+    """A call that the assistant made, in a response's input. arguments: JSON text."""
+
+    type: Literal["function_call"]
+    call_id: str = Field(max_length=200)
+    name: str = Field(pattern=NAME)
+    arguments: str
+    id: str | None = Field(None, max_length=200)
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class ResultItem(Wire):
+    """What a call came to, in a response's input."""
+
+    type: Literal["function_call_output"]
+    call_id: str = Field(max_length=200)
+    output: str | list[TextPart]
+    id: str | None = Field(None, max_length=200)
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class ResponseTool(FunctionForm):
+    """Something that the model may use, as responses write it."""
+
+    type: Literal["function"]
+
+
+class ChosenTool(NamedFunction):
+    """The one function that must be called, as responses write it."""
+
+    type: Literal["function"]
+
+
 class TextFormat(Wire):
     """What the answer's text must be, as responses write it."""
 
@@ -244,7 +279,7 @@ class TextSettings(Wire):
 class ResponseRequest(Common, Sampling):
     """POST /v1/responses."""
 
-    input: str | list[InputMessage]
+    input: str | list[InputMessage | CallItem | ResultItem]
     instructions: str | None = None
     previous_response_id: str | None = Field(None, max_length=200)
     store: bool | None = None
@@ -252,8 +287,8 @@ class ResponseRequest(Common, Sampling):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     text: TextSettings | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[ResponseTool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
@@ -335,7 +370,8 @@ def _keys(*forms: type[BaseModel]) -> set[str]:
 
 _KEYS = _keys(
     ChatRequest, CompletionRequest, ResponseRequest, EmbeddingRequest, RerankRequest, Message, TextPart, ToolCall, Tool,
-    FunctionCall, FunctionForm, SchemaForm, ResponseFormat, StreamOptions, InputMessage, TextFormat, TextSettings,
+    FunctionCall, FunctionForm, SchemaForm, ResponseFormat, StreamOptions, InputMessage, CallItem, ResultItem,
+    ResponseTool, TextFormat, TextSettings,
 )  # fmt: skip
 
 
@@ -350,9 +386,8 @@ def messages_of(messages: Sequence[Message | InputMessage]) -> list[dict[str, An
         at = f"messages.{number}"
         if message.content is None and not (calls and message.role == "assistant"):
             raise WireError(f"{at}.content is required", param=f"{at}.content", code="missing_required_parameter")
-        content = message.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        one: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
+        role = "system" if message.role == "developer" else message.role
+        one: dict[str, Any] = {"role": role, "content": _text_of(message.content or "")}
         if isinstance(message, Message):
             for key, role in (
                 ("tool_calls", "assistant"),
@@ -362,7 +397,10 @@ def messages_of(messages: Sequence[Message | InputMessage]) -> list[dict[str, An
                 if getattr(message, key) is not None and message.role != role:
                     raise WireError(f"{at}.{key} is for role={role}", param=f"{at}.{key}", code="invalid_value")
             if calls:
-                one["tool_calls"] = [_call_of(call, f"{at}.tool_calls.{i}") for i, call in enumerate(calls)]
+                one["tool_calls"] = [
+                    _call_of(call.id, call.function.name, call.function.arguments, f"{at}.tool_calls.{i}.function")
+                    for i, call in enumerate(calls)
+                ]
             if message.tool_call_id is not None:
                 one["tool_call_id"] = message.tool_call_id
             if message.reasoning_content is not None:
@@ -371,15 +409,38 @@ def messages_of(messages: Sequence[Message | InputMessage]) -> list[dict[str, An
     return found
 
 
-def _call_of(call: ToolCall, at: str) -> dict[str, Any]:
+def input_of(given: str | Sequence[InputMessage | CallItem | ResultItem]) -> list[dict[str, Any]]:
+    """What a response's input says, as chat templates read it: calls are part of the message before them. Raises
+    WireError."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    found: list[dict[str, Any]] = []
+    for number, item in enumerate(given):
+        if isinstance(item, InputMessage):
+            found += messages_of([item])
+        elif isinstance(item, ResultItem):
+            found.append({"role": "tool", "content": _text_of(item.output), "tool_call_id": item.call_id})
+        else:
+            if not found or found[-1]["role"] != "assistant":
+                found.append({"role": "assistant", "content": ""})
+            call = _call_of(item.call_id, item.name, item.arguments, f"input.{number}")
+            found[-1].setdefault("tool_calls", []).append(call)
+    return found
+
+
+def _text_of(content: str | Sequence[TextPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _call_of(id: str, name: str, text: str, at: str) -> dict[str, Any]:
     """Templates read the arguments as an object, not as text."""
     try:
-        arguments = from_json(call.function.arguments or "{}", allow_inf_nan=False)
+        arguments = from_json(text or "{}", allow_inf_nan=False)
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise WireError(f"{at}.function.arguments must be the text of a JSON object", param=at, code="invalid_value")
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+        raise WireError(f"{at}.arguments must be the text of a JSON object", param=at, code="invalid_value")
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def stops_of(stop: str | list[str] | None, limits: ServerConfig) -> list[str]:
@@ -397,7 +458,7 @@ def schema_of(format: ResponseFormat | TextFormat | None, has: Capabilities, lim
     if format is None or format.type == "text":
         return ""
     if "json_schema" not in has.sampling:
-        raise WireError(f"this server's engine cannot hold answers to type={format.type}", param="response_format")
+        raise WireError(f"{CANNOT_HOLD} to type={format.type}{how_to_hold()}", param="response_format")
     if format.type == "json_object":
         return '{"type": "object"}'
     schema = format.json_schema.schema_ if isinstance(format, ResponseFormat) and format.json_schema else None
@@ -538,6 +599,7 @@ def response_body(
     """A response, on its way or done."""
     format = asked.text.format if asked.text else None
     shown = {"type": "text"} if format is None else format.model_dump(by_alias=True, exclude_none=True)
+    choice, tools = asked.tool_choice or "auto", asked.tools or []
     return {
         "id": id, "object": "response", "created_at": created, "status": status, "background": False, "error": error,
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
@@ -545,7 +607,9 @@ def response_body(
         "output": output, "parallel_tool_calls": _or(asked.parallel_tool_calls, True),
         "previous_response_id": asked.previous_response_id, "reasoning": {"effort": None, "summary": None},
         "service_tier": "default", "store": asked.store is not False, "temperature": params.temperature,
-        "text": {"format": shown}, "tool_choice": asked.tool_choice or "auto", "tools": [], "top_p": params.top_p,
+        "text": {"format": shown}, "top_p": params.top_p,
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tools": [{"parameters": None, "strict": False, **tool.model_dump(exclude_none=True)} for tool in tools],
         "truncation": "disabled", "usage": usage, "user": asked.user, "metadata": asked.metadata or {},
     }  # fmt: skip
 
@@ -554,6 +618,13 @@ def output_message(id: str, text: str, status: str) -> dict[str, Any]:
     """What the assistant said, as an item of a response's output."""
     part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
     return {"id": id, "type": "message", "status": status, "role": "assistant", "content": [part]}
+
+
+def output_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a function, as an item of a response's output."""
+    function = call["function"]
+    item = {"id": f"fc_{call['id'].removeprefix('call_')}", "type": "function_call", "status": "completed"}
+    return {**item, "call_id": call["id"], "name": function["name"], "arguments": function["arguments"]}
 
 
 def response_usage(prompts: int, completions: int, cached: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trivium.errors import BackendError
+from trivium.inference.constrain import CONSTRAINTS, how_to_hold
 from trivium.types import Request, SamplingParams, TokenEvent
 
 BASIC = frozenset({"temperature", "top_k", "top_p", "seed", "stop_ids", "max_tokens"})
@@ -121,7 +122,7 @@ class Backend(ABC):
             if f.name not in has.sampling and getattr(request.params, f.name) != f.default:
                 raise BackendError(
                     f"request {request.id}: {type(self).__name__} cannot honour "
-                    f"{f.name}={getattr(request.params, f.name)!r}"
+                    f"{f.name}={getattr(request.params, f.name)!r}{how_to_hold() if f.name in CONSTRAINTS else ''}"
                 )
         ids, wanted = request.prompt_ids, len(request.prompt_ids) + request.params.max_tokens
         if not ids:

@@ -33,7 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.inference import openai as wire
-from trivium.inference.feedback_routes import feedback_routes
+from trivium.inference.feedback_routes import feedback_routes, owner_of
 from trivium.inference.loop import EngineFailure, EngineLoop, Overloaded
 from trivium.inference.openai import WireError
 from trivium.inference.service import DOWN, Counts, Service
@@ -56,6 +56,9 @@ HEADERS = {
 }
 ASKING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/rerank")
 
+CODES = {"missing": "not_found", "busy": "busy", "foreign": "foreign", "full": wire.TOO_LONG, "order": "invalid_value"}
+"""Of a SessionError, by its reason."""
+
 
 class Gone(Exception):
     """The client has left: there is nobody to answer."""
@@ -73,8 +76,9 @@ def refusal(error: TriviumError) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, Overloaded | EngineFailure):
         return 503 if str(error) == DOWN else 500, _said(error, "server_error", "server_error"), {"Retry-After": "1"}
     status = getattr(error, "status", 400)
-    kind = {404: "not_found_error", 429: "rate_limit_error"}.get(status, wire.INVALID)
-    return status, _said(error, kind, None), {"Retry-After": "60"} if status == 429 else {}
+    kind = {404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error"}.get(status, wire.INVALID)
+    code = CODES.get(getattr(error, "reason", ""))
+    return status, _said(error, kind, code), {"Retry-After": "60"} if status == 429 else {}
 
 
 def _said(error: object, kind: str, code: str | None) -> dict[str, Any]:
@@ -179,12 +183,12 @@ class Routes:
         except TimeoutError:
             raise WireError(f"the body did not arrive in {self.limits.body_seconds:g} s", 408) from None
 
-    def asking(self, form: type[wire.Wire], begin: Callable[[Any], Awaitable[Any]], *, named: bool = False) -> Any:
+    def asking(self, form: type[wire.Wire], begin: Callable[[Any, str], Awaitable[Any]], *, named: bool = False) -> Any:
         """A route whose answer can be streamed."""
 
         async def route(request: Request) -> Response:
             asked = wire.parsed(form, await self.body(request))
-            answer = await unless_gone(request.receive, begin(asked))
+            answer = await unless_gone(request.receive, begin(asked, owner_of(request)))
             if getattr(asked, "stream", None):
                 return EventStream(answer, self.limits.write_seconds, named=named)
             try:
@@ -212,11 +216,11 @@ class Routes:
         return JSONResponse(self.service.card())
 
     async def response(self, request: Request) -> Response:
-        found = await self.service.kept(request.path_params["id"])
-        return Response(encoded(found.body), media_type=JSON)
+        found = await self.service.response(request.path_params["id"], owner_of(request))
+        return Response(encoded(found), media_type=JSON)
 
     async def delete_response(self, request: Request) -> Response:
-        return JSONResponse(await self.service.delete(request.path_params["id"]))
+        return JSONResponse(await self.service.delete(request.path_params["id"], owner_of(request)))
 
     async def health(self, request: Request) -> Response:
         well = self.service.engine.healthy(self.limits.stale_seconds)
@@ -411,6 +415,7 @@ class Gate:
 
     def __init__(self, app: FastAPI, routes: Routes) -> None:
         self.app, self.routes, self.limits = app, routes, routes.limits
+        self._owners = [(key.encode(), name) for key, name in self.limits.owners.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -452,14 +457,16 @@ class Gate:
             return _refused(431, TOO_LONG_HEAD.format(self.limits.max_headers))
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if not self.limits.key and name not in (*LOCAL, self.limits.host.lower()):
+        if not self._owners and name not in (*LOCAL, self.limits.host.lower()):
             # a page whose name was pointed at this machine must not read what only this machine may ask
             return _refused(421, f"this server is not called {name[:100] or 'nothing'}; ask 127.0.0.1")
-        if self.limits.key and not self._knows_key(headers.get(b"authorization", b"")):
+        owner = self._owner(headers.get(b"authorization", b"")) if self._owners else ""
+        if owner is None:
             page = not path.startswith("/v1/")  # browsers ask for it, and send it with all that the page asks
             response = _refused(401, NO_KEY, code="invalid_api_key")
             response.headers["WWW-Authenticate"] = 'Basic realm="trivium"' if page else "Bearer"
             return response
+        scope["state"]["owner"] = owner
         if self.routes.draining and path != "/ready":
             response = _refused(503, DOWN, "server_error", "server_error")
             response.headers["Retry-After"] = "1"
@@ -473,12 +480,15 @@ class Gate:
             return JSONResponse(body, status, more)
         return None
 
-    def _knows_key(self, header: bytes) -> bool:
+    def _owner(self, header: bytes) -> str | None:
+        """The name of who has the key; None for no key that is known. Each is compared in full, whichever it is."""
         kind, _, given = header.partition(b" ")
         if kind.lower() == b"basic":  # what a browser asks a person for: any name, and the key as password
             with suppress(ValueError):
                 given = base64.b64decode(given.strip(), validate=True).partition(b":")[2]
-        return hmac.compare_digest(given.strip(), self.limits.key.encode())
+        given = given.strip()
+        known = [name for key, name in self._owners if hmac.compare_digest(given, key)]
+        return known[0] if known else None
 
 
 # ---- connections

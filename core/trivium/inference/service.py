@@ -10,7 +10,8 @@ import asyncio
 import base64
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -21,17 +22,17 @@ from torch import Tensor
 from trivium.data.chat import Chat
 from trivium.data.packing import encode_examples
 from trivium.data.tokenizer import Tokenizer
-from trivium.errors import BackendError, TriviumError
+from trivium.errors import SessionError, TriviumError
 from trivium.inference import openai as wire
 from trivium.inference.choice import Choice, Piece
 from trivium.inference.config import SamplingConfig
-from trivium.inference.exchange import CONTEXT, Answer, Exchange, begin, context_of, system_of
+from trivium.inference.constrain import how_to_hold
+from trivium.inference.exchange import CONTEXT, Answer, Exchange, begin, summary_prompt
 from trivium.inference.feedback import FeedbackStore, Record
-from trivium.inference.kept import InMemory, Kept, ResponseStore
-from trivium.inference.loop import EngineFailure, EngineLoop, Reply
+from trivium.inference.loop import EngineLoop, Reply
 from trivium.inference.openai import TOO_LONG, WireError
 from trivium.inference.protocol import similarities
-from trivium.inference.sessions import SessionStore
+from trivium.inference.sessions import RESPONSE, Session, SessionStore, Turn, new_session
 from trivium.inference.text import TokenTexts
 from trivium.inference.tools import CallReader, writes_calls
 from trivium.schema import ServerConfig
@@ -39,7 +40,13 @@ from trivium.types import Request, SamplingParams
 
 T = TypeVar("T")
 LOG = logging.getLogger("trivium.server")
+NO_CALLS = (
+    "this model's chat template does not write tools, or writes calls in a form that is not read here; tune it with "
+    "tokenizer.chat_template=chatml_tools"
+)
 DOWN = "the server is shutting down"
+ASKING = 16
+"""Questions to kept conversations that are made ready at once."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Counts:
 class Job:
     """Requests of one client on their way. choices: by the request's id, with the number that the client knows it by.
 
-    prompts: ids of each prompt. params: of all of them.
+    prompts: ids of each prompt. params: of all of them. owner: whose they are.
     """
 
     id: str
@@ -80,6 +87,7 @@ class Job:
     params: SamplingParams
     choices: dict[str, tuple[int, Choice]]
     done: Callable[[Counts], None]
+    owner: str = ""
 
     async def pieces(self) -> AsyncIterator[tuple[int, Choice, Piece]]:
         """What is made, as it is made; leaving early ends what is not made yet."""
@@ -136,22 +144,22 @@ class Service:
         served: Served,
         limits: ServerConfig,
         *,
-        store: ResponseStore | None = None,
         feedback: FeedbackStore | None = None,
         sessions: SessionStore | None = None,
         full: str = "error",
         counted: Callable[[Counts], None] = _counted,
     ) -> None:
-        """sessions: where conversations are kept, full: what is done when one fills the context. counted: told what
-        each request came to."""
+        """sessions: where conversations are kept, full: what is done when one fills the context. Responses are kept
+        there, too, and without it in memory. counted: told what each request came to."""
         self.sessions, self.full = sessions, full
+        self.store = SessionStore(None) if sessions is None else sessions
         self.engine, self.served, self.limits = engine, served, limits
         self.tokenizer, self.chat = served.tokenizer, Chat(served.tokenizer)
-        self.store: ResponseStore = store or InMemory(limits.max_kept)
         self.feedback, self.counted = feedback, counted
         self.texts = TokenTexts(self.tokenizer)
         self.calls = self.tokenizer.has_template and writes_calls(self.chat)
         self._recording: set[asyncio.Task[None]] = set()
+        self._asking = ThreadPoolExecutor(ASKING, thread_name_prefix="asking")  # they may wait for a summary
 
     # ---- what all of them share
 
@@ -185,8 +193,9 @@ class Service:
         asked: wire.Sampling,
         prompts: list[list[int]],
         params: SamplingParams,
-        stops: Sequence[str],
-        n: int,
+        stops: Sequence[str] = (),
+        n: int = 1,
+        owner: str = "",
     ) -> Job:
         """Have `n` answers made to each prompt."""
         if len(prompts) * n > self.limits.max_choices:
@@ -198,11 +207,15 @@ class Service:
         # a seed that was asked for gives the same answers again, whatever the request is called
         streams = [str(i) if asked.seed is not None else "" for i in range(len(prompts) * n)]
         requests = [Request(f"{id}-{i}", tuple(prompts[i // n]), params, stream) for i, stream in enumerate(streams)]
+        check = self.engine.backend.check
         for request in requests[::n]:
-            self.engine.backend.check(request)
+            if params.json_schema or params.regex:  # takes a while, and the first time a table of the vocabulary
+                await asyncio.to_thread(check, request)
+            else:
+                check(request)
         reply = await self.engine.ask(requests)
         choices = {r.id: (i, Choice(self.tokenizer, params.stop_ids, stops)) for i, r in enumerate(requests)}
-        return Job(id, wire.now(), reply, prompts, params, choices, self.counted)
+        return Job(id, wire.now(), reply, prompts, params, choices, self.counted, owner)
 
     def params(self, asked: wire.Sampling, wanted: int | None, room: int, **more: Any) -> SamplingParams:
         """How to draw."""
@@ -225,89 +238,111 @@ class Service:
 
     # ---- /v1/chat/completions
 
-    async def begin_chat(self, asked: wire.ChatRequest) -> ChatAnswer:
+    async def begin_chat(self, asked: wire.ChatRequest, owner: str = "") -> ChatAnswer:
         """Have a conversation answered."""
         self.model(asked.model)
         if asked.parent is not None and asked.session is None:
             raise WireError("parent needs session", param="parent", code="invalid_value")
-        if asked.session is not None:
-            return await self._begin_kept(asked, asked.session)
-        messages = self.with_system(wire.messages_of(asked.messages))
-        stops = wire.stops_of(asked.stop, self.limits)
-        schema = wire.schema_of(asked.response_format, self.engine.capabilities, self.limits)
-        tools, forced = self._tools(asked)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise WireError("top_logprobs needs logprobs=true", param="top_logprobs", code="invalid_value")
-        ids = await asyncio.to_thread(self.prompt_ids, messages, (), tools)
+        stops = wire.stops_of(asked.stop, self.limits)
+        schema = wire.schema_of(asked.response_format, self.engine.capabilities, self.limits)
+        choice = asked.tool_choice
+        given = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
+        tools, forced = self._tools(given, choice if isinstance(choice, str | None) else choice.function, bool(schema))
         wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-        tops = asked.top_logprobs or 0
-        params = self.params(asked, wanted, self.room(ids), top_logprobs=tops, json_schema=schema or forced)
-        job = await self.job("chatcmpl", asked, [ids], params, stops, asked.n or 1)
+        more = {"top_logprobs": asked.top_logprobs or 0, "json_schema": schema or forced}
+        new = wire.messages_of(asked.messages)
+        if asked.session is not None:
+            return await self._begin_kept(asked, asked.session, owner, new, tools, bool(forced), wanted, stops, more)
+        messages = self.with_system(new)
+        ids = await asyncio.to_thread(self.prompt_ids, messages, (), tools)
+        params = self.params(asked, wanted, self.room(ids), **more)
+        job = await self.job("chatcmpl", asked, [ids], params, stops, asked.n or 1, owner)
         return ChatAnswer(self, asked, job, messages, tools, bool(forced))
 
-    async def _begin_kept(self, asked: wire.ChatRequest, id: str) -> ChatAnswer:
+    async def _begin_kept(
+        self, asked: wire.ChatRequest, id: str, owner: str, new: list[dict[str, Any]], tools: list[dict[str, Any]],
+        forced: bool, wanted: int | None, stops: Sequence[str], more: Mapping[str, Any],
+    ) -> ChatAnswer:  # fmt: skip
         """Have a question answered in a kept conversation, by its one writer."""
         store = self.sessions
         if store is None:
             raise WireError("this server keeps no conversations", 404, param="session", code="not_found")
-        if asked.tools:
-            raise WireError("tools in a kept conversation are not supported", param="tools", code="unsupported")
-        if asked.top_logprobs is not None and not asked.logprobs:
-            raise WireError("top_logprobs needs logprobs=true", param="top_logprobs", code="invalid_value")
-        new = wire.messages_of(asked.messages)
         if wrong := [m["role"] for m in new if m["role"] not in ("user", "tool")]:
             raise WireError(f"a kept conversation takes new messages, not one of {wrong[0]}", param="messages")
-        for message in new:
-            self.fit(message["content"])
-        stops = wire.stops_of(asked.stop, self.limits)
-        schema = wire.schema_of(asked.response_format, self.engine.capabilities, self.limits)
-        wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-        context = self.engine.capabilities.context
+        self._fits(new)
+        session = await asyncio.to_thread(store.get, id, owner)
+        waiting: list[Future[str]] = []
+        loop = asyncio.get_running_loop()
+
+        def summarise(leaving: Sequence[Turn], earlier: str) -> str:
+            prompt, most = summary_prompt(self.chat, leaving, earlier, self.engine.capabilities.context)
+            waiting.append(asyncio.run_coroutine_threadsafe(self._summary(prompt, most, owner), loop))
+            return waiting[-1].result()
+
+        def asking() -> Exchange:
+            session = store.get(id)
+            store.check(session, self.served.sha256, self.tokenizer.fingerprint)
+            parent = session.head if asked.parent is None else asked.parent or None
+            if parent is not None and store.turn(parent).session != id:
+                raise SessionError(f"turn {parent!r} is not of conversation {id!r}", "missing")
+            return begin(
+                store, session, self.chat, new, parent=parent, context=self.engine.capabilities.context,
+                wanted=wanted or self.served.sampling.max_tokens, full=self.full, summarise=summarise, tools=tools,
+            )  # fmt: skip
+
         writing = ExitStack()
-        writing.enter_context(store.writing(id))
+        writing.enter_context(store.writing(session.id))
         try:
-
-            def asking() -> Exchange:
-                session = store.get(id)
-                store.check(session, self.served.sha256, self.tokenizer.fingerprint)
-                parent = session.head if asked.parent is None else asked.parent or None
-                need = wanted or self.served.sampling.max_tokens
-                return begin(
-                    store, session, self.chat, new, parent=parent, context=context, wanted=need, full=self.full
-                )
-
-            exchange = await asyncio.to_thread(asking)
-            room = self.room(exchange.prompt_ids)
-            params = self.params(asked, wanted, room, top_logprobs=asked.top_logprobs or 0, json_schema=schema)
-            job = await self.job("chatcmpl", asked, [exchange.prompt_ids], params, stops, asked.n or 1)
+            exchange = await loop.run_in_executor(self._asking, asking)
+            params = self.params(asked, wanted, self.room(exchange.prompt_ids), **more)
+            job = await self.job("chatcmpl", asked, [exchange.prompt_ids], params, stops, asked.n or 1, owner)
         except BaseException:
             writing.close()
+            for one in waiting:
+                one.cancel()
             raise
-        return KeptAnswer(self, asked, job, exchange, writing)
+        return KeptAnswer(self, asked, job, exchange, forced, writing)
 
-    def _tools(self, asked: wire.ChatRequest) -> tuple[list[dict[str, Any]], str]:
-        """Functions that the prompt shows, and the JSON schema of the one call that is asked for, if one is."""
-        choice = asked.tool_choice
-        if not asked.tools:
+    async def _summary(self, prompt: list[int], most: int, owner: str) -> str:
+        """The model's own words for what it will no longer read."""
+        asked = wire.Sampling()
+        params = replace(self.params(asked, None, most), max_tokens=most, temperature=0.0)
+        job = await self.job("summary", asked, [prompt], params, owner=owner)
+        async for _ in job.pieces():
+            pass
+        return job.in_order[0].text
+
+    def _fits(self, new: Sequence[dict[str, Any]]) -> None:
+        """Refuse messages that cannot fit, and results of calls where none can be written."""
+        for message in new:
+            self.fit(message["content"])
+            if message["role"] == "tool" and not self.calls:
+                raise WireError(NO_CALLS, param="messages", code="unsupported")
+
+    def _tools(
+        self, tools: list[dict[str, Any]], choice: str | wire.NamedFunction | None, formed: bool
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Functions that the prompt shows, and the JSON schema of the one call that is asked for, if one is. formed:
+        whether the answer's text is held to a form."""
+        if not tools:
             if choice not in (None, "none", "auto"):
                 raise WireError("tool_choice needs tools", param="tool_choice", code="invalid_value")
             return [], ""
         if choice == "none":
             return [], ""
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools]
         if not self.calls:
-            raise WireError(
-                "this model's chat template does not write tools, or writes calls in a form that is not read here; "
-                "tune it with tokenizer.chat_template=chatml_tools", param="tools", code="unsupported",
-            )  # fmt: skip
+            raise WireError(NO_CALLS, param="tools", code="unsupported")
         if choice in (None, "auto"):
             return tools, ""
-        if asked.response_format is not None and asked.response_format.type != "text":
+        if formed:
             raise WireError("response_format and a tool_choice that forces a call exclude each other", param="tools")
         if "json_schema" not in self.engine.capabilities.sampling:
-            raise WireError("this server's engine cannot force a call; use tool_choice=auto", param="tool_choice")
+            told = f"this server's engine cannot force a call{how_to_hold()}; use tool_choice=auto"
+            raise WireError(told, param="tool_choice")
         names = [tool["function"]["name"] for tool in tools]
-        wanted = names if isinstance(choice, str) else [choice.function.name]
+        wanted = names if isinstance(choice, str | None) else [choice.name]
         if unknown := [name for name in wanted if name not in names]:
             raise WireError(f"tool_choice names {unknown[0]}, which is not among tools", param="tool_choice")
         forms = [
@@ -324,7 +359,7 @@ class Service:
 
     # ---- /v1/completions
 
-    async def begin_completion(self, asked: wire.CompletionRequest) -> CompletionAnswer:
+    async def begin_completion(self, asked: wire.CompletionRequest, owner: str = "") -> CompletionAnswer:
         """Have texts continued."""
         self.model(asked.model)
         stops = wire.stops_of(asked.stop, self.limits)
@@ -336,7 +371,7 @@ class Service:
         prompts = await asyncio.to_thread(self.inputs, asked.prompt, "prompt")
         room = min(self.room(ids) for ids in prompts)
         params = self.params(asked, asked.max_tokens, room, top_logprobs=asked.logprobs or 0)
-        job = await self.job("cmpl", asked, prompts, params, stops, n)
+        job = await self.job("cmpl", asked, prompts, params, stops, n, owner)
         return CompletionAnswer(self, asked, job)
 
     def inputs(self, given: Any, name: str, before: str = "") -> list[list[int]]:
@@ -358,40 +393,56 @@ class Service:
 
     # ---- /v1/responses
 
-    async def begin_response(self, asked: wire.ResponseRequest) -> ResponseAnswer:
+    async def begin_response(self, asked: wire.ResponseRequest, owner: str = "") -> ResponseAnswer:
         """Have a conversation answered that goes on from a kept one, maybe."""
         self.model(asked.model)
-        before = await self.kept(asked.previous_response_id) if asked.previous_response_id else None
-        given = asked.input
-        new = (
-            [{"role": "user", "content": given}]
-            if isinstance(given, str)
-            else wire.messages_of(given)
-        )  # fmt: skip
-        if not new or (before is not None and new[0]["role"] == "system"):
+        new, earlier = wire.input_of(asked.input), asked.previous_response_id
+        if not new or (earlier and new[0]["role"] == "system"):
             wrong = "begins with a system message, which only a new conversation can" if new else "is empty"
             raise WireError(f"input {wrong}", param="input", code="invalid_value")
-        system = asked.instructions or ""
-        messages = [*(before.messages if before else []), *new]
-        # the ids of earlier turns stand on their system message
-        earlier = before.ids if before is not None and before.system == system else []
+        self._fits(new)
         schema = wire.schema_of(asked.text.format if asked.text else None, self.engine.capabilities, self.limits)
-        ids = await asyncio.to_thread(self.prompt_ids, self.with_system(messages, system), earlier)
-        params = self.params(asked, asked.max_output_tokens, self.room(ids), json_schema=schema)
-        job = await self.job("resp", asked, [ids], params, (), 1)
-        return ResponseAnswer(self, asked, job, messages, system)
+        forms = [tool.model_dump(exclude_none=True, exclude={"type"}) for tool in asked.tools or ()]
+        given = [{"type": "function", "function": form} for form in forms]
+        tools, forced = self._tools(given, asked.tool_choice, bool(schema))
+        wanted = asked.max_output_tokens
 
-    async def kept(self, id: str) -> Kept:
-        """A response. Raises WireError (404)."""
-        found = await asyncio.to_thread(self.store.get, id)
-        if found is None:
-            raise WireError(f"there is no response {id[:100]!r}", 404, param="id", code="not_found")
-        return found
+        def asking() -> Exchange:
+            session, path = self._continued(earlier, owner) if earlier else (None, [])
+            first = path[0].role if path else new[0]["role"]
+            system = asked.instructions or ("" if first == "system" else self.served.system)
+            if session is None:
+                about = self.served.sha256, self.tokenizer.fingerprint
+                session = new_session(*about, system=system, owner=owner, kind=RESPONSE)
+            return begin(
+                self.store, session, self.chat, new, parent=earlier or None, tools=tools, system=system,
+                context=self.engine.capabilities.context, wanted=wanted or self.served.sampling.max_tokens,
+            )  # fmt: skip
 
-    async def delete(self, id: str) -> dict[str, Any]:
-        """Forget a response."""
-        if not await asyncio.to_thread(self.store.delete, id):
-            raise WireError(f"there is no response {id[:100]!r}", 404, param="id", code="not_found")
+        exchange = await asyncio.to_thread(asking)
+        room = self.room(exchange.prompt_ids)
+        params = self.params(asked, wanted, room, json_schema=schema or forced)
+        job = await self.job("resp", asked, [exchange.prompt_ids], params, owner=owner)
+        return ResponseAnswer(self, asked, job, exchange, bool(forced))
+
+    def _continued(self, id: str, owner: str) -> tuple[Session, list[Turn]]:
+        """The conversation of a response, and its turns up to that. Raises SessionError."""
+        turn, _ = self.store.response(id, owner)
+        session = self.store.get(turn.session)
+        try:
+            self.store.check(session, self.served.sha256, self.tokenizer.fingerprint)
+        except SessionError as error:
+            told = f"response {id!r} was made by another model or chat template; begin a new conversation"
+            raise SessionError(told, error.reason) from None
+        return session, [one for one in self.store.path(id) if one.role != CONTEXT]
+
+    async def response(self, id: str, owner: str = "") -> dict[str, Any]:
+        """A response, as it was sent. Raises SessionError (404)."""
+        return (await asyncio.to_thread(self.store.response, id, owner))[1]
+
+    async def delete(self, id: str, owner: str = "") -> dict[str, Any]:
+        """Forget a response. Raises SessionError (404)."""
+        await asyncio.to_thread(self.store.delete_response, id, owner)
         return {"id": id, "object": "response", "deleted": True}
 
     # ---- /v1/embeddings, /v1/rerank
@@ -478,30 +529,35 @@ class Service:
         feedback = self.feedback
         if feedback is None or not choice.drawn:
             return
-        ids = choice.turn_ids()
+        ids, latency = choice.turn_ids(), job.reply.last - job.reply.began
         drawn = [event.logprob for event, i in zip(choice.drawn, ids, strict=False) if event.token_id == i]
-        missing = len(ids) - len(drawn)
-        answered = Record(
-            id=job.id if index == 0 else f"{job.id}-{index}",
-            messages=messages,
-            answer=choice.text,
-            prompt_ids=job.prompts[0],
-            completion_ids=ids,
-            sampled=[True] * len(drawn) + [False] * missing,
-            logprobs=drawn + [0.0] * missing,
-            model=self.served.sha256,
-            template=self.tokenizer.fingerprint,
-            sampling=asdict(job.params),
-            weight_version=self.engine.stats.weight_version,
-            latency=job.reply.last - job.reply.began,
-            finish_reason=choice.finish_reason or "",
-            tools=tools,
-            user=user or "",
-        )
+        missing, version = len(ids) - len(drawn), self.engine.stats.weight_version
+
+        def add() -> None:
+            feedback.add(
+                Record(
+                    id=job.id if index == 0 else f"{job.id}-{index}",
+                    messages=messages,
+                    answer=choice.text,
+                    prompt_ids=job.prompts[0],
+                    completion_ids=ids,
+                    sampled=[True] * len(drawn) + [False] * missing,
+                    logprobs=drawn + [0.0] * missing,
+                    model=self.served.sha256,
+                    template=self.tokenizer.fingerprint,
+                    sampling=asdict(job.params),
+                    weight_version=version,
+                    latency=latency,
+                    finish_reason=choice.finish_reason or "",
+                    tools=tools,
+                    user=user or "",
+                    owner=job.owner,
+                )
+            )
 
         async def keep() -> None:
             try:
-                await asyncio.to_thread(feedback.add, answered)
+                await asyncio.to_thread(add)
             except TriviumError as error:
                 LOG.warning("an answer was not kept for feedback: %s", error)
 
@@ -512,10 +568,44 @@ class Service:
     async def finish(self) -> None:
         """Wait for what is being kept."""
         await asyncio.gather(*self._recording)
+        self._asking.shutdown(wait=False, cancel_futures=True)
+        if self.store is not self.sessions:
+            self.store.close()
 
 
 def _base64(vector: Tensor) -> str:
     return base64.b64encode(vector.float().numpy().astype("<f4").tobytes()).decode()
+
+
+class Reading:
+    """What of a job's pieces is said, and what is called. said, calls: so far, of each choice by its number.
+
+    forced: the whole text is one call. parallel: False ends an answer after its first.
+    """
+
+    def __init__(self, job: Job, tools: Sequence[Mapping[str, Any]], forced: bool, parallel: bool | None) -> None:
+        self.job, self.parallel = job, parallel
+        names = [tool["function"]["name"] for tool in tools]
+        self._readers = [CallReader(names, bare=forced) for _ in job.choices] if tools else None
+        self.said = [""] * len(job.choices)
+        self.calls: list[list[dict[str, Any]]] = [[] for _ in job.choices]
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Choice, Piece, str, list[dict[str, Any]]]]:
+        """Index, choice, piece, what of it is said and what is called."""
+        async for index, choice, piece in self.job.pieces():
+            said, called = piece.text, []
+            if self._readers:
+                reader = self._readers[index]
+                said, called = reader.push(piece.text)
+                if reader.calls and self.parallel is False and choice.finish_reason is None:
+                    choice.finish_reason = "stop"
+                    self.job.reply.end(f"{self.job.id}-{index}")
+                if choice.finish_reason is not None:
+                    rest, more = reader.finish()
+                    said, called = said + rest, called + more
+            self.said[index] += said
+            self.calls[index] += called
+            yield index, choice, piece, said, called
 
 
 class ChatAnswer:
@@ -526,40 +616,25 @@ class ChatAnswer:
         tools: list[dict[str, Any]], forced: bool,
     ) -> None:  # fmt: skip
         self.service, self.asked, self.job, self.messages, self.tools = service, asked, job, messages, tools
-        self.forced = forced
-        names = [tool["function"]["name"] for tool in tools]
-        self.readers = [CallReader(names, bare=forced) for _ in job.choices] if tools else None
+        self.reading = Reading(job, tools, forced, asked.parallel_tool_calls)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Choice, Piece, str, list[dict[str, Any]]]]:
-        """Index, choice, piece, what of it is said and what is called."""
-        async for index, choice, piece in self.job.pieces():
-            said, called = piece.text, []
-            if self.readers:
-                reader = self.readers[index]
-                said, called = reader.push(piece.text)
-                if reader.calls and self.asked.parallel_tool_calls is False and choice.finish_reason is None:
-                    choice.finish_reason = "stop"
-                    self.job.reply.end(f"{self.job.id}-{index}")
-                if choice.finish_reason is not None:
-                    rest, more = reader.finish()
-                    said, called = said + rest, called + more
+        """As they are read; each answer is recorded when it has ended."""
+        async for index, choice, piece, said, called in self.reading.pieces():
             yield index, choice, piece, said, called
             if choice.finish_reason is not None:
                 self.service.record(self.job, choice, index, self.messages, self.tools, self.asked.user)
 
     async def whole(self) -> dict[str, Any]:
         """The answer at once."""
-        kept: dict[int, tuple[list[Piece], list[str], list[dict[str, Any]]]] = {}
-        async for index, _, piece, said, called in self.pieces():
-            pieces, text, calls = kept.setdefault(index, ([], [], []))
-            pieces.append(piece)
-            text.append(said)
-            calls += called
+        kept: dict[int, list[Piece]] = {}
+        async for index, _, piece, _, _ in self.pieces():
+            kept.setdefault(index, []).append(piece)
         choices = []
         for index, choice in enumerate(self.job.in_order):
-            pieces, text, calls = kept[index]
-            logprobs = wire.chat_logprobs(wire.joined(pieces), self.service.texts) if self.asked.logprobs else None
-            message = wire.chat_message("".join(text), calls)
+            calls, texts = self.reading.calls[index], self.service.texts
+            logprobs = wire.chat_logprobs(wire.joined(kept[index]), texts) if self.asked.logprobs else None
+            message = wire.chat_message(self.reading.said[index], calls)
             reason = wire.reason_of(choice, calls)
             choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
         usage = wire.usage_of(*self.job.counts)
@@ -570,18 +645,16 @@ class ChatAnswer:
         usage: dict[str, Any] = {"usage": None} if self._wants_usage else {}
         for index in range(len(self.job.choices)):
             yield self._chunk(index, {"role": "assistant", "content": ""}, None, None) | usage
-        called_so_far = [0] * len(self.job.choices)
         async for index, choice, piece, said, called in self.pieces():
             delta: dict[str, Any] = {"content": said} if said else {}
             if called:
-                numbers = range(called_so_far[index], called_so_far[index] + len(called))
-                delta["tool_calls"] = [{"index": i, **call} for i, call in zip(numbers, called, strict=True)]
-                called_so_far[index] += len(called)
+                number = len(self.reading.calls[index]) - len(called)
+                delta["tool_calls"] = [{"index": number + i, **call} for i, call in enumerate(called)]
             logprobs = wire.chat_logprobs(piece, self.service.texts) if self.asked.logprobs and piece.tokens else None
             if delta or logprobs:
                 yield self._chunk(index, delta, logprobs, None) | usage
             if choice.finish_reason is not None:
-                reason = wire.reason_of(choice, range(called_so_far[index]))
+                reason = wire.reason_of(choice, self.reading.calls[index])
                 yield self._chunk(index, {}, None, reason) | usage
         if self._wants_usage:
             counted = wire.usage_of(*self.job.counts)
@@ -605,12 +678,9 @@ class KeptAnswer(ChatAnswer):
     """A ChatAnswer that is kept in its conversation when it is whole, before the last that is sent of it."""
 
     def __init__(
-        self, service: Service, asked: wire.ChatRequest, job: Job, exchange: Exchange, writing: ExitStack
+        self, service: Service, asked: wire.ChatRequest, job: Job, exchange: Exchange, forced: bool, writing: ExitStack
     ) -> None:
-        context = context_of(exchange.store.path(exchange.parent))
-        said = [*context.turns, *exchange.asked]
-        messages = [{"role": turn.role, "content": turn.text} for turn in said if turn.role != CONTEXT]
-        super().__init__(service, asked, job, [*system_of(exchange.session, context.summary), *messages], [], False)
+        super().__init__(service, asked, job, exchange.messages, exchange.tools, forced)
         self.exchange, self.writing, self._begun = exchange, writing, False
         done = job.done
 
@@ -639,6 +709,8 @@ class KeptAnswer(ChatAnswer):
                 choice.finish_reason,
                 {"seconds": seconds, "tokens": len(choice.drawn)},
                 f"{job.id}-{i}" if i else job.id,
+                self.reading.said[i],
+                self.reading.calls[i],
             )
             for i, choice in enumerate(job.in_order)
         ]
@@ -698,10 +770,10 @@ class ResponseAnswer:
     """One request to /v1/responses: it is kept once it is whole, and only then."""
 
     def __init__(
-        self, service: Service, asked: wire.ResponseRequest, job: Job, messages: list[dict[str, Any]], system: str
+        self, service: Service, asked: wire.ResponseRequest, job: Job, exchange: Exchange, forced: bool
     ) -> None:
-        self.service, self.asked, self.job = service, asked, job
-        self.messages, self.system = messages, system
+        self.service, self.asked, self.job, self.exchange = service, asked, job, exchange
+        self.reading = Reading(job, exchange.tools, forced, asked.parallel_tool_calls)
         self.item = f"msg_{uuid.uuid4().hex}"
 
     def _body(self, status: str, **more: Any) -> dict[str, Any]:
@@ -712,28 +784,31 @@ class ResponseAnswer:
 
     async def _finished(self) -> dict[str, Any]:
         """The whole response, kept."""
-        (choice,) = self.job.in_order
+        (choice,), (said,), (calls,) = self.job.in_order, self.reading.said, self.reading.calls
         status = "incomplete" if choice.finish_reason == "length" else "completed"
-        output = [wire.output_message(self.item, choice.text, status)]
+        output = [wire.output_message(self.item, said, status)] if said or not calls else []
+        output += map(wire.output_call, calls)
         body = self._body(status, output=output, usage=wire.response_usage(*self.job.counts))
-        answer = {"role": "assistant", "content": choice.text}
         if self.asked.store is not False:
-            ids = [*self.job.prompts[0], *choice.turn_ids()]
-            kept = Kept(self.job.id, self.system, [*self.messages, answer], ids, body)
-            await asyncio.to_thread(self.service.store.put, kept)
-        messages = self.service.with_system(self.messages, self.system)
-        self.service.record(self.job, choice, 0, messages, [], self.asked.user)
+            data = {"seconds": self.job.reply.last - self.job.reply.began}
+            answer = Answer(choice.turn_ids(), choice.finish_reason, data, self.job.id, said, calls, body)
+            await asyncio.to_thread(self._keep, answer)
+        self.service.record(self.job, choice, 0, self.exchange.messages, self.exchange.tools, self.asked.user)
         return body
+
+    def _keep(self, answer: Answer) -> None:
+        self.exchange.commit([answer])
+        self.service.store.keep_newest(self.service.limits.max_kept, self.job.owner)
 
     async def whole(self) -> dict[str, Any]:
         """The response at once."""
-        async for _ in self.job.pieces():
+        async for _ in self.reading.pieces():
             pass
         return await self._finished()
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """Events of the response as it is made, numbered."""
-        number = 0
+        """Events of the response as it is made, numbered. The message comes first, calls behind it."""
+        number, opened = 0, False
 
         def event(kind: str, **more: Any) -> dict[str, Any]:
             nonlocal number
@@ -741,25 +816,43 @@ class ResponseAnswer:
             return {"type": kind, "sequence_number": number - 1, **more}
 
         at = {"item_id": self.item, "output_index": 0, "content_index": 0}
+        empty = wire.output_message(self.item, "", "in_progress")
+
+        def opening() -> list[dict[str, Any]]:
+            return [
+                event("response.output_item.added", output_index=0, item={**empty, "content": []}),
+                event("response.content_part.added", **at, part=empty["content"][0]),
+            ]
+
         started = self._body("in_progress")
         yield event("response.created", response=started)
         yield event("response.in_progress", response=started)
-        item = {**wire.output_message(self.item, "", "in_progress"), "content": []}
-        yield event("response.output_item.added", output_index=0, item=item)
-        empty = wire.output_message(self.item, "", "")["content"][0]
-        yield event("response.content_part.added", **at, part=empty)
         try:
-            async for _, _, piece in self.job.pieces():
-                if piece.text:
-                    yield event("response.output_text.delta", **at, delta=piece.text, logprobs=[])
-        except (EngineFailure, BackendError) as error:
-            said = {"code": "server_error", "message": str(error)}
-            yield event("response.failed", response=self._body("failed", error=said))
+            async for _, _, _, said, _ in self.reading.pieces():
+                if said and not opened:
+                    opened = True
+                    for one in opening():
+                        yield one
+                if said:
+                    yield event("response.output_text.delta", **at, delta=said, logprobs=[])
+            body = await self._finished()
+        except TriviumError as error:
+            failed = {"code": "server_error", "message": str(error)}
+            yield event("response.failed", response=self._body("failed", error=failed))
             return
-        body = await self._finished()
-        (item,) = body["output"]
-        (part,) = item["content"]
-        yield event("response.output_text.done", **at, text=part["text"], logprobs=[])
-        yield event("response.content_part.done", **at, part=part)
-        yield event("response.output_item.done", output_index=0, item=item)
+        for index, item in enumerate(body["output"]):
+            if item["type"] == "message":
+                for one in opening() if not opened else ():
+                    yield one
+                (part,) = item["content"]
+                yield event("response.output_text.done", **at, text=part["text"], logprobs=[])
+                yield event("response.content_part.done", **at, part=part)
+            else:
+                where = {"item_id": item["id"], "output_index": index}
+                begun = {**item, "arguments": "", "status": "in_progress"}
+                yield event("response.output_item.added", output_index=index, item=begun)
+                yield event("response.function_call_arguments.delta", **where, delta=item["arguments"])
+                told = {"arguments": item["arguments"], "name": item["name"]}
+                yield event("response.function_call_arguments.done", **where, **told)
+            yield event("response.output_item.done", output_index=index, item=item)
         yield event(f"response.{body['status']}", response=body)

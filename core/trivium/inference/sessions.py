@@ -1,8 +1,8 @@
 """Conversations that outlive the process: every turn with the ids that were read and drawn, in one SQLite file.
 
 A conversation is a tree. A turn has a parent and a session has a head, so another answer or an edited question is a
-branch, and nothing that was said is overwritten. Turns are appended in one transaction: a process that dies in the middle
-of a turn leaves the last one that was complete.
+branch, and nothing that was said is overwritten. Turns are appended in one transaction: a process that dies in the
+middle of a turn leaves the last one that was complete.
 """
 
 from __future__ import annotations
@@ -164,16 +164,16 @@ class SessionStore:
 
     def find(self, name: str) -> Session:
         """A conversation by its id, or by its title; of several the newest. Raises SessionError where there is none."""
-        question = "SELECT * FROM sessions WHERE id = ?1 OR title = ?1 ORDER BY id = ?1 DESC, kind, updated DESC LIMIT 1"
-        rows = self._db.rows(question, name)
+        order = "id = ?1 DESC, kind, updated DESC"
+        rows = self._db.rows(f"SELECT * FROM sessions WHERE id = ?1 OR title = ?1 ORDER BY {order} LIMIT 1", name)
         if not rows:
             raise SessionError(f"there is no conversation {name!r} in {self._name}", "missing")
         return _session(rows[0])
 
     def sessions(self, most: int = 100, owner: str | None = None) -> list[Session]:
         """Conversations, of all or of one owner, the one that was continued last first; without those of responses."""
-        whose = "kind = '' AND owner = ifnull(?, owner)"
-        rows = self._db.rows(f"SELECT * FROM sessions WHERE {whose} ORDER BY updated DESC, rowid DESC LIMIT ?", owner, most)
+        which = "kind = '' AND owner = ifnull(?, owner) ORDER BY updated DESC, rowid DESC LIMIT ?"
+        rows = self._db.rows(f"SELECT * FROM sessions WHERE {which}", owner, most)
         return [_session(row) for row in rows]
 
     def update(self, id: str, *, title: str | None = None, sampling: Mapping[str, Any] | None = None) -> Session:

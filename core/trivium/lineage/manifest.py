@@ -48,7 +48,7 @@ def masked(config: Any) -> Any:
 
 
 def _is_secret(name: str) -> bool:
-    return name == "key" or name.endswith(SECRET)
+    return name in ("key", "keys") or name.endswith(SECRET)
 
 
 def digest_of(value: Any) -> str:

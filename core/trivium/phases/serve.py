@@ -36,8 +36,6 @@ def run_serve(this: Run) -> int:
         )
     parent = this.needs_parent() if config.inference.name != "encoder" else None
     limits = config.server
-    if config.sessions.full == "summarise":
-        raise ConfigError("sessions.full=summarise is for phase=chat; phase=serve takes error and drop_oldest")
     store = None
     feedback = feedback_store(this)
     server = load("trivium.inference.server:listen"), load("trivium.inference.server:serve")
@@ -67,7 +65,7 @@ def run_serve(this: Run) -> int:
         name = f"[{limits.host}]" if ":" in limits.host else limits.host
         way = "rerank" if can.rewards else "embeddings" if not can.generates else form
         path, asked = ASKS[way]
-        key = " -H 'Authorization: Bearer KEY'" if limits.key else ""
+        key = " -H 'Authorization: Bearer KEY'" if limits.owners else ""
 
         def ready() -> None:
             this.say(
