@@ -107,8 +107,14 @@ class Grammars:
         if not (params.json_schema or params.regex):
             return None
         kind, text = ("json_schema", params.json_schema) if params.json_schema else ("regex", params.regex)
-        _, never, first = _words(self.tokenizer, self.vocab_size)
+        _, never, first = self._words()
         return Grammar(self._compiled(kind, text).deep_copy(), never, first, params.stop_ids)
+
+    def _words(self) -> Words:
+        found = table_of(self.tokenizer, self.vocab_size)
+        if isinstance(found, str):
+            raise BackendError(found)
+        return found
 
     def _compile(self, kind: str, text: str) -> Any:
         import llguidance
@@ -124,8 +130,9 @@ class Grammars:
             if told := unsupported_in_schema(schema):
                 raise BackendError(f"json_schema: {told} is not supported")
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
-        words = _words(self.tokenizer, self.vocab_size).words
-        matcher = llguidance.LLMatcher(words, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+        matcher = llguidance.LLMatcher(
+            self._words().words, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS)
+        )
         told = matcher.get_error() or "; ".join(matcher.get_grammar_warnings()) or _tried(matcher.deep_copy())
         if told:
             raise BackendError(f"{kind} cannot be held: {_first_line(told)}")
@@ -152,9 +159,12 @@ class Words(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _words(tokenizer: Tokenizer, vocab_size: int) -> Words:
-    """The grammar is about bytes, the answer is text: a token counts only where both agree, also at the beginning,
-    where some tokenizers drop a space."""
+def table_of(tokenizer: Tokenizer, vocab_size: int) -> Words | str:
+    """The vocabulary for constraints, or why there can be none. Of 128,000 tokens it takes 4 s, so it is made once.
+
+    The grammar is about bytes, the answer is text: a token counts only where both agree, also at the beginning, where
+    some tokenizers drop a space.
+    """
     import llguidance
 
     try:
@@ -162,13 +172,13 @@ def _words(tokenizer: Tokenizer, vocab_size: int) -> Words:
             tokenizer.text, n_vocab=max(vocab_size, tokenizer.vocab_size), eos_token=tokenizer.eos_id
         )
     except Exception as error:  # its own code raises anything for a tokenizer that it does not know
-        raise BackendError(f"constraints cannot be held with this tokenizer: {_first_line(str(error))}") from error
+        return f"constraints cannot be held with this tokenizer: {_first_line(str(error))}"
     ids = range(min(vocab_size, tokenizer.vocab_size))
     said = [words.decode_bytes([i]) for i in ids]
     alone = tokenizer.decode_batch([[i] for i in ids])
     plain = [i for i in ids if alone[i].isalpha() and alone[i].encode() == said[i]]
     if not plain:
-        raise BackendError("constraints cannot be held with this tokenizer: no token of it is a plain word")
+        return "constraints cannot be held with this tokenizer: no token of it is a plain word"
     anchor = max(plain, key=lambda i: len(alone[i]))  # no piece that is a byte: those are read together
     after = tokenizer.decode_batch([[anchor, i] for i in ids])
     never, first = torch.ones(vocab_size, dtype=torch.bool), torch.ones(vocab_size, dtype=torch.bool)

@@ -291,6 +291,7 @@ def create_app(service: Service, limits: ServerConfig, *, extra: Callable[[FastA
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(service.prepare)
         service.engine.start()
         yield
         await service.engine.stop()

@@ -12,7 +12,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from trivium.data.chat import Chat
 from trivium.data.packing import encode_examples
 from trivium.data.tokenizer import Tokenizer
-from trivium.errors import SessionError, TriviumError
+from trivium.errors import BackendError, SessionError, TriviumError
 from trivium.inference import openai as wire
 from trivium.inference.choice import Choice, Piece
 from trivium.inference.config import SamplingConfig
@@ -161,6 +161,13 @@ class Service:
         self._recording: set[asyncio.Task[None]] = set()
         self._asking = ThreadPoolExecutor(ASKING, thread_name_prefix="asking")  # they may wait for a summary
 
+    def prepare(self) -> None:
+        """What would take long at somebody's first question: the table of the vocabulary that constraints need."""
+        if "json_schema" in self.engine.capabilities.sampling:
+            asked = Request("prepare", (self.tokenizer.eos_id,), SamplingParams(max_tokens=1, json_schema="{}"))
+            with suppress(BackendError):  # a tokenizer that they cannot be held with: who asks for one is told
+                self.engine.backend.check(asked)
+
     # ---- what all of them share
 
     def model(self, name: str | None) -> None:
@@ -209,7 +216,7 @@ class Service:
         requests = [Request(f"{id}-{i}", tuple(prompts[i // n]), params, stream) for i, stream in enumerate(streams)]
         check = self.engine.backend.check
         for request in requests[::n]:
-            if params.json_schema or params.regex:  # takes a while, and the first time a table of the vocabulary
+            if params.json_schema or params.regex:  # its grammar takes a while
                 await asyncio.to_thread(check, request)
             else:
                 check(request)
