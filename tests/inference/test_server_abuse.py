@@ -444,6 +444,20 @@ def test_a_flood_is_answered_or_told_to_come_later():
         assert server.idle(60).used_slots == 0
 
 
+def test_nothing_waits_for_an_acknowledgement(monkeypatch):
+    """A refusal was told in 44 ms where it took 0.2: head and body go out apart, and the body waited (Nagle)."""
+    made, own = [], server_module.Connection.connection_made
+    monkeypatch.setattr(
+        server_module.Connection,
+        "connection_made",
+        lambda self, transport: (made.append(transport), own(self, transport)),
+    )
+    with running() as server, httpx.Client(trust_env=False) as client:
+        client.get(server.url + "/health")
+        sockets = [transport.get_extra_info("socket") for transport in made]
+        assert sockets and all(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in sockets)
+
+
 def test_too_many_connections_are_turned_away():
     with running(max_connections=20) as server:
         held = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(20)]
