@@ -314,7 +314,7 @@ class Service:
 
     async def _summary(self, prompt: list[int], most: int, owner: str) -> str:
         """The model's own words for what it will no longer read."""
-        asked = wire.Sampling()
+        asked = wire.Sampling.model_validate({})
         params = replace(self.params(asked, None, most), max_tokens=most, temperature=0.0)
         job = await self.job("summary", asked, [prompt], params, owner=owner)
         async for _ in job.pieces():

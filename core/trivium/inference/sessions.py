@@ -401,7 +401,8 @@ def _busy(session: str, who: str) -> SessionError:
 
 
 def _session(row: tuple[Any, ...]) -> Session:
-    return Session(*row[:7], json.loads(row[7]), *row[8:])
+    told = dict(zip((f.name for f in fields(Session)), row, strict=True))
+    return Session(**{**told, "sampling": json.loads(told["sampling"])})
 
 
 def _turn(row: tuple[Any, ...]) -> Turn:
