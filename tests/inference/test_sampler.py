@@ -117,6 +117,15 @@ def test_top_p_takes_the_token_that_reaches_it():
         assert found[0, len(kept) :].sum() == 0
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-46, 1e-30])
+def test_top_p_that_rounds_to_nothing_keeps_the_likeliest(top_p):
+    """The first two are 0 in fp32: all was cut, and the token drawn was one beyond the vocabulary."""
+    drawn = sample(
+        torch.tensor([[0.0, 2.0, 1.0]]), [Request("a", (1,), SamplingParams(temperature=1.0, top_p=top_p))], [0]
+    )
+    assert drawn.tolist() == [1]
+
+
 def test_top_k_of_equal_logits_keeps_exactly_k():
     found, _ = filtered_probabilities(torch.zeros(1, 6), torch.tensor([1.0]), torch.tensor([2]), torch.tensor([1.0]))
     assert found[0].tolist() == [0.5, 0.5, 0, 0, 0, 0]

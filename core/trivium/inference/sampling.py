@@ -98,7 +98,8 @@ def _cut(ordered: Tensor, whole: Tensor, top_k: Tensor, top_p: Tensor, min_p: Te
     # top-p is of what top-k left: without top-k that is everything, also what was not sorted
     mass = torch.where(top_k > 0, probabilities.sum(-1), 1.0)[:, None]
     before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(before >= _wide(top_p)[:, None] * mass, 0.0)
+    beyond = (before >= _wide(top_p)[:, None] * mass) & (rank > 0)  # the first stays: a top-p may be rounded to 0
+    kept = probabilities.masked_fill(beyond, 0.0)
     if min_p is not None:
         kept = kept.masked_fill(kept < _wide(min_p)[:, None] * kept[:, :1], 0.0)
     # with a top-k beyond the N, the mass that top-p is of is not known here
