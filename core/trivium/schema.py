@@ -307,6 +307,7 @@ class EvaluationConfig:
 
     max_texts: int = 100  # documents for bits per byte; more is steadier and slower
     max_tasks: int = 480  # verifiable examples, for accuracy and reward
+    reward: bool = False  # answer them once more, drawn at temperature 1, for the mean score: what phase=rlhf raises
     max_pairs: int = 300  # preference pairs, for chosen over rejected
     max_chats: int = 200  # conversations, for the bits of their answers and the KL to teacher.init_from (else of texts)
     stride: int = 0  # tokens scored a window after the first; 0 is half the window

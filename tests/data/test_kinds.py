@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from trivium.data import adapted
+from trivium.data import adapted, readers
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
 from trivium.data.find import find_files
@@ -216,7 +217,7 @@ def test_unpacked_files_are_made_once_and_leave_no_halves(tmp_path):
 
 PROGRAM = """
 import re, sys
-from trivium.data import adapted
+from trivium.data import adapted, readers
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
 source = Files(FilesConfig(path=sys.argv[1], validation_share=0.0))
@@ -290,3 +291,40 @@ def test_what_holds_a_bad_row_is_looked_at_every_time(tmp_path, monkeypatch):
         source = Files(FilesConfig(path=str(tmp_path / "a.jsonl"), validation_share=0.0, bad_rows="skip"))
         assert source.notes["skipped"] == {"does not fit the schema": 1} and len(source) == 2
     assert not (tmp_path / "cache/read").exists()
+
+
+def cut_line_by_line(content, least, patience):
+    """Where documents begin and end, one line after the other: at a blank line once there are `least` characters, or at
+    any line's end once there are `patience` times as many. A document without a word takes what follows."""
+    found, start, at, size, said, before = [], 0, 0, 0, False, 0
+    for line in re.findall(b"[^\n]*\n|[^\n]+$", content):
+        at, ending = at + len(line), line.endswith(b"\n") + line.endswith(b"\r\n")
+        size += len(line.decode()) - (ending == 2)
+        said |= bool(line.strip())
+        blank = len(line) == ending and size >= least
+        if said and (blank or (ending and size >= patience * least)):
+            found.append((start, at - ending - before * blank))
+            start, size, said = at, 0, False
+        before = ending
+    return [*found, (start, at)] if said else found
+
+
+@pytest.mark.parametrize("least", [1, 7, 40])
+def test_text_is_cut_as_if_line_by_line(least, tmp_path, monkeypatch):
+    """Lines of 0 to 60 characters of one to four bytes, some blank, some of spaces, ending in either way or not at all;
+    what is read at once is no more than part of a line, one line, or several."""
+    monkeypatch.setattr(readers, "DOCUMENT", least)
+    monkeypatch.setattr(readers, "PATIENCE", 5)
+    draw, cuts = random.Random(least), 0
+    for number in range(200):
+        lines = []
+        for _ in range(draw.randrange(1, 25)):
+            said = "".join(draw.choices("ab é€𝄞", k=draw.choice((0, 0, 0, 3, 12, 60)))) + draw.choice(("", "", " "))
+            lines.append(said.encode() + draw.choice((b"\n", b"\n", b"\r\n")))
+        content = b"".join(lines)[: draw.choice((None, -1))]
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(content)
+        rows = readers.Documents(path, 10**6)
+        assert list(zip(rows._starts, rows._ends, strict=True)) == cut_line_by_line(content, least, 5), content
+        cuts += len(rows)
+    assert cuts > 300

@@ -93,6 +93,16 @@ def test_items_are_the_same_whatever_the_number_of_workers(workers):
     assert pairs[0][0].reference is not None and alone[0][0].segments is None
 
 
+@pytest.mark.parametrize("here", [1, 4, 5, 9])
+def test_items_are_the_same_however_many_are_made_while_workers_start(here, monkeypatch):
+    steps, made = steps_of(table()), []
+    expected = [bits(steps[item]) for item in range(3, 8)]
+    monkeypatch.setattr(StepDataset, "__getitem__", lambda self, n, real=StepDataset.__getitem__: (
+        made.append(n), real(self, n))[1])  # fmt: skip
+    assert [bits(item) for item in StepLoader(steps, range(3, 8), workers=2, here=here)] == expected
+    assert made == list(range(3, min(3 + here, 8)))  # the others elsewhere
+
+
 def test_workers_end_with_the_iteration():
     loader = StepLoader(steps_of(table()), range(100), workers=2)
     found = iter(loader)

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trivium.data.datamodule import Steps
 from trivium.data.loader import StepLoader
 from trivium.data.packing import Chunks, Rows, plan_windows
 from trivium.data.source import Source
@@ -32,6 +31,8 @@ VERSION = 5
 FACTS = "facts.bin"
 ALONE = 3.0
 """Seconds of tokenising after which, if there is as much again to do, other processes are asked to help."""
+START = 0.5
+"""Seconds that those take to start, about; so much is made here meanwhile."""
 BLOCK = 1 << 20
 DAY = 86_400.0
 
@@ -197,28 +198,17 @@ def _parts(chunks: Chunks, workers: int) -> Iterator[Part]:
     for done in range(len(chunks)):
         spent = time.monotonic() - began
         if workers > 1 and spent > ALONE and len(chunks) > 2 * done and _travels(chunks):
+            here = -(-done * START // max(spent, START))
             break
         yield chunks[done]
     else:
         return
-    loader = StepLoader(_Work(chunks), range(done, len(chunks)), workers=min(workers, len(chunks) - done))
+    left = range(done, len(chunks))
+    loader = StepLoader(chunks, left, workers=min(workers, len(left)), here=int(here))
     try:
         yield from loader
     finally:
         loader.close()
-
-
-class _Work(Steps):
-    """Chunks, as workers make items."""
-
-    def __init__(self, chunks: Chunks) -> None:
-        self.chunks = chunks
-
-    def __getitem__(self, step: int) -> Part:
-        return self.chunks[step]
-
-    def sample_id(self, step: int) -> str:
-        return self.chunks.source[step * self.chunks.size]["id"]
 
 
 def _travels(chunks: Chunks) -> bool:

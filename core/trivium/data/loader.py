@@ -18,9 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-from trivium.data.datamodule import Steps
 from trivium.data.transfer import pack, receive, send, share
 from trivium.data.worker import SLOT
 from trivium.disk import cache_folder, make_folder
@@ -40,6 +39,18 @@ main(*map(int, sys.argv[2:]))
 """
 
 
+ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""A worker's libraries start no threads: there are as many workers as somebody wanted at work."""
+
+
+class Items(Protocol):
+    """What makes items by their numbers. sample_id: the id of an item's first sample, for errors."""
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+    def sample_id(self, number: int, /) -> str: ...
+
+
 class Interrupted(Exception):
     """A signal came while an item was waited for."""
 
@@ -49,12 +60,13 @@ class StepLoader:
 
     workers: processes that make items; 0 makes them in this one. prefetch: items each of them makes ahead. timeout:
     seconds to wait for one item. pin: put batches into page-locked memory, for a GPU to fetch beside computing.
-    interrupted: asked while waiting for a worker; True ends the iteration.
+    interrupted: asked while waiting for a worker; True ends the iteration. here: so many of the first items are made by
+    this process, while the workers start.
     """
 
     def __init__(
         self,
-        steps: Steps,
+        steps: Items,
         items: range,
         *,
         workers: int = 0,
@@ -62,16 +74,18 @@ class StepLoader:
         timeout: float = 300.0,
         pin: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
+        here: int = 0,
     ) -> None:
         self.steps, self.items, self.workers, self.prefetch = steps, items, workers, prefetch
         self.timeout, self.pin, self.interrupted = timeout, pin, interrupted
+        self.here = min(here, len(items))
         self._fleet: list[_Worker] = []
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __iter__(self) -> Iterator[Any]:
-        made = self._from_workers() if self.workers else self._made_here()
+        made = self._from_workers() if self.workers else self._made_here(self.items)
         return (_pinned(item) for item in made) if self.pin else made
 
     def close(self) -> None:
@@ -79,8 +93,8 @@ class StepLoader:
         while self._fleet:
             self._fleet.pop().end()
 
-    def _made_here(self) -> Iterator[Any]:
-        for item in self.items:
+    def _made_here(self, items: range) -> Iterator[Any]:
+        for item in items:
             try:
                 made = self.steps[item]
             except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -89,7 +103,7 @@ class StepLoader:
 
     def _from_workers(self) -> Iterator[Any]:
         self.close()
-        folder = make_folder(cache_folder())
+        folder, theirs = make_folder(cache_folder()), self.items[self.here :]
         try:
             with tempfile.TemporaryFile(dir=folder) as shared:
                 shared.write(bytes(self.workers * SLOT))
@@ -98,10 +112,11 @@ class StepLoader:
                 shared.write(data)
                 shared.flush()
                 for number in range(self.workers):
-                    items = self.items[number :: self.workers]
+                    items = theirs[number :: self.workers]
                     task = (number, items, self.prefetch, start, len(data))
                     self._fleet.append(_Worker(number, items, task, shared.fileno()))
-                yield from self._received(shared)
+                yield from self._made_here(self.items[: self.here])
+                yield from self._received(shared, theirs)
         except Interrupted:
             return
         except OSError as error:
@@ -109,8 +124,8 @@ class StepLoader:
         finally:
             self.close()
 
-    def _received(self, shared: BinaryIO) -> Iterator[Any]:
-        for position, item in enumerate(self.items):
+    def _received(self, shared: BinaryIO, items: range) -> Iterator[Any]:
+        for position, item in enumerate(items):
             worker = self._fleet[position % self.workers]
             self._look(shared)
             if not worker.ready:
@@ -173,7 +188,9 @@ class _Worker:
         command = [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), *map(str, (*handed, os.getpid()))]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # a child inherits it, from its first instruction
         try:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=handed)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=handed, env={**os.environ, **ALONE}
+            )
         except OSError as error:
             raise DataError(f"data worker {number} cannot be started: {error.strerror}") from error
         finally:

@@ -101,6 +101,10 @@ class Chunks(Sequence):
         self._fill(part, examples, _ENCODERS[self.form](examples, self.tokenizer, self.train_on, self.turns))
         return part
 
+    def sample_id(self, number: int) -> str:
+        """The id of a chunk's first example."""
+        return self.source[number * self.size]["id"]
+
     def _fill(self, part: Part, examples: Sequence[Example], encoded: Sequence[Sequence[Encoded]]) -> None:
         """Cut documents to the rows' length, and put them into arrays."""
         part.group = 2 if self.form in JUDGED else 1

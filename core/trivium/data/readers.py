@@ -8,7 +8,7 @@ import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -184,13 +184,12 @@ class Documents(Slices):
         self._starts, self._ends = array("q"), array("q")
         start = at = after_mark(self.held)
         size, said, ending = 0, False, 0
-        with open(self.held, "rb") as file:
+        with open(self.held, "rb", buffering=BLOCK) as file:
             file.seek(at)
-            while line := file.readline(BLOCK):
+            while line := (at == start and _first_lines(file)) or file.readline(BLOCK):
                 at += len(line)
                 before, ending = ending, line.endswith(b"\n") + line.endswith(b"\r\n")
-                size += (len(line) if line.isascii() else len(line.decode(errors="replace"))) - (ending == 2)
-                said = said or not line.isspace()
+                size, said = size + _characters(line), said or not line.isspace()
                 blank = len(line) == ending > 0 and size >= DOCUMENT
                 if said and (blank or (ending and size >= PATIENCE * DOCUMENT)):
                     self._starts.append(start)
@@ -206,6 +205,19 @@ class Documents(Slices):
     def __getitem__(self, row: int) -> str:
         text = self.text_at(row, self._starts[row], self._ends[row])
         return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _first_lines(file: BinaryIO) -> bytes:
+    """The whole lines in the next bytes that no document is cut in, since they are fewer than DOCUMENT."""
+    start, head = file.tell(), file.read(DOCUMENT - 1)
+    lines = head[: head.rfind(b"\n") + 1]
+    file.seek(start + len(lines))
+    return lines
+
+
+def _characters(lines: bytes) -> int:
+    """How many there are; a line's end is one."""
+    return (len(lines) if lines.isascii() else len(lines.decode(errors="replace"))) - lines.count(b"\r\n")
 
 
 class Sources(Rows):

@@ -14,14 +14,14 @@ import os
 import pickle
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from trivium.errors import DataError
+from trivium.registry import load
 
 LEAST = 1 << 14
 """Bytes from which an array of the data set is shared; smaller ones are copied."""
@@ -30,13 +30,16 @@ ALIGNED = 64
 
 class _Packer(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        if type(value) is Tensor and value.device.type == "cpu" and value.dtype is not torch.bfloat16:
-            return _tensor, (value.detach().numpy(),)
-        return NotImplemented
+        torch = sys.modules.get("torch")  # where nothing has loaded it, there are no tensors
+        if torch is None or type(value) is not torch.Tensor:
+            return NotImplemented
+        if value.device.type != "cpu" or value.dtype is torch.bfloat16:
+            return NotImplemented
+        return _tensor, (value.detach().numpy(),)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array)
+def _tensor(array: np.ndarray) -> Any:
+    return load("torch:from_numpy")(array)
 
 
 def pack(value: Any) -> list[memoryview]:

@@ -2,7 +2,8 @@
 
 It is started as a program of its own (neither forked from a process with threads and a GPU, nor importing the caller's
 main module), with signals blocked: Ctrl-C and SIGTERM are for training, which saves and then ends its workers. When
-training is gone, however it went, so is the worker, even if the data set hangs.
+training is gone, however it went, so is the worker, even if the data set hangs. It imports what its items need and no
+more: to make tokens of text takes a tenth of the time in which torch is loaded.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import struct
 from queue import Queue
 from threading import Event, Thread
 
-import torch
-
 from trivium.data.transfer import pack, receive, send, shared_value
 from trivium.errors import DataError, TriviumError
 
@@ -26,7 +25,6 @@ SLOT = 8
 def main(channel: int, alive: int, shared: int, parent: int) -> None:
     """Everything a worker does. channel, alive, shared: descriptors; alive is readable when the parent is gone."""
     Thread(target=_end_with, args=(alive, parent), daemon=True).start()
-    torch.set_num_threads(1)
     to = socket.socket(fileno=channel)
     number, items, ahead, start, size = receive(to, lambda: None)
     ready: Queue[list[memoryview]] = Queue(ahead)

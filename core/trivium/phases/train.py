@@ -251,22 +251,10 @@ def _from_data(
     precision: Precision, more: dict[str, Any],
 ) -> Ready:  # fmt: skip
     """Packed rows of a data set."""
-    config = this.config
+    config, length = this.config, this.config.batch.length
     model, objective = parts[:2]
-    length = config.batch.length
-    form = objective.reads
-
-    def table_of(split: Source) -> TokenTable:
-        with this.world.first():
-            return cached_table(split, tokenizer, length, form=form, **reading_of(objective))
-
-    table = table_of(source)
-    longest = length // table.group
-    if longest > model.context:
-        most = f"; {table.group} documents share a row, so {table.group * model.context} is the most"
-        raise ConfigError(
-            f"batch.length={length} is longer than the model's context of {model.context}{most * (table.group > 1)}"
-        )
+    table = _table_of(this, objective, source, tokenizer)
+    longest = _longest_document(length, model, table)
     sizes: dict[str, Any] = {"micro_size": config.batch.micro_size, "length": length, "pad_id": tokenizer.pad_id}
     place: dict[str, Any] = {"rank": this.world.share, "world": this.world.shares}
     mixture = source if isinstance(source, Mixture) else None
@@ -280,18 +268,57 @@ def _from_data(
     )  # fmt: skip
     tables = {"train": table}
     if config.validation.every_steps:
-        tables["validation"] = table_of(this.source("validation"))
+        tables["validation"] = _table_of(this, objective, this.source("validation"), tokenizer)
+    ask = _asking(this, companions, objective, model, tokenizer, precision, longest)
+    planned = config.trainer.max_steps * steps.size
+    ask(steps, planned)
+    validation = []
+    if "validation" in tables:
+        most = config.validation.max_rows
+        ask(StepDataset(tables["validation"], size=1, seed=0, batch=steps.batch, **sizes), most)
+        validation = validation_batches(tables["validation"], max_rows=most, batch=objective.batch, **sizes)
     models = {name: artifact for name, artifact in companions.items() if name != COLUMN}
+    loaded = {n: _companion(this, n, artifact, model, tokenizer, longest) for n, artifact in models.items()}
+    module = ObjectiveModule(*parts, companions=loaded, **more)
+    if config.batch.auto:
+        steps.micro_size = _micro_size(this, module, steps)
+        batch = dataclasses.replace(config.batch, auto=False, micro_size=steps.micro_size)
+        this.config = dataclasses.replace(config, batch=batch)
+    about = _about(this, steps, mixture, objective.unit, longest)
+    data = {name: t.fingerprint for name, t in tables.items()}
+    return Ready(module, steps, "chat" if table.talks else "text", data, about, validation,
+                 foresee=lambda num_steps: ask(steps, num_steps * steps.size, planned))  # fmt: skip
+
+
+def _table_of(this: Run, objective: Objective, source: Source, tokenizer: Tokenizer) -> TokenTable:
+    with this.world.first():
+        reading = reading_of(objective)
+        return cached_table(source, tokenizer, this.config.batch.length, form=objective.reads, **reading)
+
+
+def _longest_document(length: int, model: CausalLM, table: TokenTable) -> int:
+    """Tokens of the longest document that a row may hold. Raises ConfigError where the model cannot read it."""
+    if (longest := length // table.group) > model.context:
+        most = f"; {table.group} documents share a row, so {table.group * model.context} is the most"
+        raise ConfigError(
+            f"batch.length={length} is longer than the model's context of {model.context}{most * (table.group > 1)}"
+        )
+    return longest
+
+
+def _asking(
+    this: Run, companions: dict[str, Artifact], objective: Objective, model: CausalLM, tokenizer: Tokenizer,
+    precision: Precision, longest: int,
+) -> Callable[..., None]:  # fmt: skip
+    """A function that asks the reference, where there is one, about rows that are read."""
 
     def ask(split: StepDataset, count: int, known: int = 0) -> None:
-        """The reference, about the first `count` rows that are read; of the first `known` it is known."""
+        """About the first `count` rows; of the first `known` it is known."""
         if COLUMN not in companions:
             return
         rows = np.setdiff1d(split.first_rows(count), split.first_rows(known))
         if len(rows):
             reference = companions[COLUMN]
-            device = device_of(config.trainer.accelerator)
-
             with this.world.first():
                 note_reference(
                     objective,
@@ -300,27 +327,18 @@ def _from_data(
                     split,
                     rows,
                     precision,
-                    device,
+                    device_of(this.config.trainer.accelerator),
                 )
 
-    planned = config.trainer.max_steps * steps.size
-    ask(steps, planned)
-    if "validation" in tables:
-        held_out = StepDataset(tables["validation"], size=1, seed=0, batch=steps.batch, **sizes)
-        ask(held_out, config.validation.max_rows)
-    validation = []
-    if "validation" in tables:
-        rows = config.validation.max_rows
-        validation = validation_batches(tables["validation"], max_rows=rows, batch=objective.batch, **sizes)
-    loaded = {n: _companion(this, n, artifact, model, tokenizer, longest) for n, artifact in models.items()}
-    module = ObjectiveModule(*parts, companions=loaded, **more)
-    if config.batch.auto:
-        steps.micro_size = _micro_size(this, module, steps)
-        batch = dataclasses.replace(config.batch, auto=False, micro_size=steps.micro_size)
-        this.config = config = dataclasses.replace(config, batch=batch)
-    per_step = config.batch.size * length
+    return ask
+
+
+def _about(this: Run, steps: StepDataset, mixture: Mixture | None, unit: str, longest: int) -> str:
+    """What the run reads, for its header."""
+    config, table = this.config, steps.table
+    per_step = config.batch.size * config.batch.length
     epochs = per_step * config.trainer.max_steps * steps.utilisation / max(1, len(table.tokens))
-    units = f", {len(table.ids) // table.group:,} {objective.unit}s" if table.group > 1 else ""
+    units = f", {len(table.ids) // table.group:,} {unit}s" if table.group > 1 else ""
     about = (
         f"{config.trainer.max_steps} steps of {per_step:,} tokens ({epochs:.1f} epochs of {_count(len(table.tokens))}"
         f"{units}), rows {steps.utilisation:.1%} full"
@@ -332,9 +350,7 @@ def _from_data(
         about += f"; {forked_words(table.forked, table.forks)}"
     if table.truncated:
         about += f"; {table.truncated} documents cut at {longest} tokens, {table.lost_ends} of them without their end"
-    data = {name: t.fingerprint for name, t in tables.items()}
-    return Ready(module, steps, "chat" if table.talks else "text", data, about, validation,
-                 foresee=lambda num_steps: ask(steps, num_steps * steps.size, planned))  # fmt: skip
+    return about
 
 
 def _micro_size(this: Run, module: ObjectiveModule, steps: StepDataset) -> int:

@@ -39,6 +39,8 @@ from trivium.types import TokenBatch
 OWN_WEIGHTS = "training.safetensors"
 """The weights that training goes on from, where the model's are an average of them."""
 
+BEFORE_WORKERS = 4
+"""Steps whose data this process makes itself, so that training does not wait until its data workers have started."""
 FREE = ("trainer.max_steps",)
 """Guarded settings that may change at a resume; the change is announced, since the schedule stretches with it."""
 
@@ -204,6 +206,7 @@ def _train(
         timeout=config.trainer.loader_timeout,
         pin=trainer.strategy.root_device.type == "cuda",
         interrupted=lambda: job.world.size == 1 and watch.received is not None,  # several stop together
+        here=BEFORE_WORKERS,
     )
     try:
         trainer.fit(module, train_dataloaders=loader)
