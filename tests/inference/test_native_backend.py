@@ -367,3 +367,26 @@ def test_row_without_an_allowed_token_fails_alone(backend, expected):
             events[event.request_id].append(event)
     assert [(e.finish_reason, e.error) for e in events.pop("bad")] == [("error", "no token is allowed to come next")]
     assert ids_of(events) == {str(i): ids for i, (ids, _) in enumerate(expected)}
+
+
+class Upright(torch.nn.Module):
+    """A plugin's own block, which knows nothing of (B, C)."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, *args):
+        rows, length, _ = x.shape
+        return self.inner(x, *args).view(rows, length, -1)
+
+
+@torch.no_grad()
+def test_blocks_of_others_get_what_they_know(model):
+    """One token a row comes as (B, 1, C) to a block that does not say it takes (B, C); the answers are the same."""
+    other = Llama(CONFIG, VOCAB)
+    other.load_state_dict(model.state_dict())
+    other.blocks = torch.nn.ModuleList(Upright(block) for block in other.blocks)
+    asked = requests_of(max_tokens=12)
+    ours = ids_of(collect(NativeBackend(NativeConfig(), model), asked))
+    assert ids_of(collect(NativeBackend(NativeConfig(), other.eval()), asked)) == ours

@@ -35,6 +35,8 @@ class OffsetNorm(nn.Module):
 class Block(nn.Module):
     """x + norm(attention(norm x)), then x + norm(ffn(norm x))."""
 
+    flat: ClassVar[bool] = True
+
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         self.attn_norm, self.attn_post_norm = (OffsetNorm(config.dim, config.norm_eps) for _ in range(2))

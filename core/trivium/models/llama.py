@@ -21,7 +21,9 @@ from trivium.models.rope import rope_angles
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + ffn(norm x)."""
+    """x + attention(norm x), then x + ffn(norm x). flat: takes (B, C) of one token a row as well."""
+
+    flat: ClassVar[bool] = True
 
     def __init__(self, config: LlamaConfig, attention: Mapping[str, Any], ffn: nn.Module | None = None) -> None:
         """attention: options of Attention that the family has. ffn: in place of a gated feed-forward layer."""
@@ -113,7 +115,7 @@ class Llama(CausalLM):
         single = False
         if cache is not None and direct(x):
             masks = {window: additive(mask, cache.dtype) for window, mask in masks.items() if mask is not None}
-            single = x.shape[1] == 1
+            single = x.shape[1] == 1 and getattr(self.blocks[0], "flat", False)
             x = x[:, 0] if single else x
         for layer, window in zip(range(len(self.blocks)), self.windows, strict=False):
             x = self.block(layer, x, angles, masks[window], positions, cache=cache)
