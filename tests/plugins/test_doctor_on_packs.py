@@ -1,0 +1,41 @@
+"""The doctor on every shipped pack, in each phase that trains on it: nothing is found, so nothing is a false alarm."""
+
+import pytest
+
+from trivium.compose import options
+from trivium.phases.doctor import doctor
+from trivium.plugin import discover
+from trivium.schema import TRAINING_PHASES
+
+SAMPLED = ("books", "chat", "preferences", "code", "finance", "legal", "medical", "translate")
+"""Packs that ship a few examples of what they fetch; the others make theirs, or read them from this very Python."""
+MORE = {
+    "code/rlhf": ["data.run_code=true"],
+    "medical/sft": ["data.parts=[surgery,codes]"],  # definitions may not be shipped
+}
+OWN = ("files", "hub", "mixture")
+
+discover()
+CASES = [o for o in options("data") if o.partition("/")[2] in TRAINING_PHASES and o.partition("/")[0] not in OWN]
+
+
+def test_every_pack_is_asked():
+    assert {case.partition("/")[0] for case in CASES} == {*SAMPLED, "primer", "passkey", "reasoning", "summarise"}
+    assert len(CASES) >= 33
+
+
+@pytest.mark.slow  # three minutes in all
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_found_in_what_is_shipped(case, tmp_path_factory, monkeypatch, capsys):
+    """Rows of 2,048 tokens, so that with a vocabulary of 1,000 whole documents fit; all 35 rules, and what is told of
+    rows and tokens."""
+    if case.startswith("reasoning"):
+        pytest.importorskip("reasoning_gym", reason="NOT TESTED ON REASONING: pip install reasoning-gym")
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path_factory.getbasetemp() / "packs"))
+    domain, _, phase = case.partition("/")
+    settings = [f"phase={phase}", f"domain={domain}", "batch.length=2048", "tokenizer.vocab_size=1000"]
+    settings += ["data.sample=true"] * (domain in SAMPLED) + MORE.get(case, [])
+    code = doctor([*settings, "--show", "5", "--rules"])
+    told = capsys.readouterr().out
+    assert code == 0 and ", 0 broken" in told and told.rstrip().endswith(": clean"), told[-3000:]
+    assert told.count("\nexample ") >= 5
