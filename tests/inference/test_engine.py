@@ -168,6 +168,31 @@ def test_guesses_of_own_weights_follow_the_weights():
     assert accepted > 0.9 * drafted > 20
 
 
+def test_a_failing_guess_costs_no_answer(model, alone):
+    """The draft runs out of memory, say: answers go on without guesses, and a warning says so once."""
+    draft = model_of(seed=9)
+    backend = NativeBackend(NativeConfig(speculate="draft", draft="x", draft_rows=64), model, draft=draft)
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    draft.forward = broken
+    with pytest.warns(UserWarning, match="no tokens are guessed any more: out of memory"):
+        assert answers(backend, mixed()) == alone
+    assert idle(backend).drafted_tokens == 0
+
+
+def test_a_cache_can_be_written_with_gradients_on(model):
+    """As people do who call a model by hand and forget no_grad; and again without."""
+    tokens, places = torch.tensor([[3, 4, 5]]), torch.arange(3)[None]
+    cache = model.new_cache(1, 4)
+    first = model(tokens, places, cache=cache)
+    with torch.no_grad():
+        again = model(tokens, places, cache=model.new_cache(1, 4))
+        model(tokens[:, :1], torch.tensor([[3]]), cache=cache)
+    assert torch.allclose(first, again, atol=1e-5)
+
+
 def test_guesses_are_counted(model):
     """A greedy answer that repeats itself, by n-grams: drafted and accepted tokens add up to fewer passes."""
     passes = []

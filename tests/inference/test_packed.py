@@ -1,5 +1,7 @@
 """Weights of 16, 8 and 4 bits: what they are rounded to, that both ways of multiplying them agree, what it costs."""
 
+import json
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from trivium.models import adapters
 from trivium.models.config import (
     Gemma2Config,
     GPT2Config,
+    HFConfig,
     LlamaConfig,
     LoraConfig,
     MixtralConfig,
@@ -18,6 +21,7 @@ from trivium.models.config import (
 )
 from trivium.models.gemma2 import Gemma2
 from trivium.models.gpt2 import GPT2
+from trivium.models.hf import HuggingFace
 from trivium.models.llama import Llama
 from trivium.models.mixtral import Mixtral
 from trivium.models.packed import FEW, GROUP, Packed, _unhalved, packed, rounded
@@ -167,7 +171,25 @@ def test_adapters_are_merged_into_the_copy():
 def test_widths_that_no_group_fills_are_refused():
     model = Llama(LlamaConfig(dim=36, layers=1, heads=2, kv_heads=2, ffn_dim=40, context=8), 50)
     model.init_weights(seed=0)
-    with pytest.raises(BackendError, match="can be held as int4: inputs must be multiples of 32"):
+    with pytest.raises(BackendError, match="can be held as int4: inputs must be multiples of 32, outputs of 32"):
         packed(model, "int4")
     with pytest.raises(BackendError, match="'int3' are not known; there are bf16, int8, int4"):
         packed(model, "int3")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_models_that_do_not_mix_precisions_are_bf16_throughout(kind):
+    """transformers' own layers turn queries in fp32 beside values in bf16 if what they get is fp32, and fail."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, architectures=["LlamaForCausalLM"],
+    ).to_dict()  # fmt: skip
+    model = HuggingFace(HFConfig(settings=json.dumps(settings)), VOCAB)
+    model.init_weights(seed=1)
+    tokens = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    wanted, found = (logits_of(m.eval(), tokens).log_softmax(-1) for m in (model, packed(model, kind)))
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean().item() < {"bf16": 0.01, "int8": 0.05, "int4": 0.5}[kind]
+    backend = NativeBackend(NativeConfig(weights=kind), model)
+    events = collect(backend, [Request("a", (1, 2, 3), SamplingParams(max_tokens=5))])["a"]
+    assert [e.finish_reason for e in events] == [None] * 4 + ["length"]

@@ -81,10 +81,11 @@ class NativeConfig(BackendConfig):
             raise ConfigError(f"inference.weights={self.weights} is not same, bf16, int8 or int4")
         if self.draft_weights not in ("bf16", "int8", "int4"):
             raise ConfigError(f"inference.draft_weights={self.draft_weights} is not bf16, int8 or int4")
-        if self.speculate == "self" and self.draft_weights == self.weights:
+        bits = {"same": 32, "bf16": 16, "int8": 8, "int4": 4}
+        if self.speculate == "self" and bits[self.draft_weights] >= bits[self.weights]:
             raise ConfigError(
-                f"inference.speculate=self guesses with inference.draft_weights={self.draft_weights}, which are the "
-                "weights that answer; set fewer bits"
+                f"inference.speculate=self guesses with inference.draft_weights={self.draft_weights}, which must be of "
+                f"fewer bits than the weights that answer, inference.weights={self.weights}"
             )
 
 

@@ -35,14 +35,23 @@ class KVCache:
         """Slots S a row."""
         return self.keys.shape[3]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.keys.nbytes + self.values.nbytes
+
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, K, T, D) keys and values at (B, T) positions; return all slots of the layer, (B, K, S, D)."""
-        if self._layers is None:  # taken apart once, not in each layer
-            self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+        if torch.is_grad_enabled():  # such a view can be written to once
+            self._layers = None
+            held = self.keys[layer], self.values[layer]
+        else:  # taken apart once, not in each layer
+            self._layers = self._layers or list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+            held = self._layers[layer]
         if self._positions is not positions:
             rows = torch.arange(len(positions), device=positions.device)[:, None]
             self._positions, self._places = positions, positions[0] if len(positions) == 1 else (rows, positions)
-        held, places = self._layers[layer], self._places
+        places = self._places
         for slots, new in zip(held, (keys, values), strict=True):
             if isinstance(places, Tensor):
                 slots.index_copy_(2, places, self.encoded(new))

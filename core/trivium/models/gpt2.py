@@ -62,6 +62,7 @@ class GPT2(CausalLM):
     """Positions beyond the context have no embedding."""
 
     supports_packing: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
     hf_class: ClassVar[str] = "GPT2LMHeadModel"
     hf_prefix: ClassVar[str] = "transformer."  # the published files have none
     hf_buffers: ClassVar[tuple[str, ...]] = ("attn.bias", "attn.masked_bias")

@@ -54,6 +54,7 @@ class Llama(CausalLM):
     """The Llama family; weights and logits equal Hugging Face's to rounding (tests/equivalence)."""
 
     supports_packing: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
     tensor_plan: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("attn.q", "attn.k", "attn.v", "ffn.gate", "ffn.up"), "columns"),
         **dict.fromkeys(("attn.out", "ffn.down"), "rows"),

@@ -43,22 +43,22 @@ def packed(model: CausalLM, kind: str) -> CausalLM:
         adapters.merge(made)
         adapters.detach(made)
     on_cpu = next(made.parameters()).device.type == "cpu"
+    wide = on_cpu and made.mixes
+    made = made if wide else made.to(torch.bfloat16)
     if not on_cpu:
-        made = made.to(torch.bfloat16)
         if kind != "bf16":
             quantised = importlib.import_module("trivium.models.quantised")  # it needs bitsandbytes, and a second
             adapters.quantise(made, quantised.quantiser("nf4" if kind == "int4" else "int8", double=False))
     else:
         for module in list(made.modules()):
-            _pack_children(module, kind)
+            _pack_children(module, kind, wide)
         if not any(isinstance(module, Packed) and module.kind == kind for module in made.modules()):
-            raise BackendError(
-                f"no layer of this model can be held as {kind}: inputs must be multiples of {GROUP[kind]}"
-            )
+            sizes = f"inputs must be multiples of {GROUP[kind]}, outputs of 32"
+            raise BackendError(f"no layer of this model can be held as {kind}: {sizes}")
     return made
 
 
-def _pack_children(module: nn.Module, kind: str) -> None:
+def _pack_children(module: nn.Module, kind: str, wide: bool) -> None:
     """Put packed layers in place of a module's linear ones."""
     if isinstance(module, Attention):
         module.joined = together([module.q, module.k, module.v], kind)
@@ -67,7 +67,7 @@ def _pack_children(module: nn.Module, kind: str) -> None:
         module.gated = Gated(together([module.gate, module.up], kind), module.act)
         del module.gate, module.up
     for name, child in list(module.named_children()):
-        if type(child) is nn.Embedding:
+        if wide and type(child) is nn.Embedding:
             setattr(module, name, Wide(child.weight))
         if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear, Head):
             bits = "int8" if kind == "int4" and isinstance(child, Head) else kind  # of 4 it would be what costs most

@@ -33,6 +33,9 @@ class CausalLM(nn.Module, ABC):
     outputs are shared out) or "rows" (its inputs are, and the outputs summed). Where the module that holds a layer has
     a `width`, cuts fall on multiples of it: heads stay whole. Without a plan they cannot."""
 
+    mixes: ClassVar[bool] = False
+    """Whether linear layers may give bf16 while what blocks add to is fp32: copies for inference are like that then."""
+
     untrainable: str = ""
     """Why it cannot be trained, where it cannot."""
 

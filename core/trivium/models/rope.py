@@ -55,7 +55,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` in fewer operations, where nothing is trained: (B, H, T, D) -> the same."""
-    x = x.to(cos.dtype)
+    x = x.to(torch.promote_types(x.dtype, cos.dtype))
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 

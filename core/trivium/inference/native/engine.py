@@ -9,6 +9,7 @@ position and a query sees only slots up to its own, and is overwritten when its 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -90,10 +91,13 @@ class NativeBackend(Backend):
         return self.reader.new_cache(rows, length)
 
     def _room(self) -> int:
-        """Tokens whose keys and values a quarter of the free memory holds, but no more than can be used."""
-        one = self._new_cache(1, 1)
-        size = 2 * one.keys.numel() * one.keys.element_size()
-        return max(1, min(self.config.max_batch * self.model.context, free_bytes() // 4 // size))
+        """Tokens whose keys and values a quarter of the free memory holds, but no more than can be used. What a draft
+        model will hold of its own is not free."""
+        size, free = self._new_cache(1, 1).nbytes, free_bytes()
+        if isinstance(self._guesser, Draft):
+            draft = self._guesser.model
+            free -= self.config.draft_rows * draft.context * draft.new_cache(1, 1).nbytes
+        return max(1, min(self.config.max_batch * self.model.context, free // 4 // size))
 
     @property
     def reader(self) -> CausalLM:
@@ -190,6 +194,7 @@ class NativeBackend(Backend):
             self._made.memory.forget()
         self._state, self._copy = state, None
         if self.config.speculate == "self":
+            self._guesser = None  # its memory is free before the next is made
             self._guesser = self._own()
 
     def _count(self, **more: float) -> None:
@@ -236,7 +241,13 @@ class NativeBackend(Backend):
         if self._guesser is not None and len(rows) <= self.config.draft_rows:
             most = self.config.draft_tokens
             counts = [0 if row.constraint else min(most, row.most - len(row.ids) - 1) for row in rows]
-            self._guesser.guess(rows, counts)
+            try:
+                self._guesser.guess(rows, counts)
+            except Exception as error:  # a guess is never worth an answer
+                self._guesser = None
+                for row in rows:
+                    row.drafts = []
+                warnings.warn(f"no tokens are guessed any more: {error}", stacklevel=2)
 
     def _read(self, count: int, length: int) -> list[TokenEvent]:
         """The next `length` prompt tokens of each of the first `count` reading rows; of those then read, a token."""
