@@ -69,7 +69,9 @@ def main(megabytes: float) -> None:
         middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
         every = ", ".join(f"{r['seconds']:.2f}" for r in rounds)
         print(f"{megabytes:.0f} MB of text: {first['seconds']:.1f} s to the first step while nothing is cached,")
-        print(f"then {middle['seconds']:.2f} s ({every}), {middle['cpu']:.2f} s of CPU; imports {middle['imports']:.2f} s")
+        print(
+            f"then {middle['seconds']:.2f} s ({every}), {middle['cpu']:.2f} s of CPU; imports {middle['imports']:.2f} s"
+        )
 
 
 if __name__ == "__main__":
