@@ -328,15 +328,18 @@ class SessionStore:
     def keep_newest(self, most: int, owner: str) -> None:
         """Forget all responses of an owner but the newest `most`."""
         question = "SELECT id FROM responses WHERE owner = ? ORDER BY number DESC LIMIT -1 OFFSET ?"
-        if old := self._db.rows(question, owner, most):
-            with self._db.transaction() as db:
-                for (id,) in old:
-                    self._forget(db, id)
+        with self._db.transaction() as db:  # asked in here: another thread or process may forget the same ones
+            old = db.execute(question, (owner, most)).fetchall()
+            for (id,) in old:
+                self._forget(db, id)
 
     def _forget(self, db: sqlite3.Connection, id: str) -> None:
         """Remove it, and upwards from it all that neither has a name nor leads to what has."""
         db.execute("DELETE FROM responses WHERE id = ?", (id,))
-        session = self.turn(id).session
+        found = db.execute("SELECT session FROM turns WHERE id = ?", (id,)).fetchone()
+        if found is None:  # another was faster
+            return
+        (session,) = found
         turn: str | None = id
         needed = "SELECT 1 FROM responses WHERE id = ?1 UNION ALL SELECT 1 FROM turns WHERE parent = ?1"
         while turn is not None and not db.execute(needed, (turn,)).fetchone():
