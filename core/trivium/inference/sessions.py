@@ -15,6 +15,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -128,6 +129,7 @@ class SessionStore:
         self.file = path
         self._lock = threading.Lock()
         self._held: set[str] = set()
+        self._gone_on: Counter[str] = Counter()
         self._name = "the conversations in memory" if path is None else str(path)
 
         def refused(why: str) -> CheckpointError:
@@ -286,6 +288,10 @@ class SessionStore:
             raise SessionError(f"there is no turn {id!r} in {self._name}", "missing")
         return _turn(rows[0])
 
+    def has(self, id: str) -> bool:
+        """Whether there is such a turn."""
+        return bool(self._db.rows("SELECT 1 FROM turns WHERE id = ?", id))
+
     def turns(self, session: str) -> list[Turn]:
         """Every turn of a conversation, of all its branches, in the order they were kept."""
         return [_turn(row) for row in self._db.rows(f"{TURN} WHERE session = ? ORDER BY number", session)]
@@ -325,12 +331,27 @@ class SessionStore:
             self._forget(db, id)
         self._db.forget()
 
+    @contextmanager
+    def going_on(self, id: str) -> Iterator[None]:
+        """While the next answer to a response is made, `keep_newest` of this process spares it. `delete_response` does
+        not: who deletes means it."""
+        with self._lock:
+            self._gone_on[id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._gone_on[id] -= 1
+                self._gone_on += Counter()  # without those at 0
+
     def keep_newest(self, most: int, owner: str) -> None:
-        """Forget all responses of an owner but the newest `most`."""
+        """Forget all responses of an owner but the newest `most`, and those that are being gone on from."""
         question = "SELECT id FROM responses WHERE owner = ? ORDER BY number DESC LIMIT -1 OFFSET ?"
         with self._db.transaction() as db:  # asked in here: another thread or process may forget the same ones
-            old = db.execute(question, (owner, most)).fetchall()
-            for (id,) in old:
+            with self._lock:
+                spared = set(self._gone_on)
+            old = [id for (id,) in db.execute(question, (owner, most)) if id not in spared]
+            for id in old:
                 self._forget(db, id)
 
     def _forget(self, db: sqlite3.Connection, id: str) -> None:
