@@ -707,6 +707,10 @@ class Holding:
         self._begun = True
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Let go before that."""
         self._held.close()
 
 
@@ -830,6 +834,7 @@ class ResponseAnswer:
             if self.exchange.parent is None or self.service.store.has(self.exchange.parent):
                 raise
             return False
+        self.holding.end()  # the answer holds what it goes on from, by now
         self.service.store.keep_newest(self.service.limits.max_kept, self.job.owner)
         return True
 
