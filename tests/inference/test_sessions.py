@@ -291,6 +291,19 @@ def respond(store, id, parent=None, word="a"):
     store.append(session.id, parent, [user(f"q {word}")], [said(f"a {word}", id=id, body={"told": word})], session)
 
 
+def test_what_is_forgotten_for_its_age_is_in_no_file(tmp_path):
+    """Nor in the log of changes beside it; what is kept is."""
+    store = SessionStore(tmp_path / "s.sqlite")
+    for number in range(3):
+        respond(store, f"r{number}", word=f"secret{number}")
+    store.keep_newest(3, "")
+    written = b"".join(file.read_bytes() for file in tmp_path.glob("s.sqlite*") if file.is_file())
+    assert b"secret0" in written
+    store.keep_newest(1, "")
+    left = b"".join(file.read_bytes() for file in tmp_path.glob("s.sqlite*") if file.is_file())
+    assert [word in left for word in (b"secret0", b"secret1", b"secret2")] == [False, False, True]
+
+
 def test_threads_that_forget_the_oldest_responses_at_once_do_not_fail(store):
     """Each keeps a response and then forgets all but the newest 5, as a server does after every answer."""
     failed, together = [], threading.Barrier(8)

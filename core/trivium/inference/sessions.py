@@ -353,6 +353,8 @@ class SessionStore:
             old = [id for (id,) in db.execute(question, (owner, most)) if id not in spared]
             for id in old:
                 self._forget(db, id)
+        if old:
+            self._db.forget()
 
     def _forget(self, db: sqlite3.Connection, id: str) -> None:
         """Remove it, and upwards from it all that neither has a name nor leads to what has."""
