@@ -103,6 +103,10 @@ def test_half_a_character_becomes_a_question_mark(store):
     session = store.create(new_session("m", "t"))
     store.append(session.id, None, [user("a\ud800b\0c")])
     assert texts(store.turns(session.id)) == ["a?b\0c"]
+    for ask in (store.get, store.find, store.turn, store.response, lambda half: store.move(session.id, half)):
+        with pytest.raises(SessionError, match="holds half a character") as told:
+            ask("a\ud800")
+        assert told.value.status == 400
 
 
 def test_a_conversation_with_another_model_or_template_is_refused(store):

@@ -159,6 +159,7 @@ class SessionStore:
 
     def get(self, id: str, owner: str | None = None) -> Session:
         """A conversation by its id; owner: None for anybody's. Raises SessionError where there is none."""
+        _check_id(id)
         rows = self._db.rows("SELECT * FROM sessions WHERE id = ?1 AND owner = ifnull(?2, owner)", id, owner)
         if not rows:
             raise SessionError(f"there is no conversation {id!r} in {self._name}", "missing")
@@ -166,6 +167,7 @@ class SessionStore:
 
     def find(self, name: str) -> Session:
         """A conversation by its id, or by its title; of several the newest. Raises SessionError where there is none."""
+        _check_id(name)
         order = "id = ?1 DESC, kind, updated DESC"
         rows = self._db.rows(f"SELECT * FROM sessions WHERE id = ?1 OR title = ?1 ORDER BY {order} LIMIT 1", name)
         if not rows:
@@ -283,6 +285,7 @@ class SessionStore:
 
     def turn(self, id: str) -> Turn:
         """One turn. Raises SessionError where there is none."""
+        _check_id(id)
         rows = self._db.rows(f"{TURN} WHERE id = ?", id)
         if not rows:
             raise SessionError(f"there is no turn {id!r} in {self._name}", "missing")
@@ -316,6 +319,7 @@ class SessionStore:
 
     def response(self, id: str, owner: str | None = None) -> tuple[Turn, dict[str, Any]]:
         """An answer that was kept with a body, and that. Raises SessionError where there is none of that owner."""
+        _check_id(id)
         rows = self._db.rows("SELECT body FROM responses WHERE id = ?1 AND owner = ifnull(?2, owner)", id, owner)
         if not rows:
             raise SessionError(f"there is no response {id[:100]!r}", "missing")
@@ -420,6 +424,12 @@ TURN = "SELECT id, session, parent, role, text, ids, created, data, digest FROM 
 def clean(text: str) -> str:
     """Text without halves of characters, which JSON and terminals can bring and no file can hold."""
     return text.encode("utf-8", "replace").decode()
+
+
+def _check_id(id: str) -> None:
+    """Refuse what SQLite cannot be asked for."""
+    if clean(id) != id:
+        raise SessionError(f"{id[:100]!r} holds half a character, which no id and no title here does", "form")
 
 
 def _busy(session: str, who: str) -> SessionError:
