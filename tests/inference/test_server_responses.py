@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import threading
 import time
 
 import httpx
@@ -12,7 +13,7 @@ from tests.inference.serving import running, streamed, tokenizer_of
 
 from trivium.data.chat import Chat
 from trivium.errors import SessionError
-from trivium.inference.sessions import SessionStore
+from trivium.inference.sessions import RESPONSE, NewTurn, SessionStore, new_session
 
 FORM = {"name": "weather", "parameters": {"type": "object"}}
 TOOLS = [{"type": "function", "function": FORM}]
@@ -137,6 +138,66 @@ def test_the_oldest_are_forgotten():
         four = follow(server, three[1], "on")
         assert status(server, "GET", f"/v1/responses/{three[1]['id']}") == 404
         assert len(server.service.store.path(four["id"])) == 4, "what a later one goes on from stays"
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A server that keeps two responses."""
+    with running(sessions=SessionStore(tmp_path_factory.mktemp("narrow") / "s.sqlite"), max_kept=2) as one:
+        yield one
+
+
+def meanwhile(server, one, act, **more):
+    """The answer behind `one`, at whose second step `act` is done, from another thread than the engine's."""
+    step, count = server.backend.step, [0]
+
+    def first():
+        count[0] += 1
+        if count[0] == 2:
+            server.backend.step = step
+            acting = threading.Thread(target=act)
+            acting.start()
+            acting.join()
+        return step()
+
+    server.backend.step = first
+    try:
+        if more.get("stream"):
+            body = {"input": "on", "max_output_tokens": 5, "previous_response_id": one["id"]}
+            return streamed(server, "/v1/responses", body)[-1]["response"]
+        return follow(server, one, "on", **more)
+    finally:
+        server.backend.step = step
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_gone_on_from_is_not_forgotten_meanwhile(narrow, stream):
+    """Others are kept and `one` is the oldest; it goes when the answer is there."""
+    store, one = narrow.service.store, say(narrow, "hello")
+
+    def others():
+        for number in range(3):
+            session = new_session("m", "t", kind=RESPONSE)
+            answer = NewTurn("assistant", "a", [1], {}, f"{one['id']}-{number}", {})
+            store.append(session.id, None, [NewTurn("user", "q", [1])], [answer], session)
+            store.keep_newest(2, "")
+
+    two = meanwhile(narrow, one, others, stream=stream)
+    assert two["store"] is True and two["status"] in ("completed", "incomplete")
+    assert httpx.get(f"{narrow.url}/v1/responses/{two['id']}", trust_env=False).json() == two
+    assert len(store.path(two["id"])) == 4
+    say(narrow, "another")
+    assert status(narrow, "GET", f"/v1/responses/{one['id']}") == 404, "it is held no longer"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_question_was_deleted_is_sent_and_not_kept(narrow, stream):
+    store, one = narrow.service.store, say(narrow, "hello")
+    two = meanwhile(narrow, one, lambda: store.delete_response(one["id"]), stream=stream)
+    assert two["store"] is False and two["status"] in ("completed", "incomplete")
+    assert two["output"][0]["content"][0]["text"]
+    assert [status(narrow, "GET", f"/v1/responses/{r['id']}") for r in (one, two)] == [404, 404]
+    assert not store.has(one["id"]) and not store.has(two["id"])
 
 
 def test_responses_are_not_listed_as_conversations(tmp_path):

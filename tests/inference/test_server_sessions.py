@@ -36,6 +36,29 @@ def begun(server, **how):
     return server.post("/v1/sessions", how)["id"]
 
 
+def test_half_a_character_in_any_text_is_refused_or_replaced(server):
+    """JSON can name a lone surrogate, which SQLite and UTF-8 cannot hold."""
+    half, id = r'"\ud800"', begun(server)
+    asked = r'"messages": [{"role": "user", "content": "a"}]'
+    for path, body, code in (
+        (f"/v1/sessions/{id}", f'{{"head": {half}}}', 400),
+        (f"/v1/sessions/{id}", f'{{"title": {half}}}', 200),
+        ("/v1/sessions", f'{{"title": {half}, "system": {half}}}', 200),
+        ("/v1/chat/completions", f'{{"session": {half}, {asked}}}', 400),
+        ("/v1/chat/completions", f'{{"session": "{id}", "parent": {half}, {asked}}}', 400),
+        ("/v1/chat/completions", f'{{"session": "{id}", "user": {half}, {asked}}}', 400),
+        ("/v1/responses", f'{{"input": "a", "previous_response_id": {half}}}', 400),
+        ("/v1/responses", f'{{"input": "a", "metadata": {{"a": {half}}}}}', 400),
+        ("/v1/responses", f'{{"input": {half}}}', 400),
+    ):
+        head = {"content-type": "application/json"}
+        found = httpx.post(server.url + path, content=body, headers=head, timeout=60, trust_env=False)
+        assert found.status_code == code, (path, body, found.text)
+        if code == 400:
+            assert "\n" not in found.json()["error"]["message"]
+    assert server.store.get(id).title == "?"
+
+
 def test_a_kept_conversation_goes_on_with_the_ids_it_drew(server):
     id = begun(server)
     first = ask(server, id, "hello there", temperature=1.0, seed=3)

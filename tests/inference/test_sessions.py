@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trivium.errors import CheckpointError, SessionError
-from trivium.inference.sessions import NewTurn, SessionStore, new_session
+from trivium.inference.sessions import RESPONSE, NewTurn, SessionStore, new_session
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -103,6 +103,10 @@ def test_half_a_character_becomes_a_question_mark(store):
     session = store.create(new_session("m", "t"))
     store.append(session.id, None, [user("a\ud800b\0c")])
     assert texts(store.turns(session.id)) == ["a?b\0c"]
+    for ask in (store.get, store.find, store.turn, store.response, lambda half: store.move(session.id, half)):
+        with pytest.raises(SessionError, match="holds half a character") as told:
+            ask("a\ud800")
+        assert told.value.status == 400
 
 
 def test_a_conversation_with_another_model_or_template_is_refused(store):
@@ -280,3 +284,50 @@ def test_many_processes_may_make_the_file_at_once(tmp_path):
     children = [subprocess.Popen([sys.executable, "-c", program, tmp_path / "s"]) for _ in range(4)]
     assert [child.wait(timeout=120) for child in children] == [0] * 4
     assert len(SessionStore(tmp_path / "s").sessions()) == 4
+
+
+# ---- responses
+
+
+def respond(store, id, parent=None, word="a"):
+    """A response that is kept, in a conversation of its own or behind another."""
+    session = new_session("m", "t", kind=RESPONSE) if parent is None else store.get(store.turn(parent).session)
+    store.append(session.id, parent, [user(f"q {word}")], [said(f"a {word}", id=id, body={"told": word})], session)
+
+
+def test_what_is_forgotten_for_its_age_is_in_no_file(tmp_path):
+    """Nor in the log of changes beside it; what is kept is."""
+    store = SessionStore(tmp_path / "s.sqlite")
+    for number in range(3):
+        respond(store, f"r{number}", word=f"secret{number}")
+    store.keep_newest(3, "")
+    written = b"".join(file.read_bytes() for file in tmp_path.glob("s.sqlite*") if file.is_file())
+    assert b"secret0" in written
+    store.keep_newest(1, "")
+    left = b"".join(file.read_bytes() for file in tmp_path.glob("s.sqlite*") if file.is_file())
+    assert [word in left for word in (b"secret0", b"secret1", b"secret2")] == [False, False, True]
+
+
+def test_threads_that_forget_the_oldest_responses_at_once_do_not_fail(store):
+    """Each keeps a response and then forgets all but the newest 5, as a server does after every answer."""
+    failed, together = [], threading.Barrier(8)
+
+    def work(thread):
+        together.wait()
+        for number in range(20):
+            respond(store, f"{thread}-{number}")
+            try:
+                store.keep_newest(5, "")
+            except SessionError as error:
+                failed.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert store._db.rows("SELECT count(*) FROM responses") == [(5,)]
+    assert store._db.rows("SELECT count(*) FROM turns") == [(10,)]
+    with store._db.transaction() as db:
+        store._forget(db, "0-0")  # one that another forgot already

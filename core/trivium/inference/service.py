@@ -426,11 +426,18 @@ class Service:
                 context=self.engine.capabilities.context, wanted=wanted or self.served.sampling.max_tokens,
             )  # fmt: skip
 
-        exchange = await asyncio.to_thread(asking)
-        room = self.room(exchange.prompt_ids)
-        params = self.params(asked, wanted, room, json_schema=schema or forced)
-        job = await self.job("resp", asked, [exchange.prompt_ids], params, owner=owner)
-        return ResponseAnswer(self, asked, job, exchange, bool(forced))
+        held = ExitStack()
+        if earlier:
+            held.enter_context(self.store.going_on(earlier))
+        try:
+            exchange = await asyncio.to_thread(asking)
+            room = self.room(exchange.prompt_ids)
+            params = self.params(asked, wanted, room, json_schema=schema or forced)
+            job = await self.job("resp", asked, [exchange.prompt_ids], params, owner=owner)
+        except BaseException:
+            held.close()
+            raise
+        return ResponseAnswer(self, asked, job, exchange, bool(forced), held)
 
     def _continued(self, id: str, owner: str) -> tuple[Session, list[Turn]]:
         """The conversation of a response, and its turns up to that. Raises SessionError."""
@@ -681,6 +688,32 @@ class ChatAnswer:
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
 
+class Holding:
+    """What is held for an answer until the block is left in which it is read and kept, or until its job ends before
+    anybody began to read."""
+
+    def __init__(self, job: Job, held: ExitStack) -> None:
+        self._held, self._begun = held, False
+        done = job.done
+
+        def ended(counts: Counts) -> None:
+            if not self._begun:
+                held.close()
+            done(counts)
+
+        job.done = ended
+
+    def __enter__(self) -> None:
+        self._begun = True
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Let go before that."""
+        self._held.close()
+
+
 class KeptAnswer(ChatAnswer):
     """A ChatAnswer that is kept in its conversation when it is whole, before the last that is sent of it."""
 
@@ -688,25 +721,14 @@ class KeptAnswer(ChatAnswer):
         self, service: Service, asked: wire.ChatRequest, job: Job, exchange: Exchange, forced: bool, writing: ExitStack
     ) -> None:
         super().__init__(service, asked, job, exchange.messages, exchange.tools, forced)
-        self.exchange, self.writing, self._begun = exchange, writing, False
-        done = job.done
-
-        def ended(counts: Counts) -> None:
-            if not self._begun:
-                writing.close()
-            done(counts)
-
-        job.done = ended
+        self.exchange, self.holding = exchange, Holding(job, writing)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Choice, Piece, str, list[dict[str, Any]]]]:
         """As of any other; after the last one, the turn is kept."""
-        self._begun = True
-        try:
+        with self.holding:
             async for piece in super().pieces():
                 yield piece
             await asyncio.to_thread(self.exchange.commit, self._answers())
-        finally:
-            self.writing.close()
 
     def _answers(self) -> list[Answer]:
         job, seconds = self.job, self.job.reply.last - self.job.reply.began
@@ -777,9 +799,10 @@ class ResponseAnswer:
     """One request to /v1/responses: it is kept once it is whole, and only then."""
 
     def __init__(
-        self, service: Service, asked: wire.ResponseRequest, job: Job, exchange: Exchange, forced: bool
+        self, service: Service, asked: wire.ResponseRequest, job: Job, exchange: Exchange, forced: bool, held: ExitStack
     ) -> None:
         self.service, self.asked, self.job, self.exchange = service, asked, job, exchange
+        self.holding = Holding(job, held)
         self.reading = Reading(job, exchange.tools, forced, asked.parallel_tool_calls)
         self.item = f"msg_{uuid.uuid4().hex}"
 
@@ -799,19 +822,28 @@ class ResponseAnswer:
         if self.asked.store is not False:
             data = {"seconds": self.job.reply.last - self.job.reply.began}
             answer = Answer(choice.turn_ids(), choice.finish_reason, data, self.job.id, said, calls, body)
-            await asyncio.to_thread(self._keep, answer)
+            body = {**body, "store": await asyncio.to_thread(self._keep, answer)}
         self.service.record(self.job, choice, 0, self.exchange.messages, self.exchange.tools, self.asked.user)
         return body
 
-    def _keep(self, answer: Answer) -> None:
-        self.exchange.commit([answer])
+    def _keep(self, answer: Answer) -> bool:
+        """Whether it is kept: not where what it goes on from was deleted while it was made."""
+        try:
+            self.exchange.commit([answer])
+        except SessionError:
+            if self.exchange.parent is None or self.service.store.has(self.exchange.parent):
+                raise
+            return False
+        self.holding.end()  # the answer holds what it goes on from, by now
         self.service.store.keep_newest(self.service.limits.max_kept, self.job.owner)
+        return True
 
     async def whole(self) -> dict[str, Any]:
         """The response at once."""
-        async for _ in self.reading.pieces():
-            pass
-        return await self._finished()
+        with self.holding:
+            async for _ in self.reading.pieces():
+                pass
+            return await self._finished()
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """Events of the response as it is made, numbered. The message comes first, calls behind it."""
@@ -835,14 +867,15 @@ class ResponseAnswer:
         yield event("response.created", response=started)
         yield event("response.in_progress", response=started)
         try:
-            async for _, _, _, said, _ in self.reading.pieces():
-                if said and not opened:
-                    opened = True
-                    for one in opening():
-                        yield one
-                if said:
-                    yield event("response.output_text.delta", **at, delta=said, logprobs=[])
-            body = await self._finished()
+            with self.holding:
+                async for _, _, _, said, _ in self.reading.pieces():
+                    if said and not opened:
+                        opened = True
+                        for one in opening():
+                            yield one
+                    if said:
+                        yield event("response.output_text.delta", **at, delta=said, logprobs=[])
+                body = await self._finished()
         except TriviumError as error:
             failed = {"code": "server_error", "message": str(error)}
             yield event("response.failed", response=self._body("failed", error=failed))

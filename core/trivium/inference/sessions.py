@@ -15,6 +15,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -128,6 +129,7 @@ class SessionStore:
         self.file = path
         self._lock = threading.Lock()
         self._held: set[str] = set()
+        self._gone_on: Counter[str] = Counter()
         self._name = "the conversations in memory" if path is None else str(path)
 
         def refused(why: str) -> CheckpointError:
@@ -157,6 +159,7 @@ class SessionStore:
 
     def get(self, id: str, owner: str | None = None) -> Session:
         """A conversation by its id; owner: None for anybody's. Raises SessionError where there is none."""
+        _check_id(id)
         rows = self._db.rows("SELECT * FROM sessions WHERE id = ?1 AND owner = ifnull(?2, owner)", id, owner)
         if not rows:
             raise SessionError(f"there is no conversation {id!r} in {self._name}", "missing")
@@ -164,6 +167,7 @@ class SessionStore:
 
     def find(self, name: str) -> Session:
         """A conversation by its id, or by its title; of several the newest. Raises SessionError where there is none."""
+        _check_id(name)
         order = "id = ?1 DESC, kind, updated DESC"
         rows = self._db.rows(f"SELECT * FROM sessions WHERE id = ?1 OR title = ?1 ORDER BY {order} LIMIT 1", name)
         if not rows:
@@ -281,10 +285,15 @@ class SessionStore:
 
     def turn(self, id: str) -> Turn:
         """One turn. Raises SessionError where there is none."""
+        _check_id(id)
         rows = self._db.rows(f"{TURN} WHERE id = ?", id)
         if not rows:
             raise SessionError(f"there is no turn {id!r} in {self._name}", "missing")
         return _turn(rows[0])
+
+    def has(self, id: str) -> bool:
+        """Whether there is such a turn."""
+        return bool(self._db.rows("SELECT 1 FROM turns WHERE id = ?", id))
 
     def turns(self, session: str) -> list[Turn]:
         """Every turn of a conversation, of all its branches, in the order they were kept."""
@@ -310,6 +319,7 @@ class SessionStore:
 
     def response(self, id: str, owner: str | None = None) -> tuple[Turn, dict[str, Any]]:
         """An answer that was kept with a body, and that. Raises SessionError where there is none of that owner."""
+        _check_id(id)
         rows = self._db.rows("SELECT body FROM responses WHERE id = ?1 AND owner = ifnull(?2, owner)", id, owner)
         if not rows:
             raise SessionError(f"there is no response {id[:100]!r}", "missing")
@@ -325,18 +335,38 @@ class SessionStore:
             self._forget(db, id)
         self._db.forget()
 
+    @contextmanager
+    def going_on(self, id: str) -> Iterator[None]:
+        """While the next answer to a response is made, `keep_newest` of this process spares it. `delete_response` does
+        not: who deletes means it."""
+        with self._lock:
+            self._gone_on[id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._gone_on[id] -= 1
+                self._gone_on += Counter()  # without those at 0
+
     def keep_newest(self, most: int, owner: str) -> None:
-        """Forget all responses of an owner but the newest `most`."""
+        """Forget all responses of an owner but the newest `most`, and those that are being gone on from."""
         question = "SELECT id FROM responses WHERE owner = ? ORDER BY number DESC LIMIT -1 OFFSET ?"
-        if old := self._db.rows(question, owner, most):
-            with self._db.transaction() as db:
-                for (id,) in old:
-                    self._forget(db, id)
+        with self._db.transaction() as db:  # asked in here: another thread or process may forget the same ones
+            with self._lock:
+                spared = set(self._gone_on)
+            old = [id for (id,) in db.execute(question, (owner, most)) if id not in spared]
+            for id in old:
+                self._forget(db, id)
+        if old:
+            self._db.forget()
 
     def _forget(self, db: sqlite3.Connection, id: str) -> None:
         """Remove it, and upwards from it all that neither has a name nor leads to what has."""
         db.execute("DELETE FROM responses WHERE id = ?", (id,))
-        session = self.turn(id).session
+        found = db.execute("SELECT session FROM turns WHERE id = ?", (id,)).fetchone()
+        if found is None:  # another was faster
+            return
+        (session,) = found
         turn: str | None = id
         needed = "SELECT 1 FROM responses WHERE id = ?1 UNION ALL SELECT 1 FROM turns WHERE parent = ?1"
         while turn is not None and not db.execute(needed, (turn,)).fetchone():
@@ -394,6 +424,12 @@ TURN = "SELECT id, session, parent, role, text, ids, created, data, digest FROM 
 def clean(text: str) -> str:
     """Text without halves of characters, which JSON and terminals can bring and no file can hold."""
     return text.encode("utf-8", "replace").decode()
+
+
+def _check_id(id: str) -> None:
+    """Refuse what SQLite cannot be asked for."""
+    if clean(id) != id:
+        raise SessionError(f"{id[:100]!r} holds half a character, which no id and no title here does", "form")
 
 
 def _busy(session: str, who: str) -> SessionError:
