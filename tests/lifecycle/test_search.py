@@ -141,6 +141,25 @@ def test_damage_is_named_and_made_good(what, search, tmp_path):
     assert "damaged" not in search("query=an offer").out
 
 
+def test_an_index_is_never_taken_for_that_of_other_files(search, folder, tmp_path):
+    """What a kill between index and record leaves, and then the files as they were before: as many vectors, others."""
+    (folder / "rows.jsonl").unlink()
+    index = tmp_path / "runs/search-texts/index"
+    law = (folder / "law.txt").read_text()
+    (folder / "birds.md").write_text("the heron waits in the river\n")
+    search("query=the heron waits")
+    sound, record = sample(tmp_path)["passages"], (index / "INDEX.json").read_bytes()
+    (folder / "birds.md").write_text(law)
+    (folder / "law.txt").write_text("the heron waits in the river\n")
+    search("query=the heron waits")
+    (index / "INDEX.json").write_bytes(record)
+    (folder / "birds.md").write_text("the heron waits in the river\n")
+    (folder / "law.txt").write_text(law)
+    done = search("query=the heron waits")
+    assert sample(tmp_path)["passages"] == sound and sound[0]["file"] == "birds.md"
+    assert "index made" in done.out and "damaged" not in done.out
+
+
 def test_a_build_that_was_killed_goes_on(search, folder, encoder, fork, tmp_path):
     """kill -9 among 120 files: the next start embeds only those that were not done, and finds the same."""
     for i in range(120):
