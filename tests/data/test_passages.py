@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from trivium.data.config import FilesConfig
@@ -113,6 +115,53 @@ def test_bad_files_and_rows_may_be_left_out_and_are_counted(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text":\n')
     found, left_out = read(tmp_path / "b.jsonl", bad_rows="skip")
     assert [p.text for p in found] == ["a"] and left_out == {"not JSON": 1}
+
+
+PRETTY = '{\n "a": "the sea",\n "b": 2\n}\n'
+ODD = [
+    ("pretty.json", PRETTY, "sea", {}),
+    ("tsconfig.json", '{\n // the sea\n "a":1}\n', "sea", {}),
+    ("list.json", '["the sea", "b"]', "sea", {}),
+    ("value.json", '{"text": 5, "name": "sea"}', "sea", {}),
+    ("broken.json", '[{"text": "the sea"}, {"text":', "sea", {}),
+    ("none.json", "[]", None, {"empty files": 1}),
+    ("empty.jsonl", "", None, {"empty files": 1}),
+    ("blank.jsonl", "\n\n", None, {"empty files": 1}),
+    ("other.jsonl", '{"a": "sea"}\nno JSON\n', "no JSON", {}),
+    ("empty.csv", "", None, {"empty files": 1}),
+    ("ragged.csv", "a,b\nthe sea,2\n1,2,3\n", "1,2,3", {}),
+    ("ragged_text.csv", "text\na,b,sea\n", "sea", {}),
+    ("twice.csv", "a,a\nthe sea,2\n", "sea", {}),
+    ("broken.parquet", "no parquet", None, {"damaged files": 1}),
+    ("broken.arrow", "no arrow", None, {"damaged files": 1}),
+    ("broken.jsonl.gz", "no gzip", None, {"damaged files": 1}),
+    ("broken.txt.gz", "no gzip", None, {"damaged files": 1}),
+    ("other.parquet", pa.table({"a": [1], "b": ["x"]}), None, {"tables of unknown columns": 1}),
+    ("empty.parquet", pa.table({"text": pa.array([], pa.string())}), None, {"empty files": 1}),
+]
+
+
+@pytest.mark.parametrize("bad_rows", ["fail", "skip"])
+@pytest.mark.parametrize(("name", "content", "said", "gone"), ODD, ids=[odd[0] for odd in ODD])
+def test_an_odd_file_is_read_as_text_or_left_out_and_stops_nothing(name, content, said, gone, bad_rows, tmp_path):
+    path = tmp_path / name
+    path.write_text(content) if isinstance(content, str) else pq.write_table(content, path)
+    found, left_out = read(path, bad_rows=bad_rows)
+    assert left_out == gone
+    if said is None:
+        assert found == []
+    else:
+        assert said in found[-1].text and {p.unit for p in found} == {"line"}
+        assert "\n".join(p.text for p in found) == content.strip("\n")
+
+
+@pytest.mark.parametrize("name", ["pretty.json", "empty.jsonl", "broken.parquet", "other.parquet", "ragged_text.csv"])
+def test_a_chosen_column_is_never_guessed_past(name, tmp_path):
+    content = next(odd[1] for odd in ODD if odd[0] == name)
+    path = tmp_path / name
+    path.write_text(content) if isinstance(content, str) else pq.write_table(content, path)
+    with pytest.raises(DataError, match=name):
+        read(path, text_column="text")
 
 
 @pytest.mark.parametrize("made", ["empty", "binary", "missing", "none"])

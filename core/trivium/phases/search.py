@@ -83,6 +83,10 @@ def run_search(this: Run) -> int:
     return 0
 
 
+def _counted(gone: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(gone.items()))
+
+
 def _asked_in_terminal(this: Run, library: Library) -> list[dict[str, Any]]:
     terminal = Terminal(this.folder / "history")
     if not terminal.interactive:
@@ -146,7 +150,10 @@ class Library:
             found.append(entry)
             self.passages += [(file, passage) for passage in entry.passages]
         if not self.passages:
-            raise DataError(f"{self.data.path} has no text to find: {len(files):,} files, and no passage in them")
+            raise DataError(
+                f"{self.data.path} has no text to find: {len(files):,} files, and no passage in them"
+                + (f" (left out: {_counted(gone)})" if gone else "")
+            )
         vectors = np.concatenate([e.vectors for e in found])
         path, made_of, how = self.folder / "index.bin", digest_of([keys, self.settings.index]), "as it was"
         # the file itself says what it is of: one that was killed after writing it left the record of another
@@ -174,7 +181,7 @@ class Library:
         for name in damaged:
             say(f"{name}: what was kept of it is damaged, and was made anew")
         if gone:
-            say(f"left out: {', '.join(f'{n:,} {reason}' for reason, n in sorted(gone.items()))}")
+            say(f"left out: {_counted(gone)}")
         say(
             f"{len(vectors):,} passages of {len(files):,} files: {len(made):,} embedded, {len(files) - len(made):,} as "
             f"they were; index {how}"
