@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from trivium.data.converted import SMALL, check_room, check_size, converted
 from trivium.data.rows import RowError, Rows, UnreadableError
-from trivium.errors import DataError
 
 TOGETHER = 64
 """Rows that become Python objects at once: a row alone takes nearly as long."""

@@ -182,43 +182,39 @@ def _joined(neighbours: Sequence[Passage]) -> Passage:
     return Passage(neighbours[0].first, neighbours[-1].last, text)
 
 
-def _glued(pieces: Sequence[Passage]) -> Passage:
-    return replace(pieces[0], text="".join(p.text for p in pieces).strip(" "))
-
-
 def _halved(passage: Passage, most: int, count: Count) -> list[Passage]:
     """Pieces of a paragraph that is too long: as many lines as fit, then as many words, then as many characters."""
     lines = passage.text.split("\n")
-    if len(lines) > 1:
-        parts = [Passage(passage.first + i, passage.first + i, line) for i, line in enumerate(lines)]
-        join = _joined
-    else:
+    if len(lines) == 1:
         passage = replace(passage, text=passage.text.strip(" "))
         words = passage.text.split(" ")
-        pieces = [w + " " for w in words[:-1]] + words[-1:] if len(words) > 1 else list(passage.text)
-        parts = [replace(passage, text=piece) for piece in pieces]
-        join = _glued
+        pieces = [w + " " for w in words[:-1]] + words[-1:] if len(words) > 1 else passage.text
+    else:
+        pieces = lines
 
-    found = []
-    while parts:
-        taken = _most_that_fit(parts, join, most, count)
+    def joined(start: int, end: int) -> Passage:
+        if pieces is lines:
+            return Passage(passage.first + start, passage.first + end - 1, "\n".join(lines[start:end]))
+        return replace(passage, text="".join(pieces[start:end]).strip(" "))
+
+    found, start = [], 0
+    while start < len(pieces):
+        taken = _most_that_fit(joined, start, len(pieces), most, count)
         if taken:
-            found.append(join(parts[:taken]))
-        elif len(lines) > 1 or len(parts[0].text) > 1:
-            found += _halved(parts[0], most, count)
-        parts = parts[max(taken, 1) :]
+            found.append(joined(start, start + taken))
+        elif pieces is lines or len(pieces[start]) > 1:
+            found += _halved(joined(start, start + 1), most, count)
+        start += max(taken, 1)
     return [p for p in found if p.text.strip()]
 
 
-def _most_that_fit(
-    parts: Sequence[Passage], join: Callable[[Sequence[Passage]], Passage], most: int, count: Count
-) -> int:
-    """How many of the first parts together have `most` tokens at most: doubled until it is too many, then halved."""
-    low, high = 0, 1
-    while high <= len(parts) and count([join(parts[:high]).text])[0] <= most:
+def _most_that_fit(joined: Callable[[int, int], Passage], start: int, end: int, most: int, count: Count) -> int:
+    """How many pieces from `start` on together have `most` tokens at most: doubled until too many, then halved."""
+    low, high, left = 0, 1, end - start
+    while high <= left and count([joined(start, start + high).text])[0] <= most:
         low, high = high, 2 * high
-    high = min(high, len(parts) + 1)
+    high = min(high, left + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count([join(parts[:middle]).text])[0] <= most else (low, middle)
+        low, high = (middle, high) if count([joined(start, start + middle).text])[0] <= most else (low, middle)
     return low
