@@ -30,6 +30,7 @@ from trivium.inference.encoder import EncoderBackend
 from trivium.inference.index import Entry, VectorIndex, read_entry, write_entry
 from trivium.inference.protocol import Backend
 from trivium.inference.terminal import Terminal
+from trivium.lineage.figures import safe_text
 from trivium.lineage.manifest import digest_of
 from trivium.phases.run import Run
 from trivium.phases.speak import prompt_ids, speaking_model
@@ -298,10 +299,10 @@ def _told(this: Run, query: str, sources: Sequence[Source], answerer: Answerer |
     answer, shown = answerer.answer(query, sources)
     mine, none = cited(answer, len(shown))
     this.console.print()
-    this.console.print(Text(answer or "(the model said nothing)"), soft_wrap=True)
+    this.console.print(Text(safe_text(answer) or "(the model said nothing)"), soft_wrap=True)
     this.console.print()
     for i, source in enumerate(shown, 1):
-        this.console.print(Text(f"  [{i}] {source.place}{'  named' if i in mine else ''}"), soft_wrap=True)
+        this.console.print(Text(f"  [{i}] {safe_text(source.place)}{'  named' if i in mine else ''}"), soft_wrap=True)
     if none:
         numbers = ", ".join(map(str, none))
         this.say(f"warning: the answer names [{numbers}], and {len(shown)} passages were shown to the model")
@@ -315,7 +316,7 @@ def _show(this: Run, sources: Sequence[Source]) -> None:
     table.add_column("where", overflow="fold", ratio=2)
     table.add_column("passage", overflow="fold", ratio=5)
     for i, source in enumerate(sources, 1):
-        text = " ".join(source.passage.text.split())
+        text = safe_text(" ".join(source.passage.text.split()))
         text = text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
-        table.add_row(f"[{i}]".replace("[", r"\["), f"{source.score:.3f}", Text(source.place), Text(text))
+        table.add_row(f"[{i}]".replace("[", r"\["), f"{source.score:.3f}", Text(safe_text(source.place)), Text(text))
     this.console.print(table, soft_wrap=False)
