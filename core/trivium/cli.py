@@ -69,7 +69,8 @@ def spoken(action: Callable[[], int], *, debug: bool) -> int:
     except TriviumError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        # a message names files and quotes rows, whose control characters a terminal would obey
+        print(f"error: {load('trivium.lineage.figures:safe_text')(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import random
 import re
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from trivium.data.config import FilesConfig
-from trivium.data.passages import cut, files_to_search, passages_of
+from trivium.data.passages import Passage, _halved, cut, files_to_search, passages_of
 from trivium.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +57,70 @@ def test_a_long_line_is_cut_at_words_and_a_long_word_at_characters():
     assert "".join(p.text for p in found).replace(" ", "") == "a" + "x" * 95 + "b"
     assert max(words([p.text for p in found])) <= 30 and {p.first for p in found} == {1}
     assert cut(" \n\n \n", 5, words) == [] == cut("", 5, words)
+
+
+def halved_simply(passage, most, count):
+    """The same in quadratic time: one piece more until it is too many, and what is left copied each time."""
+    parts, first, found = passage.text.split("\n"), passage.first, []
+    by_line = len(parts) > 1
+    if not by_line:
+        parts = re.findall(" |[^ ]+ ?", passage.text.strip(" "))
+        parts = parts if len(parts) > 1 else list(passage.text.strip(" "))
+    while parts:
+        n = 0
+        texts = ("\n".join(parts[:i]) if by_line else "".join(parts[:i]).strip(" ") for i in range(1, len(parts) + 1))
+        said, fits = parts[0], ""
+        for text in texts:
+            if count([text])[0] > most:
+                break
+            n, fits = n + 1, text
+        whole = Passage(first, first + max(n - 1, 0) * by_line, fits if n else said)
+        if n:
+            found.append(whole)
+        elif by_line or len(said) > 1:
+            found += halved_simply(whole, most, count)
+        first, parts = first + max(n, 1) * by_line, parts[max(n, 1) :]
+    return [p for p in found if p.text.strip()]
+
+
+def test_what_is_too_long_is_cut_as_a_simple_slow_way_cuts_it():
+    """300 random texts of long and short lines, words, spaces and blanks."""
+    draw = random.Random(0)
+    for _ in range(300):
+        signs = draw.choices(["a", "b ", " ", "\n", "x" * 25, "é, "], [8, 8, 1, 2, 1, 2], k=draw.randint(1, 120))
+        text = "".join(signs)
+        lines = text.split("\n")
+        most, whole = draw.randint(3, 20), Passage(5, 4 + len(lines), text)
+        assert _halved(whole, most, words) == halved_simply(whole, most, words), (text, most)
+
+
+def test_a_line_without_spaces_is_looked_at_about_as_often_as_it_is_long():
+    """Eight times as long, at most nine times the characters looked at: the time and memory of a slice are of its own
+    length, so this is what it costs."""
+    looked = []
+
+    def quarters(texts):
+        looked.extend(map(len, texts))
+        return [(len(t) + 3) // 4 for t in texts]
+
+    costs = []
+    for size in (20_000, 160_000):
+        looked.clear()
+        found = cut("x" * size, 64, quarters)
+        assert [len(p.text) for p in found] == [256] * (size // 256) + [size % 256] * (size % 256 > 0)
+        costs.append(sum(looked))
+    assert costs[1] <= 9 * costs[0]
+
+
+def test_two_megabytes_in_a_line_take_little_memory():
+    text, quarters = "x" * 2_000_000, lambda texts: [(len(t) + 3) // 4 for t in texts]
+    tracemalloc.start()
+    try:
+        found = cut(text, 256, quarters)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 1954 and most < 40e6, f"{most / 1e6:.0f} MB"
 
 
 def test_rows_are_read_as_for_training_and_known_by_their_number(tmp_path):
@@ -113,6 +181,53 @@ def test_bad_files_and_rows_may_be_left_out_and_are_counted(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text":\n')
     found, left_out = read(tmp_path / "b.jsonl", bad_rows="skip")
     assert [p.text for p in found] == ["a"] and left_out == {"not JSON": 1}
+
+
+PRETTY = '{\n "a": "the sea",\n "b": 2\n}\n'
+ODD = [
+    ("pretty.json", PRETTY, "sea", {}),
+    ("tsconfig.json", '{\n // the sea\n "a":1}\n', "sea", {}),
+    ("list.json", '["the sea", "b"]', "sea", {}),
+    ("value.json", '{"text": 5, "name": "sea"}', "sea", {}),
+    ("broken.json", '[{"text": "the sea"}, {"text":', "sea", {}),
+    ("none.json", "[]", None, {"empty files": 1}),
+    ("empty.jsonl", "", None, {"empty files": 1}),
+    ("blank.jsonl", "\n\n", None, {"empty files": 1}),
+    ("other.jsonl", '{"a": "sea"}\nno JSON\n', "no JSON", {}),
+    ("empty.csv", "", None, {"empty files": 1}),
+    ("ragged.csv", "a,b\nthe sea,2\n1,2,3\n", "1,2,3", {}),
+    ("ragged_text.csv", "text\na,b,sea\n", "sea", {}),
+    ("twice.csv", "a,a\nthe sea,2\n", "sea", {}),
+    ("broken.parquet", "no parquet", None, {"damaged files": 1}),
+    ("broken.arrow", "no arrow", None, {"damaged files": 1}),
+    ("broken.jsonl.gz", "no gzip", None, {"damaged files": 1}),
+    ("broken.txt.gz", "no gzip", None, {"damaged files": 1}),
+    ("other.parquet", pa.table({"a": [1], "b": ["x"]}), None, {"tables of unknown columns": 1}),
+    ("empty.parquet", pa.table({"text": pa.array([], pa.string())}), None, {"empty files": 1}),
+]
+
+
+@pytest.mark.parametrize("bad_rows", ["fail", "skip"])
+@pytest.mark.parametrize(("name", "content", "said", "gone"), ODD, ids=[odd[0] for odd in ODD])
+def test_an_odd_file_is_read_as_text_or_left_out_and_stops_nothing(name, content, said, gone, bad_rows, tmp_path):
+    path = tmp_path / name
+    path.write_text(content) if isinstance(content, str) else pq.write_table(content, path)
+    found, left_out = read(path, bad_rows=bad_rows)
+    assert left_out == gone
+    if said is None:
+        assert found == []
+    else:
+        assert said in found[-1].text and {p.unit for p in found} == {"line"}
+        assert "\n".join(p.text for p in found) == content.strip("\n")
+
+
+@pytest.mark.parametrize("name", ["pretty.json", "empty.jsonl", "broken.parquet", "other.parquet", "ragged_text.csv"])
+def test_a_chosen_column_is_never_guessed_past(name, tmp_path):
+    content = next(odd[1] for odd in ODD if odd[0] == name)
+    path = tmp_path / name
+    path.write_text(content) if isinstance(content, str) else pq.write_table(content, path)
+    with pytest.raises(DataError, match=name):
+        read(path, text_column="text")
 
 
 @pytest.mark.parametrize("made", ["empty", "binary", "missing", "none"])

@@ -49,6 +49,27 @@ class TestEncoder(BackendContract):
         return self.backend, self.backend.capabilities().vocab_size
 
 
+@pytest.mark.parametrize("pad", [0, 1])
+def test_roberta_reads_fewer_tokens_than_it_has_positions(pad, tmp_path):
+    """Its positions begin behind that of padding: of 20, 19 or 18 are left, and one more token would have none."""
+    transformers = pytest.importorskip("transformers", reason="NOT TESTED: an encoder needs transformers")
+    folder = tiny_encoder(tmp_path / "roberta")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.RobertaConfig(vocab_size=200, max_position_embeddings=20, pad_token_id=pad, **sizes)
+    transformers.RobertaModel(config).save_pretrained(folder)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    del told["model_max_length"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    backend = encoder_of(folder)
+    assert backend.tokenizer.most == backend.capabilities().context == 20 - pad - 1
+    ids = backend.tokenizer.input_ids("the " * backend.tokenizer.room)
+    assert len(ids) == 20 - pad - 1 and backend.embed([ids]).isfinite().all()
+    with pytest.raises(ConfigError, match=f"max_length=20 is more than the {20 - pad - 1} tokens"):
+        encoder_of(folder, max_length=20)
+
+
 class TestRewardModel(BackendContract):
     """A model that scores is held to what such a one declares."""
 

@@ -61,15 +61,19 @@ def test_fewer_than_asked_for_are_all(vectors):
 def test_what_was_kept_comes_back_or_not_at_all(vectors, tmp_path):
     """Every 997th byte flipped in turn: never another answer, always None."""
     path, index = tmp_path / "index.bin", VectorIndex.of(vectors[:40], "exact", "cosine")
-    index.save(path)
-    loaded = VectorIndex.load(path, "cosine")
+    index.save(path, "of 40")
+    loaded = VectorIndex.load(path, "cosine", "of 40")
     assert loaded is not None and loaded.nearest(vectors[7], 5) == index.nearest(vectors[7], 5)
+    assert VectorIndex.load(path, "cosine", "of 41") is None and VectorIndex.load(path, "cosine", "of 4") is None
     entry = tmp_path / "entry.bin"
     passages = [Passage(1, 2, "é\nb"), Passage(3, 3, "c", "row")]
     write_entry(entry, Entry(passages, vectors[:2]))
     found = read_entry(entry, WIDTH)
     assert found is not None and found.passages == passages and np.array_equal(found.vectors, vectors[:2])
-    for file, load in ((path, lambda: VectorIndex.load(path, "cosine")), (entry, lambda: read_entry(entry, WIDTH))):
+    for file, load in (
+        (path, lambda: VectorIndex.load(path, "cosine", "of 40")),
+        (entry, lambda: read_entry(entry, WIDTH)),
+    ):
         sound = file.read_bytes()
         for at in range(0, len(sound), 997):
             file.write_bytes(sound[:at] + bytes([sound[at] ^ 4]) + sound[at + 1 :])

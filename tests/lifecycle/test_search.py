@@ -141,6 +141,45 @@ def test_damage_is_named_and_made_good(what, search, tmp_path):
     assert "damaged" not in search("query=an offer").out
 
 
+def test_an_index_is_never_taken_for_that_of_other_files(search, folder, tmp_path):
+    """What a kill between index and record leaves, and then the files as they were before: as many vectors, others."""
+    (folder / "rows.jsonl").unlink()
+    index = tmp_path / "runs/search-texts/index"
+    law = (folder / "law.txt").read_text()
+    (folder / "birds.md").write_text("the heron waits in the river\n")
+    search("query=the heron waits")
+    sound, record = sample(tmp_path)["passages"], (index / "INDEX.json").read_bytes()
+    (folder / "birds.md").write_text(law)
+    (folder / "law.txt").write_text("the heron waits in the river\n")
+    search("query=the heron waits")
+    (index / "INDEX.json").write_bytes(record)
+    (folder / "birds.md").write_text("the heron waits in the river\n")
+    (folder / "law.txt").write_text(law)
+    done = search("query=the heron waits")
+    assert sample(tmp_path)["passages"] == sound and sound[0]["file"] == "birds.md"
+    assert "index made" in done.out and "damaged" not in done.out
+
+
+def test_no_control_character_of_a_file_reaches_the_terminal(search, tmp_path):
+    """Of a passage, a name, a message and an error: title, clear screen and the same in C1."""
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b2J\x7f"
+    place = tmp_path / "evil"
+    place.mkdir()
+    (place / f"a{evil}.txt").write_text(f"the heron{evil} waits\tin the river\n")
+    done = search("query=the heron", data=place)
+    assert done.code == 0, done.err
+    assert not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", done.out + done.err)
+    assert "\\x1b" in done.out and sample(tmp_path, "search-evil")["passages"][0]["text"].count("\x1b") == 2
+    kept = next((tmp_path / "runs/search-evil/index/entries").iterdir())
+    kept.write_bytes(kept.read_bytes()[:-1])
+    damaged = search("query=the heron", data=place)
+    assert "is damaged" in damaged.out and "\x1b" not in damaged.out
+    (place / f"b{evil}.md").write_bytes(b"caf\xe9")
+    failed = search("query=the heron", data=place)
+    assert failed.code == 1 and "is not UTF-8" in failed.err
+    assert not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", failed.out + failed.err)
+
+
 def test_a_build_that_was_killed_goes_on(search, folder, encoder, fork, tmp_path):
     """kill -9 among 120 files: the next start embeds only those that were not done, and finds the same."""
     for i in range(120):

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trivium.data.converted import SMALL, check_room, check_size, converted
-from trivium.data.rows import RowError, Rows
-from trivium.errors import DataError
+from trivium.data.rows import RowError, Rows, UnreadableError
 
 TOGETHER = 64
 """Rows that become Python objects at once: a row alone takes nearly as long."""
@@ -89,7 +88,7 @@ def open_arrow(path: Path, max_chars: int, held: Path | None = None) -> ArrowRow
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return ArrowRows(path, max_chars, _batches(pa.py_buffer(mapping)), mapping)
     except BROKEN as error:
-        raise DataError(f"{path} cannot be read as arrow: {_first_line(error)}") from error
+        raise UnreadableError(f"{path} cannot be read as arrow: {_first_line(error)}") from error
 
 
 def _batches(buffer: pa.Buffer) -> list[pa.RecordBatch]:
@@ -121,7 +120,7 @@ def arrow_of_parquet(path: Path, held: Path, most: int) -> Path:
     try:
         return converted(held, "rows.arrow", write)
     except BROKEN as error:
-        raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
+        raise UnreadableError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
 
 
 def _in_groups(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:

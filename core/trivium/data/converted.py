@@ -16,7 +16,7 @@ from pathlib import Path
 
 import zstandard
 
-from trivium.data.rows import RowError
+from trivium.data.rows import RowError, UnreadableError
 from trivium.disk import alone, cache_folder, digest_file, make_folder, sweep, sync_file, sync_folder, write_pieces
 from trivium.errors import DataError
 
@@ -61,7 +61,7 @@ def unpacked(path: Path, most: int) -> Path:
     try:
         return converted(path, path.stem, write)
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path} is broken: it cannot be unpacked as {path.suffix} ({error})") from error
+        raise UnreadableError(f"{path} is broken: it cannot be unpacked as {path.suffix} ({error})") from error
 
 
 def _watched(path: Path, folder: Path, pieces: Iterator[tuple[bytes, int]], most: int) -> Iterator[bytes]:

@@ -14,12 +14,16 @@ from trivium.data.files import Files
 from trivium.data.find import find_files
 from trivium.data.packing import said_in
 from trivium.data.readers import Sources, kind_of
-from trivium.data.rows import RowError
+from trivium.data.rows import RowError, UnreadableError
 from trivium.disk import digest_file
 from trivium.errors import DataError
 
 VERSION = 1
 """Of how files are cut; raise it when others come of the same bytes."""
+
+MAYBE_TEXT = ("json", "jsonl", "csv")
+"""Kinds of rows whose names settings, manifests and lists have, too."""
+EMPTY, UNKNOWN = "empty files", "tables of unknown columns"
 
 Count = Callable[[Sequence[str]], list[int]]
 """Tokens of each text."""
@@ -63,40 +67,72 @@ def files_to_search(config: FilesConfig) -> tuple[list[FoundFile], Counter[str]]
 def passages_of(file: FoundFile, config: FilesConfig, most: int, count: Count) -> tuple[list[Passage], dict[str, int]]:
     """The passages of one file, none longer than `most` tokens, and how many of its rows were left out, by reason.
 
-    A file of rows is read as it is for training, each row for itself; if its columns are of no known schema, as lines
-    of text. Raises DataError naming file and row, or line.
+    A file of rows is read as it is for training, each row for itself. Where no setting says how to read its columns,
+    JSON and CSV without a row of a known schema are text; what is empty, damaged, or a table of other columns is left
+    out. Raises DataError naming file and row, or line.
     """
-    if kind_of(file.path) not in ("", "text") and (rows := _rows(file, config)) is not None:
-        source, left_out = rows
-        found = []
-        for i in range(len(source)):
-            example = source[i]
-            number = int(example["id"].rpartition(":")[2])
-            found += [replace(p, first=number, last=number, unit="row") for p in cut(said_in(example), most, count)]
-        return found, left_out
-    packed = file.path.suffix in PACKED
-    held = unpacked(file.path, int(config.max_unpacked_gb * 1e9)) if packed else file.path
-    sources = Sources(file.path, config.max_chars, [held])
+    kind, chosen = kind_of(file.path), config.schema != "auto" or config.columns or config.text_column
     try:
-        return cut(sources[0] or "", most, count), {}
+        packed = file.path.suffix in PACKED
+        held = unpacked(file.path, int(config.max_unpacked_gb * 1e9)) if packed else file.path
+        if kind not in ("", "text"):
+            if not held.stat().st_size and not chosen:
+                return [], {EMPTY: 1}
+            source = _rows(file, config)
+            if isinstance(source, str):
+                return [], {source: 1}
+            if source is not None:
+                return _passages_of_rows(source, most, count), dict(source.notes.get("skipped", {}))
+        text = Sources(file.path, config.max_chars, [held])[0] or ""
+        if not any(map(str.isalnum, text)) if kind in MAYBE_TEXT else not text:
+            return [], {EMPTY: 1}
+        return cut(text, most, count), {}
+    except UnreadableError:
+        if chosen:
+            raise
+        return [], {"damaged files": 1}
     except RowError as error:
         if config.bad_rows == "skip":
             return [], {error.reason: 1}
         raise DataError(f"{error}; data.bad_rows=skip leaves such files and rows out and counts them") from error
 
 
-def _rows(file: FoundFile, config: FilesConfig) -> tuple[Files, dict[str, int]] | None:
-    """A file's rows as examples; None of one that is text without known columns."""
+def _passages_of_rows(source: Files, most: int, count: Count) -> list[Passage]:
+    found = []
+    for i in range(len(source)):
+        example = source[i]
+        number = int(example["id"].rpartition(":")[2])
+        found += [replace(p, first=number, last=number, unit="row") for p in cut(said_in(example), most, count)]
+    return found
+
+
+def _rows(file: FoundFile, config: FilesConfig) -> Files | str | None:
+    """A file's rows as examples; None of one to read as text; of one to leave out, why."""
+    mine = replace(config, path=str(file.path), validation_path="", validation_share=0.0)
     try:
-        source = Files(replace(config, path=str(file.path), validation_path="", validation_share=0.0))
-    except RowError:
+        return Files(mine)
+    except UnreadableError:
         raise
     except DataError as error:
-        chosen = config.schema != "auto" or config.columns or config.text_column
-        if chosen or file.path.suffix not in (".json", ".jsonl", ".csv") or "has the columns" not in str(error):
+        if config.schema != "auto" or config.columns or config.text_column:
             raise
-        return None
-    return source, dict(source.notes.get("skipped", {}))
+        if kind_of(file.path) in MAYBE_TEXT:
+            if isinstance(error, RowError) and _has_rows(mine):
+                raise  # rows, and a bad one among them
+            return None
+        said = str(error)
+        reason = UNKNOWN if "has the columns" in said else EMPTY if said.endswith("has no rows") else ""
+        if not reason:
+            raise
+        return reason
+
+
+def _has_rows(config: FilesConfig) -> bool:
+    """Whether one row at least can be read."""
+    try:
+        return bool(len(Files(replace(config, bad_rows="skip"))))
+    except DataError:
+        return False
 
 
 def cut(text: str, most: int, count: Count) -> list[Passage]:
@@ -146,43 +182,39 @@ def _joined(neighbours: Sequence[Passage]) -> Passage:
     return Passage(neighbours[0].first, neighbours[-1].last, text)
 
 
-def _glued(pieces: Sequence[Passage]) -> Passage:
-    return replace(pieces[0], text="".join(p.text for p in pieces).strip(" "))
-
-
 def _halved(passage: Passage, most: int, count: Count) -> list[Passage]:
     """Pieces of a paragraph that is too long: as many lines as fit, then as many words, then as many characters."""
     lines = passage.text.split("\n")
-    if len(lines) > 1:
-        parts = [Passage(passage.first + i, passage.first + i, line) for i, line in enumerate(lines)]
-        join = _joined
-    else:
+    if len(lines) == 1:
         passage = replace(passage, text=passage.text.strip(" "))
         words = passage.text.split(" ")
-        pieces = [w + " " for w in words[:-1]] + words[-1:] if len(words) > 1 else list(passage.text)
-        parts = [replace(passage, text=piece) for piece in pieces]
-        join = _glued
+        pieces = [w + " " for w in words[:-1]] + words[-1:] if len(words) > 1 else passage.text
+    else:
+        pieces = lines
 
-    found = []
-    while parts:
-        taken = _most_that_fit(parts, join, most, count)
+    def joined(start: int, end: int) -> Passage:
+        if pieces is lines:
+            return Passage(passage.first + start, passage.first + end - 1, "\n".join(lines[start:end]))
+        return replace(passage, text="".join(pieces[start:end]).strip(" "))
+
+    found, start = [], 0
+    while start < len(pieces):
+        taken = _most_that_fit(joined, start, len(pieces), most, count)
         if taken:
-            found.append(join(parts[:taken]))
-        elif len(lines) > 1 or len(parts[0].text) > 1:
-            found += _halved(parts[0], most, count)
-        parts = parts[max(taken, 1) :]
+            found.append(joined(start, start + taken))
+        elif pieces is lines or len(pieces[start]) > 1:
+            found += _halved(joined(start, start + 1), most, count)
+        start += max(taken, 1)
     return [p for p in found if p.text.strip()]
 
 
-def _most_that_fit(
-    parts: Sequence[Passage], join: Callable[[Sequence[Passage]], Passage], most: int, count: Count
-) -> int:
-    """How many of the first parts together have `most` tokens at most: doubled until it is too many, then halved."""
-    low, high = 0, 1
-    while high <= len(parts) and count([join(parts[:high]).text])[0] <= most:
+def _most_that_fit(joined: Callable[[int, int], Passage], start: int, end: int, most: int, count: Count) -> int:
+    """How many pieces from `start` on together have `most` tokens at most: doubled until too many, then halved."""
+    low, high, left = 0, 1, end - start
+    while high <= left and count([joined(start, start + high).text])[0] <= most:
         low, high = high, 2 * high
-    high = min(high, len(parts) + 1)
+    high = min(high, left + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count([join(parts[:middle]).text])[0] <= most else (low, middle)
+        low, high = (middle, high) if count([joined(start, start + middle).text])[0] <= most else (low, middle)
     return low

@@ -26,6 +26,10 @@ class RowError(DataError):
         self.reason = reason
 
 
+class UnreadableError(DataError):
+    """A file that is not what its name says, or is damaged as a whole."""
+
+
 class Rows(ABC):
     """Rows by number, from 0. path: where the user has them; data.max_chars bounds each."""
 

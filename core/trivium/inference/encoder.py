@@ -125,7 +125,11 @@ class EncoderBackend(Backend):
 
     def _context(self) -> int:
         """Tokens of a text: max_length, else what the folder says, which a model's table of positions may bound."""
-        said, places = self.model.max_seq_length, getattr(self.model[0].auto_model.config, "max_position_embeddings", 0)
+        model = self.model[0].auto_model
+        said, places = self.model.max_seq_length, getattr(model.config, "max_position_embeddings", 0)
+        table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+        if (pad := getattr(table, "padding_idx", None)) is not None:  # RoBERTa counts positions from behind it
+            places -= pad + 1
         own = min((n for n in (said, places) if n and n > 0), default=0)
         if not own:
             raise ConfigError(f"{self.path} does not say how long a text may be; set the encoder's max_length")

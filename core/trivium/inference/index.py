@@ -93,17 +93,17 @@ class VectorIndex:
         pairs = zip(numbers[0].tolist(), scores[0].tolist(), strict=True)
         return [Hit(number, score) for number, score in pairs if number >= 0]
 
-    def save(self, path: Path) -> None:
-        """Keep it, with a digest that `load` checks."""
-        keep(path, _faiss().serialize_index(self._inner).tobytes())
+    def save(self, path: Path, made_of: str) -> None:
+        """Keep it, with a digest that `load` checks. made_of: says which vectors these are."""
+        keep(path, made_of.encode() + b"\n" + _faiss().serialize_index(self._inner).tobytes())
 
     @classmethod
-    def load(cls, path: Path, similarity: str) -> VectorIndex | None:
-        """What `save` kept; None if there is nothing, or if a byte of it has changed."""
-        content = kept(path)
-        if content is None:
+    def load(cls, path: Path, similarity: str, made_of: str) -> VectorIndex | None:
+        """What `save` kept; None if there is nothing, if a byte of it has changed, or if it is of other vectors."""
+        content, head = kept(path), made_of.encode() + b"\n"
+        if content is None or not content.startswith(head):
             return None
-        return cls(_faiss().deserialize_index(np.frombuffer(content, np.uint8)), similarity)
+        return cls(_faiss().deserialize_index(np.frombuffer(content, np.uint8, offset=len(head))), similarity)
 
 
 def _faiss() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -146,6 +147,19 @@ def _figure(read: Callable[[Stage], Any], show: Callable[[float], str]) -> Calla
 
 def _result(name: str) -> Callable[[Row], Cell | None]:
     return lambda row: MEASURES[name].cell(row.results.get(name), row.changes.get(name))
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""C0, C1 and delete, but for newline and tab: what terminals obey."""
+
+
+def safe_text(text: str) -> str:
+    """Somebody's text as a terminal may be given it: control characters as the escapes that name them.
+
+    >>> safe_text("a\x1b[2J\\tb")
+    'a\\\\x1b[2J\\tb'
+    """
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def count_text(number: float) -> str:

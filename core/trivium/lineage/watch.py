@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from trivium.errors import ConfigError
-from trivium.lineage.figures import count_text, memory_text, time_text, whole_text
+from trivium.lineage.figures import count_text, memory_text, safe_text, time_text, whole_text
 from trivium.lineage.manifest import read as read_manifest
 from trivium.lineage.progress import Progress
 from trivium.lineage.runs import as_dict, finite
@@ -134,7 +134,7 @@ class Frame:
         facts += [f"{count_text(parameters)} parameters" if parameters else ""]
         seconds = None if run.running else finite(manifest.get("seconds"))
         state = run.status + (f" after {time_text(seconds)}" if seconds is not None else "")
-        name = str(manifest.get("name") or run.folder.resolve().name)
+        name = safe_text(str(manifest.get("name") or run.folder.resolve().name))
         return Text.assemble(
             (name, "bold"), "  ", (state, COLOURS.get(run.status, "")), "  ", (" ".join(filter(None, facts)), "dim")
         )
@@ -199,7 +199,7 @@ class Frame:
     def sources(self) -> list[Text]:
         """The loss of each source."""
         found = self.run.group("loss/", "train/loss/")
-        shown = [(name, f"{value:.3f}") for name, value in found.items()]
+        shown = [(safe_text(name), f"{value:.3f}") for name, value in found.items()]
         return self.flow([("by source", ""), *shown]) if shown else []
 
     def notes(self) -> list[Text]:
@@ -209,7 +209,7 @@ class Frame:
             steps = "1 step was" if run.skipped == 1 else f"{run.skipped} steps were"
             made.append(Text(f"{steps} skipped: loss or gradient not usable", "yellow"))
         if run.manifest.get("error"):
-            made.append(Text(str(run.manifest["error"]).partition("\n")[0], "red"))
+            made.append(Text(safe_text(str(run.manifest["error"])).partition("\n")[0], "red"))
         quiet = run.silent_seconds
         usual = run.typical("step_seconds") or 0.0
         if run.running and run.recent and quiet is not None and quiet > max(QUIET_SECONDS, 10 * usual):

@@ -16,6 +16,7 @@ from trivium.compose import as_dict, as_yaml
 from trivium.data.source import Source
 from trivium.disk import append_file, make_folder, replace_file
 from trivium.errors import ConfigError
+from trivium.lineage.figures import safe_text
 from trivium.lineage.manifest import Manifest, digest_of, masked
 from trivium.lineage.manifest import read as read_manifest
 from trivium.phases.verified import verified_files, verified_rows
@@ -106,6 +107,7 @@ class Run:
         """A line under the phase's header, on the console and in log.txt."""
         if not self.world.is_first:
             return
+        text = safe_text(text)
         self.console.print(f"  {text}", highlight=False, markup=False)
         append_file(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {masked(text)}\n")
 

@@ -21,7 +21,7 @@ from trivium.data import passages as cutting
 from trivium.data.config import FilesConfig
 from trivium.data.passages import FoundFile, Passage, files_to_search, passages_of
 from trivium.data.tokenizer import Tokenizer
-from trivium.disk import make_folder, replace_json, sweep
+from trivium.disk import kept, make_folder, replace_json, sweep
 from trivium.errors import ConfigError, DataError
 from trivium.evaluation.generation import complete
 from trivium.inference import index as indexing
@@ -30,6 +30,7 @@ from trivium.inference.encoder import EncoderBackend
 from trivium.inference.index import Entry, VectorIndex, read_entry, write_entry
 from trivium.inference.protocol import Backend
 from trivium.inference.terminal import Terminal
+from trivium.lineage.figures import safe_text
 from trivium.lineage.manifest import digest_of
 from trivium.phases.run import Run
 from trivium.phases.speak import prompt_ids, speaking_model
@@ -83,6 +84,10 @@ def run_search(this: Run) -> int:
     return 0
 
 
+def _counted(gone: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(gone.items()))
+
+
 def _asked_in_terminal(this: Run, library: Library) -> list[dict[str, Any]]:
     terminal = Terminal(this.folder / "history")
     if not terminal.interactive:
@@ -121,7 +126,8 @@ class Library:
 
     def refresh(self) -> None:
         """Make the index that of the files as they are now: of a changed file alone is anything computed."""
-        say, known = self.this.say, self._known()
+        say = self.this.say
+        self._check_record()
         files, left_out = files_to_search(self.data)
         entries = make_folder(self.folder / "entries")
         sweep(entries)
@@ -145,16 +151,19 @@ class Library:
             found.append(entry)
             self.passages += [(file, passage) for passage in entry.passages]
         if not self.passages:
-            raise DataError(f"{self.data.path} has no text to find: {len(files):,} files, and no passage in them")
+            raise DataError(
+                f"{self.data.path} has no text to find: {len(files):,} files, and no passage in them"
+                + (f" (left out: {_counted(gone)})" if gone else "")
+            )
         vectors = np.concatenate([e.vectors for e in found])
-        how = "as it was" if known.get("keys") == keys and self._index_is(known) else "made"
-        path = self.folder / "index.bin"
-        index = VectorIndex.load(path, self.encoder.similarity) if how == "as it was" else None
-        if index is None and how == "as it was":
+        path, made_of, how = self.folder / "index.bin", digest_of([keys, self.settings.index]), "as it was"
+        # the file itself says what it is of: one that was killed after writing it left the record of another
+        index = VectorIndex.load(path, self.encoder.similarity, made_of)
+        if index is None and path.is_file() and kept(path) is None:
             damaged.append(path.name)
         if index is None or len(index) != len(vectors):
             index, how = VectorIndex.of(vectors, self.settings.index, self.encoder.similarity), "made"
-            index.save(path)
+            index.save(path, made_of)
         self.index = index
         encoder = {"path": self.settings.encoder.path, "sha256": self.encoder.sha256}
         names = {file.name: file.sha256 for file in files}
@@ -167,13 +176,13 @@ class Library:
             old.unlink()
         facts = {
             "files": names, "passages": len(vectors), "embedded": made, "damaged": damaged, "left_out": dict(gone),
-            "encoder": encoder, "rules": self.rules, "index": digest_of([keys, self.settings.index]),
+            "encoder": encoder, "rules": self.rules, "index": made_of,
         }  # fmt: skip
         self.this.manifest.update(search=facts)
         for name in damaged:
             say(f"{name}: what was kept of it is damaged, and was made anew")
         if gone:
-            say(f"left out: {', '.join(f'{n:,} {reason}' for reason, n in sorted(gone.items()))}")
+            say(f"left out: {_counted(gone)}")
         say(
             f"{len(vectors):,} passages of {len(files):,} files: {len(made):,} embedded, {len(files) - len(made):,} as "
             f"they were; index {how}"
@@ -183,14 +192,11 @@ class Library:
     def _source(self) -> str:
         return str(Path(self.data.path).expanduser().absolute())
 
-    def _index_is(self, known: dict[str, Any]) -> bool:
-        return known.get("kind") == self.settings.index
-
-    def _known(self) -> dict[str, Any]:
-        """What the folder's index is of. Raises ConfigError where that is another encoder's, or of other files."""
+    def _check_record(self) -> None:
+        """Raise ConfigError where the folder's index is another encoder's, or of other files."""
         path = self.folder / RECORD
         if not path.is_file():
-            return {}
+            return
         try:
             known = json.loads(path.read_bytes())
             theirs, source = known["encoder"], known["source"]
@@ -198,7 +204,7 @@ class Library:
         except (ValueError, KeyError, TypeError):
             self.this.say(f"{path} is damaged; the index is made anew")
             shutil.rmtree(self.folder)
-            return {}
+            return
         if sha256 != self.encoder.sha256:
             raise ConfigError(
                 f"{self.folder} is an index of the encoder {named} ({sha256[:10]}), whose vectors say nothing to "
@@ -209,7 +215,6 @@ class Library:
             raise ConfigError(
                 f"{self.folder} is an index of {source}, not of data.path={self.data.path}; choose another name="
             )
-        return known
 
     def _made(self, file: FoundFile) -> tuple[Entry, dict[str, int]]:
         tokenizer = self.encoder.tokenizer
@@ -294,10 +299,10 @@ def _told(this: Run, query: str, sources: Sequence[Source], answerer: Answerer |
     answer, shown = answerer.answer(query, sources)
     mine, none = cited(answer, len(shown))
     this.console.print()
-    this.console.print(Text(answer or "(the model said nothing)"), soft_wrap=True)
+    this.console.print(Text(safe_text(answer) or "(the model said nothing)"), soft_wrap=True)
     this.console.print()
     for i, source in enumerate(shown, 1):
-        this.console.print(Text(f"  [{i}] {source.place}{'  named' if i in mine else ''}"), soft_wrap=True)
+        this.console.print(Text(f"  [{i}] {safe_text(source.place)}{'  named' if i in mine else ''}"), soft_wrap=True)
     if none:
         numbers = ", ".join(map(str, none))
         this.say(f"warning: the answer names [{numbers}], and {len(shown)} passages were shown to the model")
@@ -311,7 +316,7 @@ def _show(this: Run, sources: Sequence[Source]) -> None:
     table.add_column("where", overflow="fold", ratio=2)
     table.add_column("passage", overflow="fold", ratio=5)
     for i, source in enumerate(sources, 1):
-        text = " ".join(source.passage.text.split())
+        text = safe_text(" ".join(source.passage.text.split()))
         text = text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
-        table.add_row(f"[{i}]".replace("[", r"\["), f"{source.score:.3f}", Text(source.place), Text(text))
+        table.add_row(f"[{i}]".replace("[", r"\["), f"{source.score:.3f}", Text(safe_text(source.place)), Text(text))
     this.console.print(table, soft_wrap=False)
