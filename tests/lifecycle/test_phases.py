@@ -410,9 +410,11 @@ def test_damaged_cached_reference_is_asked_again(main, preferring, cache, tmp_pa
     sound = newest.read_bytes()
     for number, bad in enumerate((sound[: len(sound) // 2], bytes([*sound[:-1], sound[-1] ^ 64]))):
         newest.write_bytes(bad)
-        assert main(*preferring(tmp_path, f"damaged{number}", *settings)).code == 0
+        done = main(*preferring(tmp_path, f"damaged{number}", *settings))
+        assert done.code == 0 and "asks the reference about" in done.out, done.err
         assert curve(tmp_path / f"damaged{number}") == curve(tmp_path / "whole")
         assert newest.read_bytes() == sound
+    assert "asks the reference" not in main(*preferring(tmp_path, "kept", *settings)).out  # nobody waits for it
 
 
 def test_first_losses_are_what_they_must_be(finished):

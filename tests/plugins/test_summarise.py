@@ -7,7 +7,7 @@ from trivium.testing.contracts import SourceContract
 from trivium_plugins.code.library import modules
 from trivium_plugins.summarise.config import SummariseConfig
 from trivium_plugins.summarise.functions import _functions
-from trivium_plugins.summarise.sections import manual, sections, titled, topics
+from trivium_plugins.summarise.sections import SAMPLE, few, manual, sections, titled, topics
 from trivium_plugins.summarise.source import Summarise
 
 pytest.importorskip("rouge_score", reason="NOT TESTED: pip install 'trivium-llm[text]'")
@@ -106,6 +106,15 @@ def test_splits_share_no_text():
     assert len(asked["train"]) > 300 and len(asked["test"]) > 15
 
 
+def test_the_sample_needs_no_network_and_has_every_split(monkeypatch):
+    """Of its 46 sections, as the hash of their text says: 39 to train, 2 to validate, 5 to test."""
+    monkeypatch.setattr("trivium_plugins.summarise.sections.fetch", None)  # whoever calls it fails
+    sizes = {s: len(summarise(parts=["manual"], sample=True, split=s)) for s in ("train", "validation", "test")}
+    assert sizes == {"train": 39, "validation": 2, "test": 5}
+    licence = (SAMPLE.parent / "LICENSES.md").read_text()
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in licence and "Copyright (c) 2001" in licence
+
+
 def test_pythons_help_topics_are_there():
     assert len(topics()) > 70 and "with" in topics()
 
@@ -117,4 +126,5 @@ def test_pythons_manual_has_sections():
     except DataError as error:
         pytest.skip(f"NOT TESTED ON THE MANUAL: {error}")
     assert len(documents) == 497
+    assert len(few()) == 5 and few().items() <= documents.items()
     assert len(list(titled(documents, 60))) > 1500

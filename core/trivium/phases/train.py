@@ -319,10 +319,15 @@ def _asking(
         rows = np.setdiff1d(split.first_rows(count), split.first_rows(known))
         if len(rows):
             reference = companions[COLUMN]
+
+            def awaited() -> Any:
+                this.say(f"asks the reference about {len(rows):,} rows before it reads them, and keeps what it says")
+                return _companion(this, COLUMN, reference, model, tokenizer, longest)
+
             with this.world.first():
                 note_reference(
                     objective,
-                    lambda: _companion(this, COLUMN, reference, model, tokenizer, longest),
+                    awaited,
                     reference.sha256 + _held_as(this) * _is_base(this, reference),
                     split,
                     rows,

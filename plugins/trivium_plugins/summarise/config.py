@@ -18,6 +18,7 @@ class SummariseConfig(SourceConfig):
     parts: list[str] = field(default_factory=lambda: ["functions", "topics"])  # manual is fetched (12.6 MB)
     max_words: int = 120  # of a section: the rest of it is not shown
     max_characters: int = 700  # of a function; longer ones are left out
+    sample: bool = False  # the five pages of the manual that ship with the framework, instead of all: no network
     measure: str = "rougeL"  # rougeL | chrF: what a summary is worth, against the one that is there
 
     def __post_init__(self) -> None:

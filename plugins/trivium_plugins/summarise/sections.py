@@ -7,6 +7,7 @@ import gzip
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 
 from trivium import DataError, FetchEntry, fetch, files_of
 from trivium_plugins.code.library import folder
@@ -23,6 +24,7 @@ CATALOGUE: Mapping[str, FetchEntry] = {
         pool="pool/main/p/python3.11/python3.11-doc_3.11.2-6+deb12u8_all.deb",
     )
 }
+SAMPLE = Path(__file__).with_name("data") / "manual"
 UNDERLINE = re.compile(r"([=\-~^\"'*#+`:.])\1{2,}\s*")
 ROLE = re.compile(r":[\w:+.-]+:`[~!]?([^`<]*?)(?:\s*<[^`]*>)?`")
 QUOTED = re.compile(r"``(.+?)``|`([^`<]+?)(?:\s*<[^`]*>)?`_{0,2}|\*\*(.+?)\*\*|(?<!\w)\*(\S(?:.*?\S)?)\*(?!\w)")
@@ -102,3 +104,8 @@ def manual() -> dict[str, str]:
         plain = gzip.decompress(content) if name.endswith(".gz") else content
         found[name.partition("_sources/")[2]] = plain.decode("utf-8", "replace")
     return found
+
+
+def few() -> dict[str, str]:
+    """The pages of `manual` that come with the pack."""
+    return {path.relative_to(SAMPLE).as_posix(): path.read_text("utf-8") for path in SAMPLE.rglob("*.rst.txt")}

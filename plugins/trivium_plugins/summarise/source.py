@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from trivium import MEASURES, DataError, Example, Score, Source, split_of
 from trivium_plugins.summarise.config import SummariseConfig
 from trivium_plugins.summarise.functions import said
-from trivium_plugins.summarise.sections import manual, titled, topics
+from trivium_plugins.summarise.sections import few, manual, titled, topics
 
 SHARES = (0.05, 0.1)
 """Of sections, for validation and test."""
@@ -37,7 +37,8 @@ class Summarise(Source):
             yield name, f"Say in one sentence what this Python function does.\n\n```python\n{code}\n```", sentence
 
     def _titles(self, part: str) -> Iterator[tuple[str, str, str]]:
-        for name, title, text in titled(topics() if part == "topics" else manual(), self.config.max_words):
+        documents = topics() if part == "topics" else few() if self.config.sample else manual()
+        for name, title, text in titled(documents, self.config.max_words):
             if split_of(text, *SHARES) == self.config.split:
                 yield name, f"Write the title of this section.\n\n{text}", title
 
