@@ -116,7 +116,8 @@ class Llama(CausalLM):
         single = False
         if cache is not None and direct(x):
             masks = {window: additive(mask, cache.dtype) for window, mask in masks.items() if mask is not None}
-            single = x.shape[1] == 1 and getattr(self.blocks[0], "flat", False)
+            ours = type(self).block is CausalLM.block and getattr(self.blocks[0], "flat", False)
+            single = ours and x.shape[1] == 1  # others' code may count on three dimensions
             x = x[:, 0] if single else x
         for layer, window in zip(range(len(self.blocks)), self.windows, strict=False):
             x = self.block(layer, x, angles, masks[window], positions, cache=cache)
