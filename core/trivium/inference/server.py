@@ -33,10 +33,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trivium.errors import ConfigError, TriviumError
 from trivium.inference import openai as wire
+from trivium.inference.answers import Counts
 from trivium.inference.feedback_routes import feedback_routes, owner_of
 from trivium.inference.loop import EngineFailure, EngineLoop, Overloaded
 from trivium.inference.openai import WireError
-from trivium.inference.service import DOWN, Counts, Service
+from trivium.inference.service import DOWN, Service
 from trivium.inference.session_routes import session_routes
 from trivium.schema import ServerConfig
 
