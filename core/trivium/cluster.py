@@ -8,6 +8,7 @@ again, continues the run.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -23,12 +24,8 @@ from trivium.disk import make_folder, write_file
 from trivium.errors import ConfigError, TriviumError
 from trivium.phases.start import run
 from trivium.plugin import discover, local_plugins, register_local
+from trivium.registry import load
 from trivium.schema import TRAINING_PHASES, RunConfig
-
-try:
-    import submitit  # type: ignore[reportMissingImports]
-except ModuleNotFoundError:
-    submitit = None
 
 SIGNAL = "USR1"
 
@@ -40,8 +37,7 @@ class Task:
     order: str
 
     def __call__(self) -> int:
-        assert submitit is not None
-        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        load("submitit.helpers:TorchDistributedEnvironment")().export(set_cuda_visible_devices=False, overwrite=True)
         order = json.loads(Path(self.order).read_text())
         register_local(order["plugins"])
         discover()
@@ -56,11 +52,7 @@ def submit(config: RunConfig, console: Console) -> int:
     """Submit a run; returns 0 once it is queued, or its exit code where launcher.wait=true."""
     if config.phase not in TRAINING_PHASES or config.pipeline.stages:
         raise ConfigError(f"launcher.kind={config.launcher.kind} is for one phase that trains; run the others here")
-    if submitit is None:
-        raise ConfigError(
-            f"launcher.kind={config.launcher.kind} needs a package that is not installed: "
-            "pip install 'trivium-llm[slurm]'"
-        )
+    submitit = _submitit(config.launcher.kind)
     if config.launcher.kind == "slurm" and shutil.which("sbatch") is None:
         raise ConfigError("launcher.kind=slurm: there is no sbatch on this machine; submit from a login node")
     folder = make_folder(Path(config.runs) / (config.name or f"{config.phase}-{config.domain}") / "jobs").absolute()
@@ -82,6 +74,16 @@ def submit(config: RunConfig, console: Console) -> int:
         return max(job.results())
     except Exception as error:  # submitit raises what the task raised, or that it was killed
         raise TriviumError(f"job {job.job_id} failed; see {job.paths.stderr}") from error
+
+
+def _submitit(kind: str) -> Any:
+    """Imported where it is needed only: it sets up logging anew when it is, which closes the handlers of others."""
+    try:
+        return importlib.import_module("submitit")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"launcher.kind={kind} needs a package that is not installed: pip install 'trivium-llm[slurm]'"
+        ) from error
 
 
 def parameters(config: RunConfig) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def of_phase(group, option):
         return ["phase=sft", "init_from=r"]
     if group == "domain":
         return [f"phase={next(p for p in PHASES if f'{option}/{p}' in options('data'))}"]
+    if (group, option) == ("phase", "search"):  # the one phase that the default domain has no data for
+        return ["domain=files"]
     if group == "data" and option in groups()[group]:
         return [f"phase={next(p for p in PHASES if p in groups()[group].load(option).phases)}"]
     if group != "objective":

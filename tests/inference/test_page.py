@@ -411,7 +411,7 @@ def test_conversations_are_listed_opened_and_deleted(browser, server):
 
 def test_a_conversation_with_another_model_goes_on_in_a_copy_only(browser, server):
     browser.say("hello")
-    with server.store._transaction() as db:
+    with server.store._db.transaction() as db:
         db.execute("UPDATE sessions SET model = 'other'")
     browser.open()
     browser.one(".session").click()

@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +68,12 @@ def test_refusals(main, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     said = main("phase=pretrain", "model=primer", "launcher.kind=slurm", f"runs={tmp_path}")
     assert said.code == 2 and "there is no sbatch on this machine" in said.err
+
+
+def test_a_run_that_asks_for_no_cluster_leaves_logging_alone():
+    """submitit sets up logging anew when it is imported, and closes what others have set up."""
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys, trivium.pipeline; print('submitit' in sys.modules)"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.stdout == "False\n", said.stderr
