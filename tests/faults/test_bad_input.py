@@ -48,7 +48,8 @@ def base(trained, tmp_path):
         (["optim.lrr=1"], "unknown option 'optim.lrr'"),
         (
             ["phase=teach"],
-            "unknown phase=teach. Did you mean search? Available: chat, distill, evaluate, export, feedback, generate, preference, ",
+            "unknown phase=teach. Did you mean search? Available: chat, distill, evaluate, export, feedback, generate, "
+            "preference, ",
         ),
         (["phase=pretrain", "model=gpt5"], "unknown model=gpt5."),
         (
