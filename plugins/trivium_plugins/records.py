@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trivium import ConfigError, DataError, Example, Source, SourceConfig, split_of
+
+
+LONGER = 1.2  # times the words of its opposite that what is said may have
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,24 @@ class RecordsConfig(SourceConfig):
         """Refuse an empty list, a part that is named twice, and one that there is not."""
         if not parts or len(set(parts)) < len(parts) or not set(parts) <= set(known):
             raise ConfigError(f"data.parts={list(parts)!r} must name some of {', '.join(known)}, each once")
+
+
+def crossed(records: Iterable[dict[str, Any]], said: Callable[[dict[str, Any]], str]) -> Iterator[dict[str, Any]]:
+    """Records two by two, what each says being the `wrong` one for the other; what is left over is left out.
+
+    Both say about as much: records are sorted by the words they say, those of one length by a hash, and neighbours are
+    two of a pair. And each text is once right and once wrong, so that whoever does not read what was asked gets exactly
+    half of them.
+    """
+
+    def place(record: dict[str, Any]) -> tuple[int, str]:
+        return len(said(record).split()), hashlib.sha256(record["id"].encode()).hexdigest()
+
+    told = sorted(records, key=place)
+    for one, other in zip(told[::2], told[1::2], strict=False):
+        if said(one).lower() != said(other).lower() and place(other)[0] <= LONGER * place(one)[0]:
+            yield {**one, "wrong": said(other)}
+            yield {**other, "wrong": said(one)}
 
 
 class Records(Source):

@@ -16,11 +16,12 @@ from trivium_plugins.chat.config import ChatConfig
 from trivium_plugins.chat.source import EMAIL, Chat, paired
 from trivium_plugins.preferences.config import PreferencesConfig
 from trivium_plugins.preferences.source import Preferences
+from trivium_plugins.preferences.source import paired as paired_words
 
 PACKS = [
     (Books, BooksConfig, ["holmes", "war_and_peace"]),
     (Chat, ChatConfig, ["conversations", "replies"]),
-    (Preferences, PreferencesConfig, ["senses"]),
+    (Preferences, PreferencesConfig, ["words", "senses"]),
 ]
 BY_NAME = pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack[0].__name__)
 
@@ -123,6 +124,24 @@ def test_who_does_not_read_the_conversation_is_right_in_half_of_the_pairs():
     for e in source.examples:
         assert len(e["chosen"]) == 4 and e["chosen"][:3] == e["rejected"][:3]
         assert [m["role"] for m in e["rejected"]] == ["user", "assistant"] * 2
+
+
+def test_two_words_of_a_class_have_each_others_gloss_for_the_wrong_one():
+    """Of four nouns of three words, sorted by SHA-256 of their names (b 3e23..., a ca97... ; c 2e7d..., d 18ac...): d and
+    c are neighbours, then b and a. A gloss of d is a sense of c too, so neither is asked of. The verb is alone."""
+    said = {"a": "a small dog", "b": "a big cat", "c": "a hot day", "d": "a cold night"}
+    nouns = [{"id": n, "word": n, "kind": "noun", "true": gloss, "wrong": "nothing"} for n, gloss in said.items()]
+    nouns[2]["wrong"] = said["d"]
+    found = list(paired_words([*nouns, {**nouns[0], "kind": "verb"}]))
+    assert {(r["id"], r["true"], r["wrong"]) for r in found} == {("a", said["a"], said["b"]), ("b", said["b"], said["a"])}
+
+
+def test_who_does_not_read_the_word_is_right_in_half_of_the_pairs():
+    """As above: 38 couples of words in the sample."""
+    source = Preferences(PreferencesConfig(parts=["words"], sample=True))
+    glosses = [(hash(e["chosen"][1]["content"]), hash(e["rejected"][1]["content"])) for e in source.examples]
+    assert len(glosses) == 76 and sum(chosen > rejected for chosen, rejected in glosses) == 38
+    assert all(e["chosen"][0] == e["rejected"][0] for e in source.examples)
 
 
 def test_six_novels_come_out_of_the_file_of_r():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +12,11 @@ from typing import Any, ClassVar
 from trivium import fetch
 from trivium_plugins.chat.catalogue import CATALOGUE
 from trivium_plugins.chat.config import ChatConfig
-from trivium_plugins.records import Records
+from trivium_plugins.records import Records, crossed
 
 EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
 TURNS = 4  # a conversation has at least so many, once messages of one speaker in a row are one
 WORDS = 4  # different ones in a reply at least: "haha yeah" answers everything
-LONGER = 1.2  # times the words of its opposite that a reply may have
 
 
 def read(part: str) -> Iterator[dict[str, Any]]:
@@ -36,23 +34,15 @@ def messages(turns: Sequence[str]) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(whole)]
 
 
+def fourth(record: dict[str, Any]) -> str:
+    """What is said last in the part `replies`."""
+    return record["turns"][3]
+
+
 def paired(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Conversations two by two, the fourth turn of each being the wrong one for the other: next-utterance selection.
-
-    After Lowe et al. 2015 (https://arxiv.org/abs/1506.08909), with two differences. The two replies are about as long:
-    conversations are sorted by the words of their fourth turn, those of one length by a hash, and neighbours are two of
-    a pair. And each of the two is once right and once wrong, so that whoever does not read what was said before gets
-    exactly half of them.
-    """
-
-    def place(record: dict[str, Any]) -> tuple[int, str]:
-        return len(record["turns"][3].split()), hashlib.sha256(record["id"].encode()).hexdigest()
-
-    told = sorted((r for r in records if len(set(r["turns"][3].lower().split())) >= WORDS), key=place)
-    for one, other in zip(told[::2], told[1::2], strict=False):
-        if one["turns"][3].lower() != other["turns"][3].lower() and place(other)[0] <= LONGER * place(one)[0]:
-            yield {**one, "wrong": other["turns"][3]}
-            yield {**other, "wrong": one["turns"][3]}
+    """Conversations two by two, the fourth turn of each being the wrong one for the other: next-utterance selection
+    (after Lowe et al. 2015, https://arxiv.org/abs/1506.08909)."""
+    return crossed((r for r in records if len(set(fourth(r).lower().split())) >= WORDS), fourth)
 
 
 def examples(part: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:

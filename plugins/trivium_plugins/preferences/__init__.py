@@ -1,4 +1,4 @@
-"""The true sense of a word against another sense of it (WordNet 3.0); fetched when first used."""
+"""The true gloss of a word against another one (WordNet 3.0); fetched when first used."""
 
 from trivium import Entry, Plugin
 
@@ -9,8 +9,8 @@ plugin = Plugin(
         "preferences": Entry(
             "trivium_plugins.preferences.source:Preferences",
             "trivium_plugins.preferences.config:PreferencesConfig",
-            help="the true sense of a word against another sense of it (WordNet 3.0)",
+            help="the true gloss of a word against another one (WordNet 3.0)",
         )
     },
-    help="the true sense of a word against another sense of it (WordNet 3.0)",
+    help="the true gloss of a word against another one (WordNet 3.0)",
 )

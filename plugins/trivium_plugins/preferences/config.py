@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 from trivium_plugins.records import RecordsConfig
 
-PARTS = ("senses",)
+PARTS = ("words", "senses")
 
 
 @dataclass(frozen=True)
 class PreferencesConfig(RecordsConfig):
     """Which parts are read, and from where."""
 
-    parts: list[str] = field(default_factory=lambda: ["senses"])  # in this order, each once
+    parts: list[str] = field(default_factory=lambda: ["words"])  # in this order, each once
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,16 +1,17 @@
-"""The source `preferences`: the true sense of a word against another sense of it (WordNet 3.0)."""
+"""The source `preferences`: the true gloss of a word against another one (WordNet 3.0)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trivium import fetch
 from trivium_plugins.preferences.catalogue import CATALOGUE
 from trivium_plugins.preferences.config import PreferencesConfig
-from trivium_plugins.records import Records
+from trivium_plugins.records import Records, crossed
 
 NAMES = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
@@ -39,10 +40,24 @@ def read(part: str) -> Iterator[dict[str, Any]]:
 
 
 def examples(part: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What does the word mean here? The true gloss is chosen, the other sense rejected."""
+    """What does the word mean here? The true gloss is chosen; another sense, or another word's gloss, rejected."""
     asked = {"role": "user", "content": f'What does the {record["kind"]} "{record["word"]}" mean in: {record["used"]}'}
     chosen, rejected = ([asked, {"role": "assistant", "content": record[side]}] for side in ("true", "wrong"))
-    yield {"id": record["id"], "task": record["kind"], "chosen": chosen, "rejected": rejected}
+    task = record["kind"] if part == "senses" else part
+    yield {"id": f"{part}/{record['id']}", "task": task, "chosen": chosen, "rejected": rejected}
+
+
+def paired(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Words of one class two by two, with each other's gloss; never one that is a sense of the word as well."""
+    classes: dict[str, list[dict[str, Any]]] = {}
+    senses: dict[str, set[str]] = {}
+    for record in records:
+        classes.setdefault(record["kind"], []).append(record)
+        senses.setdefault(record["word"], set()).update((record["true"], record["wrong"]))
+    pairs = chain.from_iterable(crossed(found, lambda record: record["true"]) for found in classes.values())
+    for one, other in zip(pairs, pairs, strict=True):
+        if one["wrong"] not in senses[one["word"]] and other["wrong"] not in senses[other["word"]]:
+            yield from (one, other)
 
 
 def content(record: dict[str, Any]) -> str:
@@ -59,6 +74,10 @@ class Preferences(Records):
 
     def read(self, part: str) -> Iterator[dict[str, Any]]:
         return read(part)
+
+    def records(self, part: str) -> Iterator[dict[str, Any]]:
+        found = super().records(part)  # of one split, so that both of a pair are
+        return paired(found) if part == "words" else found
 
     def made_of(self, part: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         return examples(part, record)
