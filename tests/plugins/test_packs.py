@@ -133,7 +133,10 @@ def test_two_words_of_a_class_have_each_others_gloss_for_the_wrong_one():
     nouns = [{"id": n, "word": n, "kind": "noun", "true": gloss, "wrong": "nothing"} for n, gloss in said.items()]
     nouns[2]["wrong"] = said["d"]
     found = list(paired_words([*nouns, {**nouns[0], "kind": "verb"}]))
-    assert {(r["id"], r["true"], r["wrong"]) for r in found} == {("a", said["a"], said["b"]), ("b", said["b"], said["a"])}
+    assert {(r["id"], r["true"], r["wrong"]) for r in found} == {
+        ("a", said["a"], said["b"]),
+        ("b", said["b"], said["a"]),
+    }
 
 
 def test_who_does_not_read_the_word_is_right_in_half_of_the_pairs():
