@@ -4,19 +4,23 @@
     python benchmarks/decoding.py                     # --rounds 3; --only one,many,prefix to choose
 
 one: a prompt of 100 tokens, 64 new ones, batch 1: tokens a second without the prompt's time, and what part of the
-memory bandwidth (of a plain sum, measured in the same round) reading the weights once a token comes to. guessing: the
-same answer, with guesses by the same weights in 4 bits. many: 16 prompts of 32 to 256 tokens that arrive a little
-apart, 64 new tokens each: requests a second; transformers answers them in batches of what has arrived. prefix: time
-to the first token of a prompt that begins with 512 tokens read before, against the same prompt read anew. Ways take
-turns; a ratio is of one round, the median of rounds is shown with the smallest and largest.
+memory bandwidth (of a plain sum, measured in the same round) reading the weights once a token comes to. compiled: with
+inference.compile=true. guessing: the same answer, with guesses by the same weights in 4 bits. many: 16 prompts of 32 to
+256 tokens that arrive a little apart, 64 new tokens each: requests a second; transformers answers them in batches of
+what has arrived. prefix: time to the first token of a prompt that begins with 512 tokens read before, against the same
+prompt read anew. Ways take turns; a ratio is of one round, the median of rounds is shown with the smallest and largest.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import json
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="one,many,prefix")
+    parser.add_argument("--llama", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.llama:
+        answer(asked.llama)
+        return
     model, tokenizer, path = load()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {asked.rounds} rounds")
     for name in asked.only.split(","):
@@ -121,10 +129,12 @@ def generated_seconds(made: Any, ids: tuple[int, ...]) -> float:
 def one(model: Any, tokenizer: Any, path: str, rounds: int) -> None:
     (ids,) = prompts(tokenizer, 1, 100, 100)
     ways: dict[str, Callable[[], float]] = {}
-    for kind in ("same", "bf16", "int8", "int4", "same, guessing", "bf16, guessing"):
-        weights, *guessing = kind.split(", ")
-        more = {"speculate": "self", "draft_weights": "int4"} if guessing else {}
-        backend = native(model, tokenizer, weights=weights, prefix_cache=False, **more)
+    kinds = ["same", "bf16", "int8", "int4", *(f"{kind}, compiled" for kind in ("fp32", "bf16", "int8", "int4"))]
+    kinds += ["same, guessing", "fp32, compiled, guessing", "bf16, compiled, guessing"]
+    for kind in kinds:
+        weights, *how = kind.split(", ")
+        more: dict[str, Any] = {"speculate": "self", "draft_weights": "int4"} if "guessing" in how else {}
+        backend = native(model, tokenizer, weights=weights, prefix_cache=False, compile="compiled" in how, **more)
         ways[kind] = lambda backend=backend: decode_seconds(backend, ids)
     for name, dtype in (("transformers fp32", torch.float32), ("transformers bf16", torch.bfloat16)):
         made = theirs(model, dtype)
@@ -136,22 +146,29 @@ def one(model: Any, tokenizer: Any, path: str, rounds: int) -> None:
             way()
         found = [{"bandwidth": bandwidth(), **{name: way() for name, way in ways.items()}} for _ in range(rounds)]
     size = sum(p.numel() for p in model.parameters())
-    held = {"same": 4, "bf16": 2, "int8": 1, "int4": 0.5}
+    held = {"same": 4, "fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}
     print(
         f"\nbatch 1, {NEW} tokens after a prompt of {len(ids)}: tokens a second (bandwidth "
         f"{statistics.median(f['bandwidth'] for f in found) / 1e9:.1f} GB/s)"
     )
     for name in ways:
         rate = statistics.median(NEW / f[name] for f in found)
-        part = [size * held[name] * NEW / f[name] / f["bandwidth"] for f in found] if name in held else []
-        print(f"  {name:20} {rate:6.1f}" + (f"   {statistics.median(part):.0%} of the bandwidth" if part else ""))
+        bytes_each = held.get(name.removesuffix(", compiled"), 0)
+        part = [size * bytes_each * NEW / f[name] / f["bandwidth"] for f in found] if bytes_each else []
+        print(f"  {name:25} {rate:6.1f}" + (f"   {statistics.median(part):.0%} of the bandwidth" if part else ""))
     for a, b in (
         ("same", "transformers fp32"),
-        ("bf16", "transformers bf16"),
+        ("fp32, compiled", "transformers fp32"),
         ("same, guessing", "transformers fp32"),
-        ("bf16, guessing", "transformers bf16"),
+        ("fp32, compiled, guessing", "transformers fp32"),
+        ("bf16", "transformers bf16"),
+        ("bf16, compiled", "transformers bf16"),
+        ("bf16, compiled, guessing", "transformers bf16"),
         ("int8", "bf16"),
+        ("int8, compiled", "bf16"),
+        ("int8, compiled", "bf16, compiled"),
         ("int4", "llama.cpp Q4_1"),
+        ("int4, compiled", "llama.cpp Q4_1"),
     ):
         if b in ways:
             show(f"{a} over {b}", [f[b] / f[a] for f in found])
@@ -238,32 +255,51 @@ def until_idle(backend: Any) -> None:
 
 
 class LlamaCpp:
-    """A server of llama.cpp over the file, asked for NEW tokens after a prompt; None where it is not installed."""
+    """A server of llama.cpp over the file, asked for NEW tokens after a prompt; None where it is not installed.
+
+    In a process of its own: its threads beside ours would be more than cores, and then OpenMP lets ours sleep.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def __enter__(self) -> Callable[[tuple[int, ...]], float] | None:
-        try:
-            found = importlib.import_module("xllamacpp")
-        except ImportError:
+        if importlib.util.find_spec("xllamacpp") is None:
             print("llama.cpp: not installed (pip install xllamacpp)")
             return None
-        params = found.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = self.path, 1024, 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        server = found.Server(params)
+        command = [sys.executable, __file__, "--llama", self.path]
+        self.process = subprocess.Popen(
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
 
         def ask(ids: tuple[int, ...]) -> float:
-            told = server.handle_completions(
-                {"prompt": list(ids), "n_predict": NEW + 1, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-            )
-            return NEW * told["timings"]["predicted_per_token_ms"] / 1000
+            assert self.process.stdin and self.process.stdout
+            print(json.dumps(ids), file=self.process.stdin, flush=True)
+            while not (line := self.process.stdout.readline()).startswith("took "):
+                assert line, "llama.cpp has ended"
+            return float(line.split()[1])
 
         return ask
 
     def __exit__(self, *_: object) -> None:
-        pass
+        if hasattr(self, "process"):
+            self.process.kill()
+            self.process.wait()
+
+
+def answer(path: str) -> None:
+    """What the process above does: a prompt a line, the seconds of NEW tokens a line."""
+    found = importlib.import_module("xllamacpp")
+    params = found.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = path, 1024, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = found.Server(params)
+    for line in sys.stdin:
+        told = server.handle_completions(
+            {"prompt": json.loads(line), "n_predict": NEW + 1, "temperature": 0, "ignore_eos": True,
+             "cache_prompt": False}
+        )  # fmt: skip
+        print("took", NEW * told["timings"]["predicted_per_token_ms"] / 1000, flush=True)
 
 
 def show(name: str, ratios: list[float]) -> None:

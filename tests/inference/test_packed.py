@@ -173,7 +173,7 @@ def test_widths_that_no_group_fills_are_refused():
     model.init_weights(seed=0)
     with pytest.raises(BackendError, match="can be held as int4: inputs must be multiples of 32, outputs of 32"):
         packed(model, "int4")
-    with pytest.raises(BackendError, match="'int3' are not known; there are bf16, int8, int4"):
+    with pytest.raises(BackendError, match="'int3' are not known; there are fp32, bf16, int8, int4"):
         packed(model, "int3")
 
 

@@ -1,16 +1,21 @@
 """phase=serve as a process: one line that says where it is, signals, and what it refuses to start with."""
 
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 from tests.inference.serving import sse
 
 from trivium.errors import ConfigError
+from trivium.inference.loop import aside
 from trivium.schema import ServerConfig
 
 
@@ -32,6 +37,42 @@ def serve(fork, tuned, tmp_path):
     for process in started:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
+
+
+HELPERS = """
+import os, time, torch
+from trivium.inference.loop import aside
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def compute():
+    return torch.ones(1 << 22).sum().item()
+
+torch.set_num_threads(2)
+before = threads()
+assert aside(compute) == 1 << 22
+end = time.monotonic() + 10
+while threads() > before and time.monotonic() < end:
+    time.sleep(0.01)
+beside = threads() - before
+compute()
+print(beside, threads() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="THREADS ARE NOT COUNTED HERE: no /proc")
+def test_what_computes_beside_the_engine_leaves_no_helpers_behind():
+    """OpenMP's, of which one too many makes each of the engine's operations wait. Computed here they stay: one."""
+    said = subprocess.run(
+        [sys.executable, "-c", HELPERS], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
+    assert said.stdout == "0 1\n", said.stderr
+
+
+def test_what_fails_aside_fails_here():
+    with pytest.raises(ZeroDivisionError):
+        aside(lambda: 1 // 0)
 
 
 LONG = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 30, "min_tokens": 30}

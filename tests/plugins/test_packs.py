@@ -127,8 +127,8 @@ def test_who_does_not_read_the_conversation_is_right_in_half_of_the_pairs():
 
 
 def test_two_words_of_a_class_have_each_others_gloss_for_the_wrong_one():
-    """Of four nouns of three words, sorted by SHA-256 of their names (b 3e23..., a ca97... ; c 2e7d..., d 18ac...): d and
-    c are neighbours, then b and a. A gloss of d is a sense of c too, so neither is asked of. The verb is alone."""
+    """Of four nouns of three words, sorted by SHA-256 of their names (d 18ac..., c 2e7d..., b 3e23..., a ca97...), d
+    and c are neighbours, then b and a. A gloss of d is a sense of c too, so neither is asked of. The verb is alone."""
     said = {"a": "a small dog", "b": "a big cat", "c": "a hot day", "d": "a cold night"}
     nouns = [{"id": n, "word": n, "kind": "noun", "true": gloss, "wrong": "nothing"} for n, gloss in said.items()]
     nouns[2]["wrong"] = said["d"]

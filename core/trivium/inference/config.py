@@ -57,7 +57,8 @@ class NativeConfig(BackendConfig):
     draft_tokens: int = 4  # guesses at a time
     draft_rows: int = 4  # guess while so many rows are decoded at most: with more, a pass has enough to do
     cache: str = "same"  # keys and values as the weights are, or int8: in a half or a quarter of the memory
-    weights: str = "same"  # the very ones being trained; or a copy made for speed: bf16, int8, int4
+    weights: str = "same"  # the very ones being trained; or a copy made for speed: fp32, bf16, int8, int4
+    compile: bool = False  # decode a single row through compiled blocks: some seconds at the start, and a C++ compiler
 
     def __post_init__(self) -> None:
         if self.speculate not in ("none", "ngram", "draft", "self"):
@@ -77,11 +78,16 @@ class NativeConfig(BackendConfig):
             raise ConfigError(f"inference.memory={self.memory} is not auto, slab or paged")
         if self.cache not in ("same", "int8"):
             raise ConfigError(f"inference.cache={self.cache} is not same or int8")
-        if self.weights not in ("same", "bf16", "int8", "int4"):
-            raise ConfigError(f"inference.weights={self.weights} is not same, bf16, int8 or int4")
+        if self.weights not in ("same", "fp32", "bf16", "int8", "int4"):
+            raise ConfigError(f"inference.weights={self.weights} is not same, fp32, bf16, int8 or int4")
+        if self.compile and (self.weights == "same" or self.cache != "same"):
+            raise ConfigError(
+                f"inference.compile=true is of a copy: set inference.weights=fp32, bf16, int8 or int4, and "
+                f"inference.cache=same; they are {self.weights} and {self.cache}"
+            )
         if self.draft_weights not in ("bf16", "int8", "int4"):
             raise ConfigError(f"inference.draft_weights={self.draft_weights} is not bf16, int8 or int4")
-        bits = {"same": 32, "bf16": 16, "int8": 8, "int4": 4}
+        bits = {"same": 32, "fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
         if self.speculate == "self" and bits[self.draft_weights] >= bits[self.weights]:
             raise ConfigError(
                 f"inference.speculate=self guesses with inference.draft_weights={self.draft_weights}, which must be of "

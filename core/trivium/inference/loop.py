@@ -25,6 +25,27 @@ BEAT = 0.5
 """Seconds between two signs of life of a thread that has nothing to do."""
 
 
+def aside(call: Callable[[], T]) -> T:
+    """What a call gives, made in a thread that then ends: for whatever computes beside an engine, loading it too.
+
+    OpenMP keeps helpers for each thread that ever computed, and with more of them than cores none waits awake for the
+    next operation: the engine, in its own thread, took up to twice as long for a token (LOG.md).
+    """
+    made: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(call())
+        except BaseException as error:
+            made.set_exception(error)
+
+    thread = threading.Thread(target=run, name="aside", daemon=True)  # Ctrl-C does not wait for it
+    thread.start()
+    result = made.result()
+    thread.join()
+    return result
+
+
 class Overloaded(TriviumError):
     """There is no room for another request now; later there may be."""
 

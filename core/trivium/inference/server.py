@@ -35,7 +35,7 @@ from trivium.errors import ConfigError, TriviumError
 from trivium.inference import openai as wire
 from trivium.inference.answers import Counts
 from trivium.inference.feedback_routes import feedback_routes, owner_of
-from trivium.inference.loop import EngineFailure, EngineLoop, Overloaded
+from trivium.inference.loop import EngineFailure, EngineLoop, Overloaded, aside
 from trivium.inference.openai import WireError
 from trivium.inference.service import DOWN, Service
 from trivium.inference.session_routes import session_routes
@@ -292,7 +292,7 @@ def create_app(service: Service, limits: ServerConfig, *, extra: Callable[[FastA
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.prepare)
+        await asyncio.to_thread(aside, service.prepare)
         service.engine.start()
         yield
         await service.engine.stop()

@@ -73,6 +73,15 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(rows, heads, length, width)
 
 
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, cap: float) -> Tensor:
+    """(B, K, G, D) queries of one token over (B, K, S, D) with an additive (B, 1, 1, S) mask, as sums in fp32 of which
+    torch.compile makes loops."""
+    scores = (q[..., None, :].float() * k[:, :, None].float()).sum(-1) * (scale or q.shape[-1] ** -0.5)
+    scores = cap * torch.tanh(scores / cap) if cap else scores
+    weights = torch.softmax(scores + mask, -1)
+    return (weights[..., None] * v[:, :, None].float()).sum(-2)
+
+
 class Attention(nn.Module):
     """Causal self-attention with H query heads over K shared key/value heads.
 
@@ -153,7 +162,9 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = turned(q, cos, sin).to(dtype), turned(k, cos, sin)
         k, v = cache.update(layer, k, v, positions)
-        if self.cap:
+        if torch.compiler.is_compiling():
+            out = attend_one(q.view(rows, k.shape[1], -1, self.width), k, v, mask, self.scale, self.cap)
+        elif self.cap:
             out = self._capped(q, k, v, mask)
         else:  # heads that share keys are queries of one head: see grouped_attention
             q = q.view(rows, k.shape[1], -1, self.width)

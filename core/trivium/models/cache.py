@@ -42,12 +42,7 @@ class KVCache:
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, K, T, D) keys and values at (B, T) positions; return all slots of the layer, (B, K, S, D)."""
-        if torch.is_grad_enabled():  # such a view can be written to once
-            self._layers = None
-            held = self.keys[layer], self.values[layer]
-        else:  # taken apart once, not in each layer
-            self._layers = self._layers or list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
-            held = self._layers[layer]
+        held = self.layer(layer)
         if self._positions is not positions:
             rows = torch.arange(len(positions), device=positions.device)[:, None]
             self._positions, self._places = positions, positions[0] if len(positions) == 1 else (rows, positions)
@@ -58,6 +53,14 @@ class KVCache:
             else:
                 slots[places[0], :, places[1]] = self.encoded(new).transpose(1, 2)
         return self.decoded(held[0]), self.decoded(held[1])
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Its keys and values, (B, K, S, D), to be written to as well."""
+        if torch.is_grad_enabled():  # such a view can be written to once
+            self._layers = None
+            return self.keys[layer], self.values[layer]
+        self._layers = self._layers or list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+        return self._layers[layer]  # taken apart once, not in each layer
 
     def encoded(self, new: Tensor) -> Tensor:
         """(..., D) keys or values as slots hold them."""

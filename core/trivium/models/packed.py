@@ -27,14 +27,17 @@ from trivium.models.protocol import CausalLM
 
 multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
 GROUP = {"int8": 64, "int4": 32}
-KINDS = ("bf16", "int8", "int4")
+KINDS = ("fp32", "bf16", "int8", "int4")
 FEW = {"int8": 8, "int4": 16}
 """Rows up to which reading fewer bits beats restoring them (LOG.md)."""
 
 
 @torch.no_grad()
-def packed(model: CausalLM, kind: str) -> CausalLM:
-    """A copy of `model` for inference. Adapters are merged into the copy. Raises BackendError for another kind."""
+def packed(model: CausalLM, kind: str, *, compiled: bool = False) -> CausalLM:
+    """A copy of `model` for inference. Adapters are merged into the copy. Raises BackendError for another kind.
+
+    compiled: single tokens go through compiled blocks, for which bf16 weights are held a second time.
+    """
     if kind not in KINDS:
         raise BackendError(f"weights of kind {kind!r} are not known; there are {', '.join(KINDS)}")
     made = copy.deepcopy(model).requires_grad_(False).eval()
@@ -44,17 +47,23 @@ def packed(model: CausalLM, kind: str) -> CausalLM:
         adapters.detach(made)
     on_cpu = next(made.parameters()).device.type == "cpu"
     wide = on_cpu and made.mixes
-    made = made if wide else made.to(torch.bfloat16)
+    made = made.float() if kind == "fp32" else made if wide else made.to(torch.bfloat16)
+    if compiled and not on_cpu:
+        raise BackendError("inference.compile=true is for CPUs; on a GPU leave it false")
     if not on_cpu:
-        if kind != "bf16":
+        if kind in GROUP:
             quantised = importlib.import_module("trivium.models.quantised")  # it needs bitsandbytes, and a second
             adapters.quantise(made, quantised.quantiser("nf4" if kind == "int4" else "int8", double=False))
     else:
         for module in list(made.modules()):
-            _pack_children(module, kind, wide)
+            _pack_children(module, kind, wide and kind != "fp32")
         if not any(isinstance(module, Packed) and module.kind == kind for module in made.modules()):
             sizes = f"inputs must be multiples of {GROUP[kind]}, outputs of 32"
             raise BackendError(f"no layer of this model can be held as {kind}: {sizes}")
+    if compiled:
+        for layer in [m for m in made.blocks.modules() if isinstance(m, Packed) and m.kind == "bf16"]:
+            layer.plain = layer.weight.to_dense()
+        importlib.import_module("trivium.models.compiled").compile_tokens(made)
     return made
 
 
@@ -87,16 +96,23 @@ class Wide(nn.Module):
 
 
 class Packed(nn.Module):
-    """A linear layer of (N, K) weights: rounds what it is given to bf16, and gives bf16. cap: as of Head."""
+    """A linear layer of (N, K) weights: rounds what it is given to bf16, and gives bf16 (fp32 where that is its kind).
+    cap: as of Head."""
+
+    plain: Tensor | None = None
+    """Of bf16: the weights in no kernel's own order, for compilation."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, cap: float = 0.0) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias, self.cap = None if bias is None else bias.detach().to(torch.bfloat16), cap
-        self.kind = kind
-        if kind != "bf16" and (self.in_features % GROUP[kind] or self.out_features % 32):
+        self.kind, self.cap = kind, cap
+        self.dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        if kind in GROUP and (self.in_features % GROUP[kind] or self.out_features % 32):
             self.kind = "bf16"
-        if self.kind == "bf16":
+        if self.kind == "fp32":
+            self.weight = weight.detach().float().contiguous()
+        elif self.kind == "bf16":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.bfloat16).contiguous(), 1)
         else:
             self.codes, self.scales, self.zeros = rounded(weight.float(), self.kind)
@@ -112,8 +128,10 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
-        if self.kind == "bf16":
+        if torch.compiler.is_compiling() and self.kind != "int4":
+            return self.streamed(x)
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
+        if self.kind in ("fp32", "bf16"):
             out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
             rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
@@ -124,6 +142,17 @@ class Packed(nn.Module):
                 out = F.linear(rows, self.restored())
             out = out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
             out = out if self.bias is None else out + self.bias
+        return self.cap * (out / self.cap).tanh() if self.cap else out
+
+    def streamed(self, x: Tensor) -> Tensor:
+        """(1, K) -> (1, N) in fp32, as sums of which torch.compile makes loops."""
+        if self.kind == "int8":
+            groups = self.codes.view(self.out_features, -1, GROUP["int8"]).float() * self.scales.float()[..., None]
+            out = (groups * x.float().view(-1, GROUP["int8"])).sum((-1, -2))[None]
+        else:
+            weight = self.weight if self.plain is None else self.plain
+            out = (weight.float() * x.float()).sum(-1)[None]
+        out = out if self.bias is None else out + self.bias.float()
         return self.cap * (out / self.cap).tanh() if self.cap else out
 
 

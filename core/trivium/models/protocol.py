@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +59,7 @@ class CausalLM(nn.Module, ABC):
         self.adapters: Any = None  # what models.adapters has put on it
         self.recompute = 0
         self._compiled: tuple[Any, ...] = ()
+        self.token: Callable[..., Tensor] | None = None  # what models.compiled has made of its blocks
 
     def add_score_head(self) -> None:
         """Make a reward model of it. The head starts at zero: no answer is better than another yet."""
@@ -76,6 +77,9 @@ class CausalLM(nn.Module, ABC):
         recompute = n: every n-th keeps none for the backward pass (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
         """
         if cache is not None:
+            x, angles, *more = args
+            if self.token is not None and x.dim() == 2 and len(x) == 1 and type(cache) is KVCache:
+                return self.token(self.blocks[layer], x, *angles, *more, *cache.layer(layer))
             return self.blocks[layer](*args, layer, cache)
         run = self._compiled[layer] if self._compiled else self.blocks[layer]
         if self.recompute and layer % self.recompute == 0 and torch.is_grad_enabled():

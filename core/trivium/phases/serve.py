@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from trivium.build import build_backend, build_encoder
 from trivium.errors import ConfigError
-from trivium.inference.loop import EngineLoop
+from trivium.inference.loop import EngineLoop, aside
 from trivium.phases.run import Run
 from trivium.phases.speak import feedback_store, session_store
 from trivium.registry import load
@@ -38,20 +39,24 @@ def run_serve(this: Run) -> int:
     limits = config.server
     store = None
     feedback = feedback_store(this)
-    server = load("trivium.inference.server:listen"), load("trivium.inference.server:serve")
-    sock = server[0](limits)
-    try:
+
+    def loaded() -> tuple[EngineLoop, tuple[Any, ...]]:
         if parent is None:
             backend = build_encoder(config.inference.config, config.trainer.accelerator, this.say)
             this.note_parent("encoder", config.inference.config.path, backend.sha256)
             about = (config.inference.config.path, backend.sha256, backend.tokenizer, "text")
         else:
-            model = parent.model(config.model)[0]
+            model = parent.model(config.model)[0].eval()
             backend = build_backend(config.inference, model, parent.tokenizer, config.trainer.accelerator)
             about = (config.init_from, parent.sha256, parent.tokenizer, parent.form)
+        return EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread), about
+
+    server = load("trivium.inference.server:listen"), load("trivium.inference.server:serve")
+    sock = server[0](limits)
+    try:
+        engine, about = aside(loaded)
         named, sha256, tokenizer, form = about
-        can = backend.capabilities()
-        engine = EngineLoop(backend, most=limits.max_requests, most_unread=limits.max_unread)
+        can = engine.capabilities
         served = load("trivium.inference.service:Served")(
             limits.model or Path(named).name, sha256, tokenizer,
             config.inference.config.sampling, config.system, int(time.time()), form,

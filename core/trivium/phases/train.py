@@ -38,6 +38,7 @@ from trivium.inference.conversation import sampling_params
 from trivium.inference.protocol import Backend
 from trivium.lineage.manifest import masked
 from trivium.models.adapters import has_adapter
+from trivium.models.compiled import check_compiler
 from trivium.models.protocol import CausalLM
 from trivium.models.sizes import DERIVED
 from trivium.models.weights import resize_vocabulary, weights_of
@@ -48,7 +49,6 @@ from trivium.phases.run import ASIDE, Run
 from trivium.phases.speak import prompt_ids
 from trivium.training.checkpoint import CheckpointStore, read_checkpoint_json
 from trivium.training.companions import COLUMN, AdapterOff, note_reference
-from trivium.training.compiler import check_compiler
 from trivium.training.objective_module import ObjectiveModule, StepSettings
 from trivium.training.precision import Precision, precision_of
 from trivium.training.probe import largest_micro_size
@@ -93,7 +93,7 @@ def run_training(this: Run) -> int:
     config = this.config
     objective = build_objective(config.objective, config.phase)
     if config.trainer.compile:
-        check_compiler(device_of(config.trainer.accelerator))
+        check_compiler(device_of(config.trainer.accelerator), "trainer.compile=true")
     companions = _companions(this, objective)
     source = this.source()
     source.expect(config.phase)

@@ -71,6 +71,8 @@ class NativeBackend(Backend):
             self._guesser = Draft(draft.eval())
         elif config.speculate == "self":
             self._guesser = self._own()
+        if config.compile:
+            self._copy = self.reader  # now, and not while the first request waits
 
     @property
     def scheduler(self) -> Scheduler:
@@ -105,7 +107,7 @@ class NativeBackend(Backend):
         if self.config.weights == "same":
             return self.model
         if self._copy is None:
-            self._copy = packed(self.model, self.config.weights)
+            self._copy = packed(self.model, self.config.weights, compiled=self.config.compile)
         return self._copy
 
     @property
@@ -235,7 +237,7 @@ class NativeBackend(Backend):
 
     def _own(self) -> Draft:
         """The model's own weights in fewer bits as its draft."""
-        return Draft(packed(self.model, self.config.draft_weights))
+        return Draft(packed(self.model, self.config.draft_weights, compiled=self.config.compile))
 
     def _guess(self, rows: list[Row]) -> None:
         if self._guesser is not None and len(rows) <= self.config.draft_rows:

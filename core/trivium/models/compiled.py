@@ -1,0 +1,123 @@
+"""What torch.compile does for models: whether it can work here, and a token of a single row as one piece of C++.
+
+Decoding on a CPU waits for memory, and for the some thirty operations of a block, each of which finds its caches cold.
+torch.compile makes one loop of several. Products of one row are written as sums there (`Packed.streamed`): its loops
+read weights faster than the kernels of libraries do for a single row (LOG.md). Blocks that are alike share one
+compilation. Each is compared with itself as it runs without: what a compiler makes is not taken on trust.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from trivium.errors import BackendError, ConfigError
+from trivium.models.cache import KVCache
+from trivium.models.protocol import CausalLM
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Of what a block adds, relative to its size. Rounding makes up to 1e-6, and 0.03 where activations are bf16."""
+
+
+def check_compiler(device: torch.device, option: str) -> None:
+    """Refuse `option` where compiled code could not be built: C++ for a CPU, Triton for a GPU. Raises ConfigError."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ConfigError(f"{option} needs the package triton on a GPU; install it, or leave it false")
+    named = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # as inductor does
+    if device.type == "cpu" and shutil.which(shlex.split(named)[0]) is None:
+        raise ConfigError(
+            f"{option} needs a C++ compiler, and there is no {named}; install one, name it in the environment variable "
+            "CXX, or leave it false"
+        )
+
+
+class Slots:
+    """A layer's part of a KVCache, for a single row."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.dtype = keys, values, keys.dtype
+
+    def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As KVCache's."""
+        self.keys.index_copy_(2, positions[0], keys.to(self.dtype))
+        self.values.index_copy_(2, positions[0], values.to(self.dtype))
+        return self.keys, self.values
+
+
+def _token(
+    block: nn.Module,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    return block(x, (cos, sin), mask, positions, 0, Slots(keys, values))
+
+
+@torch.no_grad()
+def compile_tokens(model: CausalLM) -> None:
+    """From now on a single token of a single row runs through compiled blocks. The model must not change any more.
+
+    Takes seconds. Raises BackendError for a model that cannot be, and where a compiled block computes something else,
+    ConfigError where there is no compiler.
+    """
+    if not getattr(model.blocks[0], "flat", False) or type(model).block is not CausalLM.block:
+        raise BackendError(f"inference.compile=true is for the Llama family, not for {type(model).__name__}")
+    check_compiler(model.embed.weight.device, "inference.compile=true")
+    alone = types.FunctionType(
+        _token.__code__.replace(co_name="token"), globals()
+    )  # a count of compilations of its own
+    run = torch.compile(alone, fullgraph=True)
+    try:
+        for length in (48, 80):
+            _prove(model, run, model.new_cache(1, length), length - 9)
+    except BackendError:
+        raise
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # type: ignore[reportAttributeAccessIssue]
+        told = str(error).strip().splitlines()
+        raise BackendError(
+            f"inference.compile=true: blocks of {type(model).__name__} cannot be compiled "
+            f"({told[0] if told else type(error).__name__}); set inference.compile=false"
+        ) from error
+    model.token = run
+
+
+def _prove(model: CausalLM, run: Callable[..., Tensor], cache: KVCache, length: int) -> None:
+    """Every block on random numbers, compiled and as it is."""
+    generator = torch.Generator().manual_seed(length)
+    for held in (cache.keys, cache.values):
+        held.copy_(torch.randn(held.shape, generator=generator))
+    given = torch.randn(1, model.embed.weight.shape[1], generator=generator)
+    inputs: list[tuple[Tensor, ...]] = []
+
+    def noted(block: nn.Module, x: Tensor, *more: Tensor) -> Tensor:
+        inputs.append(more)
+        return x
+
+    place = torch.tensor([[length // 2]])  # what lies in later slots must not be seen
+    model.token = noted
+    dtype = model(torch.zeros_like(place), place, cache=cache.part(slice(0, 1), length)).dtype
+    model.token = None
+    given, limit = given.to(dtype), TOLERANCE[cache.dtype]
+    for _, _, mask, _, keys, values in inputs:
+        for tensor, dim in ((mask, 3), (keys, 2), (values, 2)):  # of any length, 1 too: nothing is compiled again
+            torch._dynamo.decorators.mark_unbacked(tensor, dim)
+    for number, (block, more) in enumerate(zip(model.blocks, inputs, strict=True)):
+        found, wanted = (how(block, given, *more).float() - given.float() for how in (run, _token))
+        off = ((found - wanted).norm() / wanted.norm()).item()
+        if not off <= limit:
+            raise BackendError(
+                f"inference.compile=true: block {number} computes something else when it is compiled, off by {off:.2g} "
+                f"of its size where rounding explains {limit:g}; set inference.compile=false"
+            )

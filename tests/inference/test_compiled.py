@@ -1,0 +1,148 @@
+"""Single tokens through compiled blocks: the answers of the same weights uncompiled, and nothing compiled later."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from tests.inference.test_packed import SIZES, VOCAB, model_of
+from torch._dynamo.utils import counters
+
+from trivium.errors import BackendError, ConfigError
+from trivium.inference.config import NativeConfig
+from trivium.inference.native.engine import NativeBackend, collect
+from trivium.models import attention
+from trivium.models.config import LlamaConfig
+from trivium.models.llama import Llama
+from trivium.models.packed import packed
+from trivium.types import Request, SamplingParams
+
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="NO C++ COMPILER: torch.compile IS NOT TESTED HERE")
+PROMPTS = [tuple(range(3, 9)), tuple(range(40, 45)), (7,)]
+LONG = 600
+"""Slots, several times what a slab begins with."""
+
+
+def long_model(name="llama"):
+    model = model_of(name)
+    model.config = dataclasses.replace(model.config, context=LONG)
+    return model
+
+
+def answer(backend, prompt, new):
+    params = SamplingParams(max_tokens=new, min_tokens=new)
+    return collect(backend, [Request("a", prompt, params)])["a"]
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("name", "kind", "within"),
+    [
+        ("llama", "fp32", 1e-4), ("qwen2", "fp32", 1e-4), ("qwen3", "fp32", 1e-4), ("gemma2", "fp32", 1e-4),
+        ("llama", "bf16", 0.4), ("llama", "int8", 0.4), ("llama", "int4", 0.4), ("gemma2", "int8", 0.4),
+    ],
+)  # fmt: skip
+def test_the_same_weights_say_the_same(name, kind, within):
+    """Each token's log-probability is that of reading the whole answer without compiled blocks; fp32 gives the very
+    tokens besides. The slab of keys grows from 64 slots to 600 meanwhile, and nothing is compiled after the start."""
+    model = long_model(name)
+    plain, fast = (NativeBackend(NativeConfig(weights=kind, compile=c), model) for c in (False, True))
+    assert fast.reader.token is not None and plain.reader.token is None
+    counters.clear()
+    for prompt, new in zip(PROMPTS, (20, 80, LONG - 10), strict=True):
+        found = answer(fast, prompt, new)
+        scored = plain.score([*prompt, *(e.token_id for e in found)])[len(prompt) - 1 :]
+        off = [abs(e.logprob - other) for e, other in zip(found, scored, strict=True)]
+        assert max(off) < within and sum(off) / len(off) < within / 10
+        if kind == "fp32":
+            assert [e.token_id for e in found] == [e.token_id for e in answer(plain, prompt, new)]
+    assert not counters["stats"]["unique_graphs"]
+
+
+@compiler
+def test_neighbours_come_and_go():
+    """Three requests together are not compiled, the longest of them is once the others are done: each says the same."""
+    plain, fast = (NativeBackend(NativeConfig(weights="fp32", compile=c), long_model()) for c in (False, True))
+    ways = []
+    for backend in (plain, fast):
+        requests = [
+            Request(str(n), prompt, SamplingParams(max_tokens=n, temperature=1.0, seed=n))
+            for n, prompt in zip((5, 20, 60), PROMPTS, strict=True)
+        ]
+        ways.append({i: [e.token_id for e in events] for i, events in collect(backend, requests).items()})
+    assert ways[0] == ways[1] and len(ways[0]["60"]) == 60
+
+
+@compiler
+def test_guesses_of_its_own_are_compiled_too():
+    settings = {"weights": "fp32", "speculate": "self", "draft_weights": "int8"}
+    plain, fast = (NativeBackend(NativeConfig(**settings, compile=c), long_model()) for c in (False, True))
+    assert fast._guesser.model.token is not None
+    assert [e.token_id for e in answer(fast, PROMPTS[0], 40)] == [e.token_id for e in answer(plain, PROMPTS[0], 40)]
+    assert fast.stats().accepted_tokens > 0
+
+
+@compiler
+def test_weights_that_change_are_compiled_anew():
+    model = long_model()
+    fast = NativeBackend(NativeConfig(weights="fp32", compile=True), model)
+    before = answer(fast, PROMPTS[0], 20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    after = answer(fast, PROMPTS[0], 20)
+    fresh = answer(NativeBackend(NativeConfig(weights="fp32"), model), PROMPTS[0], 20)
+    assert fast.reader.token is not None and after != before
+    assert [e.token_id for e in after] == [e.token_id for e in fresh]
+    assert [e.logprob for e in after] == pytest.approx([e.logprob for e in fresh], abs=1e-4)
+
+
+@compiler
+def test_a_block_with_constants_of_its_own_keeps_them():
+    """Blocks share a compilation only where they are alike: here the second one's norm is another."""
+    model = Llama(dataclasses.replace(LlamaConfig(**SIZES), layers=3), VOCAB)
+    model.init_weights(seed=3)
+    model.eval().blocks[1].attn_norm.eps = 10.0
+    counters.clear()
+    fast = NativeBackend(NativeConfig(weights="fp32", compile=True), model)
+    assert counters["stats"]["unique_graphs"] == 2
+    found = answer(fast, PROMPTS[0], 20)
+    scored = NativeBackend(NativeConfig(), model).score([*PROMPTS[0], *(e.token_id for e in found)])[5:]
+    assert [e.logprob for e in found] == pytest.approx(scored, abs=1e-4)
+
+
+@compiler
+def test_a_compiled_block_that_is_wrong_is_found(monkeypatch):
+    """Here the compiled form of attention sees slots that it must not."""
+    right = attention.attend_one
+    monkeypatch.setattr(attention, "attend_one", lambda q, k, v, mask, *rest: right(q, k, v, mask.clamp(min=0), *rest))
+    with pytest.raises(
+        BackendError, match=r"block 0 computes something else when it is compiled, off by [\d.]+ of its"
+    ):
+        packed(model_of(), "fp32", compiled=True)
+
+
+@compiler
+def test_what_cannot_be_compiled_says_so():
+    with pytest.raises(BackendError, match=r"inference\.compile=true is for the Llama family, not for GPT2"):
+        packed(model_of("gpt2"), "bf16", compiled=True)
+    with pytest.raises(
+        BackendError, match=r"blocks of Mixtral cannot be compiled \(.+\); set inference\.compile=false"
+    ):
+        packed(model_of("mixtral"), "bf16", compiled=True)
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ConfigError, match=r"inference\.compile=true needs a C\+\+ compiler, and there is no no-such-comp"
+    ):
+        packed(model_of(), "fp32", compiled=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weights": "bf16", "cache": "int8"}])
+def test_a_copy_alone_is_compiled(settings):
+    with pytest.raises(
+        ConfigError, match=r"inference\.compile=true is of a copy: set inference\.weights=fp32, bf16, int8"
+    ):
+        NativeConfig(compile=True, **settings)
