@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from trivium import ConfigError, DataError, Example, Source, SourceConfig, split_of
 
-
 LONGER = 1.2  # times the words of its opposite that what is said may have
 
 

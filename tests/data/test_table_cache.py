@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from helpers import Listed
 
+from trivium.build import build_source
+from trivium.compose import component
 from trivium.data import cache, packing
 from trivium.data.cache import cached_plan, cached_table
 from trivium.data.config import BPEConfig
@@ -189,6 +191,22 @@ def test_a_cache_that_is_emptied_under_a_run_is_not_missed(calls, tokenizers, tm
             shared_value(told, shared.fileno())
     loader = StepLoader(steps, range(6), workers=2)
     assert [[batch.tokens.tolist() for batch in item] for item in loader] == here
+
+
+@pytest.mark.parametrize("clean", [[], ["exact"]])
+def test_files_are_read_by_several_processes(calls, tokenizers, tmp_path, monkeypatch, clean):
+    """The very source that large texts come from, and cleaned."""
+    monkeypatch.setattr(cache, "ALONE", -1.0)
+    monkeypatch.setattr(packing, "CHUNK", 100)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "is odd {i}"}}\n' for i in range(300)))
+    config = component(
+        "data", {"name": "files", "path": str(tmp_path / "a.jsonl"), "validation_share": 0, "clean": clean}
+    )
+    source = build_source(config, "pretrain")
+    started = []
+    monkeypatch.setattr(cache, "StepLoader", lambda *a, **k: started.append(k) or StepLoader(*a, **k))
+    found = cached_table(source, tokenizers[0], 16, form="text", train_on="all", workers=2)
+    assert len(started) == 1 and found.fingerprint == tokenise(source, tokenizers[0], 16).fingerprint
 
 
 def test_a_source_that_no_process_can_be_given_is_read_here(calls, tokenizers, monkeypatch):

@@ -1,8 +1,12 @@
 """The doctor on every shipped pack, in each phase that trains on it: nothing is found, so nothing is a false alarm."""
 
+import pickle
+
 import pytest
 
-from trivium.compose import options
+from trivium.build import build_source
+from trivium.compose import compose, options, run_config
+from trivium.errors import DataError
 from trivium.phases.doctor import doctor
 from trivium.plugin import discover
 from trivium.schema import TRAINING_PHASES
@@ -22,6 +26,19 @@ CASES = [o for o in options("data") if o.partition("/")[2] in TRAINING_PHASES an
 def test_every_pack_is_asked():
     assert {case.partition("/")[0] for case in CASES} == {*SAMPLED, "primer", "passkey", "reasoning", "summarise"}
     assert len(CASES) >= 33
+
+
+@pytest.mark.parametrize("case", sorted({case.partition("/")[0]: case for case in reversed(CASES)}.values()))
+def test_every_pack_can_be_given_to_processes_that_make_tokens_of_it(case):
+    """What cannot is read by one process, which nobody would notice."""
+    domain, _, phase = case.partition("/")
+    settings = [f"phase={phase}", f"domain={domain}", *["data.sample=true"] * (domain in SAMPLED), *MORE.get(case, [])]
+    try:
+        source = build_source(run_config(compose(settings)).data, phase)
+    except DataError as error:
+        pytest.skip(f"NOT TESTED ON {domain.upper()}: {error}")
+    there = pickle.loads(pickle.dumps(source, protocol=5))
+    assert [there[i] for i in range(3)] == [source[i] for i in range(3)]
 
 
 @pytest.mark.slow  # minutes in all

@@ -73,6 +73,7 @@ class Adapted(Source):
         if not len(self):
             raise self._first_bad if self._first_bad and not self._num_read else DataError(self._nothing())
         self._fingerprint = self._digest.hexdigest()
+        del self._digest  # no process can be given it, and tokens are made by several
 
     @abstractmethod
     def _open(self) -> list[list[str]]:

@@ -39,6 +39,7 @@ class Gym:
             raise ConfigError(
                 f"data.tasks has {task!r}, which reasoning-gym {version()} does not know.{near_misses(task, DATASETS)}"
             )
+        self._told = task, settings, seed
         self.task, self.num_problems = task, FEWER.get(task, PROBLEMS)
         self._trusted: set[int] = set()
         try:
@@ -49,6 +50,10 @@ class Gym:
                 f"({error}); set data.settings=[{task}.NAME=VALUE]"
             ) from error
         self.problem = lru_cache(maxsize=256)(self._problem)  # the answers to one prompt are judged one after another
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Another process makes it anew: what it remembers of problems cannot travel."""
+        return type(self), self._told
 
     def _problem(self, number: int) -> dict[str, Any]:
         """question, answer and what the verifier needs."""
