@@ -1,6 +1,7 @@
 """Single tokens through compiled blocks: the answers of the same weights uncompiled, and nothing compiled later."""
 
 import dataclasses
+import re
 import shutil
 
 import pytest
@@ -12,8 +13,9 @@ from trivium.errors import BackendError, ConfigError
 from trivium.inference.config import NativeConfig
 from trivium.inference.native.engine import NativeBackend, collect
 from trivium.models import attention
-from trivium.models.config import LlamaConfig
+from trivium.models.config import LlamaConfig, MistralConfig
 from trivium.models.llama import Llama
+from trivium.models.mistral import Mistral
 from trivium.models.packed import packed
 from trivium.types import Request, SamplingParams
 
@@ -24,7 +26,12 @@ LONG = 600
 
 
 def long_model(name="llama"):
-    model = model_of(name)
+    if name == "mistral":
+        model = Mistral(MistralConfig(**SIZES, window=8), VOCAB)
+        model.init_weights(seed=3)
+        model.eval()
+    else:
+        model = model_of(name)
     model.config = dataclasses.replace(model.config, context=LONG)
     return model
 
@@ -39,6 +46,7 @@ def answer(backend, prompt, new):
     ("name", "kind", "within"),
     [
         ("llama", "fp32", 1e-4), ("qwen2", "fp32", 1e-4), ("qwen3", "fp32", 1e-4), ("gemma2", "fp32", 1e-4),
+        ("mistral", "fp32", 1e-4),
         ("llama", "bf16", 0.4), ("llama", "int8", 0.4), ("llama", "int4", 0.4), ("gemma2", "int8", 0.4),
     ],
 )  # fmt: skip
@@ -47,6 +55,7 @@ def test_the_same_weights_say_the_same(name, kind, within):
     tokens besides. The slab of keys grows from 64 slots to 600 meanwhile, and nothing is compiled after the start."""
     model = long_model(name)
     plain, fast = (NativeBackend(NativeConfig(weights=kind, compile=c), model) for c in (False, True))
+    assert fast._copy is not None, "compiled before anybody asks"
     assert fast.reader.token is not None and plain.reader.token is None
     counters.clear()
     for prompt, new in zip(PROMPTS, (20, 80, LONG - 10), strict=True):
@@ -122,27 +131,67 @@ def test_a_compiled_block_that_is_wrong_is_found(monkeypatch):
         packed(model_of(), "fp32", compiled=True)
 
 
+class Own(Llama):
+    """A family whose forward takes its precision from elsewhere: it hands on three dimensions always."""
+
+    def forward(self, tokens, positions, segments=None, cache=None):
+        with torch.autocast("cpu"):
+            return super().forward(tokens, positions, segments, cache).float()
+
+
+def small(kind):
+    model = kind(LlamaConfig(**SIZES), VOCAB)
+    model.init_weights(seed=3)
+    return model.eval()
+
+
 @compiler
 def test_what_cannot_be_compiled_says_so():
     with pytest.raises(BackendError, match=r"inference\.compile=true is for the Llama family, not for GPT2"):
         packed(model_of("gpt2"), "bf16", compiled=True)
-    with pytest.raises(
-        BackendError, match=r"blocks of Mixtral cannot be compiled \(.+\); set inference\.compile=false"
-    ):
+    with pytest.raises(BackendError, match=r"inference\.compile=true is not for models with experts"):
         packed(model_of("mixtral"), "bf16", compiled=True)
+    with pytest.raises(BackendError, match="Own does not run single tokens block by block"):
+        packed(small(Own), "fp32", compiled=True)
 
 
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(
-        ConfigError, match=r"inference\.compile=true needs a C\+\+ compiler, and there is no no-such-comp"
-    ):
+@compiler
+def test_blocks_that_add_nothing_are_compiled_and_unsound_ones_are_named():
+    """As blocks that are put between trained ones begin (Wu et al. 2024, https://arxiv.org/abs/2401.02415)."""
+    model = small(Llama)
+    with torch.no_grad():
+        for layer in (model.blocks[1].attn.out, model.blocks[1].ffn.down):
+            layer.weight.zero_()
+    assert packed(model, "fp32", compiled=True).token is not None
+    with torch.no_grad():
+        model.blocks[1].ffn.up.weight.fill_(torch.nan)
+    with pytest.raises(BackendError, match="block 1 gives values that are not finite: its weights are not sound"):
+        packed(model, "fp32", compiled=True)
+
+
+@pytest.mark.parametrize("named", ["no-such-compiler", "g++ '", " "])
+def test_without_a_compiler(monkeypatch, named):
+    monkeypatch.setenv("CXX", named)
+    with pytest.raises(ConfigError, match=r"inference\.compile=true needs a C\+\+ compiler, and there is no "):
         packed(model_of(), "fp32", compiled=True)
 
 
-@pytest.mark.parametrize("settings", [{}, {"weights": "bf16", "cache": "int8"}])
-def test_a_copy_alone_is_compiled(settings):
-    with pytest.raises(
-        ConfigError, match=r"inference\.compile=true is of a copy: set inference\.weights=fp32, bf16, int8"
-    ):
+def test_a_family_may_call_its_blocks_as_it_likes():
+    """With a cache, and without angles or a mask."""
+    model = model_of()
+    model.blocks[0].forward = lambda x, layer, cache: x + layer
+    x = torch.zeros(1, 2, 4)
+    assert torch.equal(model.block(0, x, cache=model.new_cache(1, 4)), x)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, "true is of a copy: set inference.weights=fp32, bf16, int8 or int4"),
+        ({"weights": "bf16", "cache": "int8"}, "true is for keys in a slab, as they are: inference.cache=int8 and "),
+        ({"weights": "bf16", "memory": "paged"}, "inference.memory=paged must be same, and auto or slab"),
+    ],
+)
+def test_what_does_not_go_together(settings, why):
+    with pytest.raises(ConfigError, match=re.escape(why)):
         NativeConfig(compile=True, **settings)

@@ -70,6 +70,32 @@ def test_what_computes_beside_the_engine_leaves_no_helpers_behind():
     assert said.stdout == "0 1\n", said.stderr
 
 
+INTERRUPTED = """
+import time, torch
+from trivium.inference.loop import aside
+
+def compute():
+    x, end = torch.ones(400, 400), time.monotonic() + 1.5
+    print("begun", flush=True)
+    while time.monotonic() < end:
+        x = (x @ x).tanh()
+
+aside(compute)
+"""
+
+
+def test_an_interrupt_while_loading_waits_for_what_is_computed():
+    """Python that ends in the middle of it is aborted, with a core dump."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and said.rstrip().endswith("KeyboardInterrupt"), said
+
+
 def test_what_fails_aside_fails_here():
     with pytest.raises(ZeroDivisionError):
         aside(lambda: 1 // 0)

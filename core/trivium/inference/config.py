@@ -80,10 +80,12 @@ class NativeConfig(BackendConfig):
             raise ConfigError(f"inference.cache={self.cache} is not same or int8")
         if self.weights not in ("same", "fp32", "bf16", "int8", "int4"):
             raise ConfigError(f"inference.weights={self.weights} is not same, fp32, bf16, int8 or int4")
-        if self.compile and (self.weights == "same" or self.cache != "same"):
+        if self.compile and self.weights == "same":
+            raise ConfigError("inference.compile=true is of a copy: set inference.weights=fp32, bf16, int8 or int4")
+        if self.compile and (self.cache != "same" or self.memory == "paged"):
             raise ConfigError(
-                f"inference.compile=true is of a copy: set inference.weights=fp32, bf16, int8 or int4, and "
-                f"inference.cache=same; they are {self.weights} and {self.cache}"
+                f"inference.compile=true is for keys in a slab, as they are: inference.cache={self.cache} and "
+                f"inference.memory={self.memory} must be same, and auto or slab"
             )
         if self.draft_weights not in ("bf16", "int8", "int4"):
             raise ConfigError(f"inference.draft_weights={self.draft_weights} is not bf16, int8 or int4")

@@ -39,11 +39,12 @@ def aside(call: Callable[[], T]) -> T:
         except BaseException as error:
             made.set_exception(error)
 
-    thread = threading.Thread(target=run, name="aside", daemon=True)  # Ctrl-C does not wait for it
+    thread = threading.Thread(target=run, name="aside", daemon=True)
     thread.start()
-    result = made.result()
-    thread.join()
-    return result
+    try:
+        return made.result()
+    finally:
+        thread.join()  # Ctrl-C too: Python cannot end in the middle of what it computes
 
 
 class Overloaded(TriviumError):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trivium.errors import BackendError, ConfigError
 from trivium.models.cache import KVCache
+from trivium.models.experts import SparseFFN
 from trivium.models.protocol import CausalLM
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -32,7 +33,11 @@ def check_compiler(device: torch.device, option: str) -> None:
     if device.type == "cuda" and find_spec("triton") is None:
         raise ConfigError(f"{option} needs the package triton on a GPU; install it, or leave it false")
     named = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # as inductor does
-    if device.type == "cpu" and shutil.which(shlex.split(named)[0]) is None:
+    try:
+        program = shlex.split(named)[0]
+    except (IndexError, ValueError):  # a quotation that does not end
+        program = named
+    if device.type == "cpu" and shutil.which(program) is None:
         raise ConfigError(
             f"{option} needs a C++ compiler, and there is no {named}; install one, name it in the environment variable "
             "CXX, or leave it false"
@@ -74,6 +79,8 @@ def compile_tokens(model: CausalLM) -> None:
     """
     if not getattr(model.blocks[0], "flat", False) or type(model).block is not CausalLM.block:
         raise BackendError(f"inference.compile=true is for the Llama family, not for {type(model).__name__}")
+    if any(isinstance(module, SparseFFN) for module in model.blocks.modules()):
+        raise BackendError("inference.compile=true is not for models with experts: which of them compute is not fixed")
     check_compiler(model.embed.weight.device, "inference.compile=true")
     alone = types.FunctionType(
         _token.__code__.replace(co_name="token"), globals()
@@ -109,13 +116,18 @@ def _prove(model: CausalLM, run: Callable[..., Tensor], cache: KVCache, length: 
     model.token = noted
     dtype = model(torch.zeros_like(place), place, cache=cache.part(slice(0, 1), length)).dtype
     model.token = None
+    if len(inputs) != len(model.blocks):
+        raise BackendError(f"inference.compile=true: {type(model).__name__} does not run single tokens block by block")
     given, limit = given.to(dtype), TOLERANCE[cache.dtype]
     for _, _, mask, _, keys, values in inputs:
         for tensor, dim in ((mask, 3), (keys, 2), (values, 2)):  # of any length, 1 too: nothing is compiled again
             torch._dynamo.decorators.mark_unbacked(tensor, dim)
     for number, (block, more) in enumerate(zip(model.blocks, inputs, strict=True)):
         found, wanted = (how(block, given, *more).float() - given.float() for how in (run, _token))
-        off = ((found - wanted).norm() / wanted.norm()).item()
+        if not wanted.isfinite().all():
+            raise BackendError(f"block {number} gives values that are not finite: its weights are not sound")
+        size = wanted.norm().item() or 1.0  # a block that adds nothing
+        off = (found - wanted).norm().item() / size
         if not off <= limit:
             raise BackendError(
                 f"inference.compile=true: block {number} computes something else when it is compiled, off by {off:.2g} "
