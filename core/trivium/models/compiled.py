@@ -89,8 +89,6 @@ def compile_tokens(model: CausalLM) -> None:
     try:
         for length in (48, 80):
             _prove(model, run, model.new_cache(1, length), length - 9)
-    except BackendError:
-        raise
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # type: ignore[reportAttributeAccessIssue]
         told = str(error).strip().splitlines()
         raise BackendError(
