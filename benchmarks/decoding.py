@@ -179,25 +179,20 @@ def many(model: Any, tokenizer: Any, path: str, rounds: int) -> None:
     rng = random.Random(1)
     gaps = [rng.expovariate(1 / 0.15) for _ in asked]
     arrivals = [sum(gaps[:i]) for i in range(len(gaps))]
-    for kind, dtype in (("same", torch.float32), ("bf16", torch.bfloat16)):
-        backend, made = native(model, tokenizer, weights=kind), theirs(model, dtype)
-        ways = {
-            "ours": lambda backend=backend: arriving(backend, asked, arrivals),
-            "transformers": lambda made=made: batched(made, asked, arrivals),
-        }
-        native_warm = request("w", asked[0], 4)
-        list(backend.generate([native_warm]))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        made = theirs(model, dtype)
+        ways: dict[str, Callable[[], float]] = {"transformers": lambda made=made: batched(made, asked, arrivals)}
+        for name, compiled in (("ours", False), ("ours, compiled", True)):
+            backend = native(model, tokenizer, weights=precision, compile=compiled)
+            list(backend.generate([request("w", asked[0], 4)]))
+            ways[name] = lambda backend=backend: arriving(backend, asked, arrivals)
         found = [{name: way() for name, way in ways.items()} for _ in range(rounds)]
-        backend.scheduler.memory.forget()
-        precision = "fp32" if kind == "same" else kind
+        print()
         for name in ways:
             rate = statistics.median(len(asked) / f[name] for f in found)
-            print(
-                f"\n16 requests, {precision}, {name}: {rate:.2f} a second"
-                if name == "ours"
-                else f"16 requests, {precision}, {name}: {rate:.2f} a second"
-            )
-        show(f"ours over transformers, {precision}", [f["transformers"] / f["ours"] for f in found])
+            print(f"16 requests, {precision}, {name}: {rate:.2f} a second")
+        for name in list(ways)[1:]:
+            show(f"{name} over transformers, {precision}", [f["transformers"] / f[name] for f in found])
 
 
 def arriving(backend: Any, asked: list[tuple[int, ...]], arrivals: list[float]) -> float:

@@ -1,6 +1,8 @@
 """Single tokens through compiled blocks: the answers of the same weights uncompiled, and nothing compiled later."""
 
 import dataclasses
+import gc
+import importlib
 import re
 import shutil
 
@@ -69,17 +71,43 @@ def test_the_same_weights_say_the_same(name, kind, within):
 
 
 @compiler
-def test_neighbours_come_and_go():
-    """Three requests together are not compiled, the longest of them is once the others are done: each says the same."""
-    plain, fast = (NativeBackend(NativeConfig(weights="fp32", compile=c), long_model()) for c in (False, True))
+@pytest.mark.parametrize(("name", "kind"), [("llama", "fp32"), ("qwen3", "fp32"), ("gemma2", "fp32"), ("llama", "int8")])
+def test_neighbours_come_and_go(name, kind):
+    """Rows begin and end apart, up to twelve at once: each says what it says uncompiled, nothing is compiled anew."""
+    plain, fast = (NativeBackend(NativeConfig(weights=kind, compile=c), long_model(name)) for c in (False, True))
+    counters.clear()
     ways = []
     for backend in (plain, fast):
         requests = [
-            Request(str(n), prompt, SamplingParams(max_tokens=n, temperature=1.0, seed=n))
-            for n, prompt in zip((5, 20, 60), PROMPTS, strict=True)
+            Request(str(n), PROMPTS[n % 3], SamplingParams(max_tokens=5 * n + 1, temperature=1.0, seed=n))
+            for n in range(12)
         ]
-        ways.append({i: [e.token_id for e in events] for i, events in collect(backend, requests).items()})
-    assert ways[0] == ways[1] and len(ways[0]["60"]) == 60
+        ways.append(collect(backend, requests))
+    slow, quick = ({i: [e.token_id for e in events] for i, events in way.items()} for way in ways)
+    assert [len(quick[str(n)]) for n in range(12)] == [5 * n + 1 for n in range(12)]
+    if kind == "fp32":
+        assert quick == slow
+        off = [abs(a.logprob - b.logprob) for i in quick for a, b in zip(*(way[i] for way in ways), strict=True)]
+        assert max(off) < 1e-4
+    else:
+        prompts = {str(n): PROMPTS[n % 3] for n in range(12)}
+        for i, events in ways[1].items():
+            scored = plain.score([*prompts[i], *(e.token_id for e in events)])[len(prompts[i]) - 1 :]
+            assert max(abs(e.logprob - other) for e, other in zip(events, scored, strict=True)) < 0.4
+    assert not counters["stats"]["unique_graphs"]
+
+
+@compiler
+def test_a_layer_that_is_gone_takes_its_number_along():
+    """Layers are found by number from compiled code, which must not keep a model that nobody uses any more."""
+    numbered = importlib.import_module("trivium.models.packed")._numbered
+    gc.collect()
+    before = len(numbered)
+    model = packed(model_of(), "fp32", compiled=True)
+    assert len(numbered) == before + 4 * len(model.blocks)
+    del model
+    gc.collect()
+    assert len(numbered) == before
 
 
 @compiler
@@ -114,7 +142,7 @@ def test_a_block_with_constants_of_its_own_keeps_them():
     model.eval().blocks[1].attn_norm.eps = 10.0
     counters.clear()
     fast = NativeBackend(NativeConfig(weights="fp32", compile=True), model)
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == 2 + 2, "for one row and for several"
     found = answer(fast, PROMPTS[0], 20)
     scored = NativeBackend(NativeConfig(), model).score([*PROMPTS[0], *(e.token_id for e in found)])[5:]
     assert [e.logprob for e in found] == pytest.approx(scored, abs=1e-4)

@@ -58,7 +58,7 @@ class NativeConfig(BackendConfig):
     draft_rows: int = 4  # guess while so many rows are decoded at most: with more, a pass has enough to do
     cache: str = "same"  # keys and values as the weights are, or int8: in a half or a quarter of the memory
     weights: str = "same"  # the very ones being trained; or a copy made for speed: fp32, bf16, int8, int4
-    compile: bool = False  # decode a single row through compiled blocks: some seconds at the start, and a C++ compiler
+    compile: bool = False  # decode through compiled blocks: some seconds at the start, and a C++ compiler
 
     def __post_init__(self) -> None:
         if self.speculate not in ("none", "ngram", "draft", "self"):

@@ -75,11 +75,11 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, cap: float) -> Tensor:
     """(B, K, G, D) queries of one token over (B, K, S, D) with an additive (B, 1, 1, S) mask, as sums in fp32 of which
-    torch.compile makes loops."""
+    torch.compile makes loops. Divided last: a loop over slots would divide in each."""
     scores = (q[..., None, :].float() * k[:, :, None].float()).sum(-1) * (scale or q.shape[-1] ** -0.5)
-    scores = cap * torch.tanh(scores / cap) if cap else scores
-    weights = torch.softmax(scores + mask, -1)
-    return (weights[..., None] * v[:, :, None].float()).sum(-2)
+    scores = (cap * torch.tanh(scores / cap) if cap else scores) + mask
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights[..., None] * v[:, :, None].float()).sum(-2) / weights.sum(-1, keepdim=True)
 
 
 class Attention(nn.Module):
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, positions: Tensor, layer: int, cache: KVCache
     ) -> Tensor:
         """(B, C) -> (B, C) in as few operations as can be: on a CPU ten of them cost as much as a layer's product."""
-        rows, (cos, sin), dtype = len(x), angles, cache.dtype
+        rows, (cos, sin), dtype = x.shape[0], angles, cache.dtype
         if self.joined is not None and not self.normed:
             heads = self.joined(x).view(rows, -1, 1, self.width)
             qk = turned(heads.narrow(1, 0, self.heads + self.kv_heads), cos, sin).to(dtype)

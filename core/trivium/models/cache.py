@@ -59,8 +59,9 @@ class KVCache:
         if torch.is_grad_enabled():  # such a view can be written to once
             self._layers = None
             return self.keys[layer], self.values[layer]
-        self._layers = self._layers or list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
-        return self._layers[layer]  # taken apart once, not in each layer
+        if self._layers is None:  # taken apart once, not in each layer; as no view, whose base compiled code would check
+            self._layers = [(k.data, v.data) for k, v in zip(self.keys.unbind(), self.values.unbind(), strict=True)]
+        return self._layers[layer]
 
     def encoded(self, new: Tensor) -> Tensor:
         """(..., D) keys or values as slots hold them."""

@@ -1,9 +1,10 @@
-"""What torch.compile does for models: whether it can work here, and a token of a single row as one piece of C++.
+"""What torch.compile does for models: whether it can work here, and a token of each row as a few pieces of C++.
 
 Decoding on a CPU waits for memory, and for the some thirty operations of a block, each of which finds its caches cold.
-torch.compile makes one loop of several. Products of one row are written as sums there (`Packed.streamed`): its loops
-read weights faster than the kernels of libraries do for a single row (LOG.md). Blocks that are alike share one
-compilation. Each is compared with itself as it runs without: what a compiler makes is not taken on trust.
+torch.compile makes one loop of several. Products of a single row are written as sums there (`Packed.streamed`): its
+loops read weights faster than the kernels of libraries do for one row; those of several rows are oneDNN's (LOG.md).
+Blocks that are alike share two compilations, one for a single row. Each is compared with itself as it runs without:
+what a compiler makes is not taken on trust.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from trivium.errors import BackendError, ConfigError
 from trivium.models.cache import KVCache
@@ -45,15 +47,19 @@ def check_compiler(device: torch.device, option: str) -> None:
 
 
 class Slots:
-    """A layer's part of a KVCache, for a single row."""
+    """A layer's part of a KVCache, for a token of each row."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values, self.dtype = keys, values, keys.dtype
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """As KVCache's."""
-        self.keys.index_copy_(2, positions[0], keys.to(self.dtype))
-        self.values.index_copy_(2, positions[0], values.to(self.dtype))
+        for slots, new in ((self.keys, keys.to(self.dtype)), (self.values, values.to(self.dtype))):
+            if statically_known_true(positions.shape[0] == 1):
+                slots.index_copy_(2, positions[0], new)
+            else:
+                rows = torch.arange(positions.shape[0], device=positions.device)
+                slots[rows, :, positions[:, 0]] = new[:, :, 0]
         return self.keys, self.values
 
 
@@ -72,7 +78,7 @@ def _token(
 
 @torch.no_grad()
 def compile_tokens(model: CausalLM) -> None:
-    """From now on a single token of a single row runs through compiled blocks. The model must not change any more.
+    """From now on a token of each row runs through compiled blocks. The model must not change any more.
 
     Takes seconds. Raises BackendError for a model that cannot be, and where a compiled block computes something else,
     ConfigError where there is no compiler.
@@ -82,20 +88,23 @@ def compile_tokens(model: CausalLM) -> None:
     if any(isinstance(module, SparseFFN) for module in model.blocks.modules()):
         raise BackendError("inference.compile=true is not for models with experts: which of them compute is not fixed")
     check_compiler(model.embed.weight.device, "inference.compile=true")
-    alone = types.FunctionType(
-        _token.__code__.replace(co_name="token"), globals()
-    )  # a count of compilations of its own
-    run = torch.compile(alone, fullgraph=True)
+    one, several = (torch.compile(_own(name), fullgraph=True) for name in ("token", "tokens"))
     try:
         for length in (48, 80):
-            _prove(model, run, model.new_cache(1, length), length - 9)
+            for rows, run in ((1, one), (2, several), (5, several)):
+                _prove(model, run, model.new_cache(rows, length), length - 9)
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # type: ignore[reportAttributeAccessIssue]
         told = str(error).strip().splitlines()
         raise BackendError(
             f"inference.compile=true: blocks of {type(model).__name__} cannot be compiled "
             f"({told[0] if told else type(error).__name__}); set inference.compile=false"
         ) from error
-    model.token = run
+    model.token = lambda block, x, *more: (one if len(x) == 1 else several)(block, x, *more)
+
+
+def _own(name: str) -> Callable[..., Tensor]:
+    """`_token` with a count of compilations of its own."""
+    return types.FunctionType(_token.__code__.replace(co_name=name), globals())
 
 
 def _prove(model: CausalLM, run: Callable[..., Tensor], cache: KVCache, length: int) -> None:
@@ -103,23 +112,27 @@ def _prove(model: CausalLM, run: Callable[..., Tensor], cache: KVCache, length: 
     generator = torch.Generator().manual_seed(length)
     for held in (cache.keys, cache.values):
         held.copy_(torch.randn(held.shape, generator=generator))
-    given = torch.randn(1, model.embed.weight.shape[1], generator=generator)
+    rows = cache.keys.shape[1]
+    given = torch.randn(rows, model.embed.weight.shape[1], generator=generator)
     inputs: list[tuple[Tensor, ...]] = []
 
     def noted(block: nn.Module, x: Tensor, *more: Tensor) -> Tensor:
         inputs.append(more)
         return x
 
-    place = torch.tensor([[length // 2]])  # what lies in later slots must not be seen
+    place = torch.arange(length // 2, length // 2 + rows)[:, None]  # what lies in later slots must not be seen
     model.token = noted
-    dtype = model(torch.zeros_like(place), place, cache=cache.part(slice(0, 1), length)).dtype
+    dtype = model(torch.zeros_like(place), place, cache=cache.part(slice(0, rows), length)).dtype
     model.token = None
     if len(inputs) != len(model.blocks):
         raise BackendError(f"inference.compile=true: {type(model).__name__} does not run single tokens block by block")
     given, limit = given.to(dtype), TOLERANCE[cache.dtype]
-    for _, _, mask, _, keys, values in inputs:
+    for more in inputs:
+        _, _, mask, _, keys, values = more
         for tensor, dim in ((mask, 3), (keys, 2), (values, 2)):  # of any length, 1 too: nothing is compiled again
             torch._dynamo.decorators.mark_unbacked(tensor, dim)
+        for tensor in (given, *more) if rows > 1 else ():
+            torch._dynamo.decorators.mark_dynamic(tensor, 0)
     for number, (block, more) in enumerate(zip(model.blocks, inputs, strict=True)):
         found, wanted = (how(block, given, *more).float() - given.float() for how in (run, _token))
         if not wanted.isfinite().all():

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from trivium.errors import BackendError
 from trivium.models import adapters
@@ -27,6 +30,8 @@ from trivium.models.protocol import CausalLM
 
 multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
 GROUP = {"int8": 64, "int4": 32}
+ORDERED = 16
+"""Rows for which oneDNN puts weights in order: it takes half the time then for 4 to 16, and no more for one (LOG.md)."""
 KINDS = ("fp32", "bf16", "int8", "int4")
 FEW = {"int8": 8, "int4": 16}
 """Rows up to which reading fewer bits beats restoring them (LOG.md)."""
@@ -36,7 +41,7 @@ FEW = {"int8": 8, "int4": 16}
 def packed(model: CausalLM, kind: str, *, compiled: bool = False) -> CausalLM:
     """A copy of `model` for inference. Adapters are merged into the copy. Raises BackendError for another kind.
 
-    compiled: single tokens go through compiled blocks, for which bf16 weights are held a second time.
+    compiled: single tokens go through compiled blocks, for which fp32 and bf16 weights are held a second time.
     """
     if kind not in KINDS:
         raise BackendError(f"weights of kind {kind!r} are not known; there are {', '.join(KINDS)}")
@@ -61,8 +66,8 @@ def packed(model: CausalLM, kind: str, *, compiled: bool = False) -> CausalLM:
             sizes = f"inputs must be multiples of {GROUP[kind]}, outputs of 32"
             raise BackendError(f"no layer of this model can be held as {kind}: {sizes}")
     if compiled:
-        for layer in [m for m in made.blocks.modules() if isinstance(m, Packed) and m.kind == "bf16"]:
-            layer.plain = layer.weight.to_dense()
+        for layer in [m for m in made.blocks.modules() if isinstance(m, Packed)]:
+            layer.prepare()
         importlib.import_module("trivium.models.compiled").compile_tokens(made)
     return made
 
@@ -100,7 +105,9 @@ class Packed(nn.Module):
     cap: as of Head."""
 
     plain: Tensor | None = None
-    """Of bf16: the weights in no kernel's own order, for compilation."""
+    """Of fp32 and bf16: the weights in no kernel's own order, for compilation."""
+    number: Tensor | None = None
+    """By which compiled code asks for its product of several rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, cap: float = 0.0) -> None:
         super().__init__()
@@ -110,10 +117,8 @@ class Packed(nn.Module):
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         if kind in GROUP and (self.in_features % GROUP[kind] or self.out_features % 32):
             self.kind = "bf16"
-        if self.kind == "fp32":
-            self.weight = weight.detach().float().contiguous()
-        elif self.kind == "bf16":
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.bfloat16).contiguous(), 1)
+        if self.kind in ("fp32", "bf16"):
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous(), ORDERED)
         else:
             self.codes, self.scales, self.zeros = rounded(weight.float(), self.kind)
             self.planes = _planes(self.codes, self.scales, self.zeros)
@@ -128,8 +133,11 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if torch.compiler.is_compiling() and self.kind != "int4":
-            return self.streamed(x)
+        if torch.compiler.is_compiling():
+            if not statically_known_true(x.shape[0] == 1):
+                return torch.ops.trivium.packed(x, self.number, self.dtype, self.out_features)
+            if self.kind != "int4":
+                return self.streamed(x)
         x = x if x.dtype == self.dtype else x.to(self.dtype)
         if self.kind in ("fp32", "bf16"):
             out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -144,16 +152,42 @@ class Packed(nn.Module):
             out = out if self.bias is None else out + self.bias
         return self.cap * (out / self.cap).tanh() if self.cap else out
 
+    def prepare(self) -> None:
+        """For compilation."""
+        if self.kind in ("fp32", "bf16"):
+            self.plain = self.weight.to_dense()
+        self.number = torch.tensor(next(_numbers))
+        _numbered[int(self.number)] = self
+
     def streamed(self, x: Tensor) -> Tensor:
         """(1, K) -> (1, N) in fp32, as sums of which torch.compile makes loops."""
         if self.kind == "int8":
             groups = self.codes.view(self.out_features, -1, GROUP["int8"]).float() * self.scales.float()[..., None]
             out = (groups * x.float().view(-1, GROUP["int8"])).sum((-1, -2))[None]
         else:
-            weight = self.weight if self.plain is None else self.plain
-            out = (weight.float() * x.float()).sum(-1)[None]
+            assert self.plain is not None
+            out = (self.plain.float() * x.float()).sum(-1)[None]
         out = out if self.bias is None else out + self.bias.float()
         return self.cap * (out / self.cap).tanh() if self.cap else out
+
+
+_numbers = itertools.count()
+_numbered: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
+
+
+def _product(x: Tensor, number: Tensor, dtype: torch.dtype, outputs: int) -> Tensor:
+    """A layer's product as compiled code calls it: what it is compiled from knows no weights in a kernel's own order."""
+    return _numbered[int(number)](x)
+
+
+library = torch.library.Library("trivium", "DEF")
+library.define("packed(Tensor x, Tensor number, ScalarType dtype, int outputs) -> Tensor")
+library.impl("packed", _product, "CPU")  # custom_op's checks would take as long as a product of few rows
+
+
+@torch.library.register_fake("trivium::packed")
+def _(x: Tensor, number: Tensor, dtype: torch.dtype, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs, dtype=dtype)
 
 
 def together(layers: Sequence[nn.Linear], kind: str) -> Packed:

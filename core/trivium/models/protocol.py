@@ -77,7 +77,7 @@ class CausalLM(nn.Module, ABC):
         recompute = n: every n-th keeps none for the backward pass (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
         """
         if cache is not None:
-            if self.token is not None and args[0].dim() == 2 and len(args[0]) == 1 and type(cache) is KVCache:
+            if self.token is not None and args[0].dim() == 2 and type(cache) is KVCache:
                 x, angles, *more = args
                 return self.token(self.blocks[layer], x, *angles, *more, *cache.layer(layer))
             return self.blocks[layer](*args, layer, cache)

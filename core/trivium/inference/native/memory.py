@@ -82,8 +82,8 @@ class Memory(ABC):
         """Free the last lane."""
 
     @abstractmethod
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two lanes."""
+    def move(self, ending: int, other: int) -> None:
+        """Let a row that ends and another exchange lanes. What the ending one holds need not be there afterwards."""
 
     @abstractmethod
     def wipe(self, lane: int) -> None:
@@ -172,10 +172,10 @@ class Slab(Memory):
     def rest(self) -> None:
         self.cache = self.new_cache(1, GROWTH)
 
-    def swap(self, one: int, other: int) -> None:
+    def move(self, ending: int, other: int) -> None:
         for held in (self.cache.keys, self.cache.values):
-            held[:, [one, other]] = held[:, [other, one]]
-        self.most[one], self.most[other] = self.most[other], self.most[one]
+            held[:, ending, :, : self.most[other]] = held[:, other, :, : self.most[other]]
+        self.most[ending], self.most[other] = self.most[other], self.most[ending]
 
     def wipe(self, lane: int) -> None:
         self.cache.keys[:, lane] = 0
@@ -226,8 +226,8 @@ class Paged(Memory):
         self.blocks.release(self.tables.pop())
         self.rows -= 1
 
-    def swap(self, one: int, other: int) -> None:
-        self.tables[one], self.tables[other] = self.tables[other], self.tables[one]
+    def move(self, ending: int, other: int) -> None:
+        self.tables[ending], self.tables[other] = self.tables[other], self.tables[ending]
 
     def wipe(self, lane: int) -> None:
         own = [page for page in self.tables[lane] if self.blocks.alone(page)]

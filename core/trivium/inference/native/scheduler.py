@@ -56,7 +56,7 @@ class Scheduler:
 
     def _move(self, lane: int, other: int) -> int:
         if lane != other:
-            self.memory.swap(lane, other)
+            self.memory.move(lane, other)
             self.lanes[lane], self.lanes[other] = self.lanes[other], self.lanes[lane]
         return other
 
