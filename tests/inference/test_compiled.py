@@ -71,7 +71,9 @@ def test_the_same_weights_say_the_same(name, kind, within):
 
 
 @compiler
-@pytest.mark.parametrize(("name", "kind"), [("llama", "fp32"), ("qwen3", "fp32"), ("gemma2", "fp32"), ("llama", "int8")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "fp32"), ("qwen3", "fp32"), ("gemma2", "fp32"), ("llama", "int8")]
+)
 def test_neighbours_come_and_go(name, kind):
     """Rows begin and end apart, up to twelve at once: each says what it says uncompiled, nothing is compiled anew."""
     plain, fast = (NativeBackend(NativeConfig(weights=kind, compile=c), long_model(name)) for c in (False, True))

@@ -59,7 +59,7 @@ class KVCache:
         if torch.is_grad_enabled():  # such a view can be written to once
             self._layers = None
             return self.keys[layer], self.values[layer]
-        if self._layers is None:  # taken apart once, not in each layer; as no view, whose base compiled code would check
+        if self._layers is None:  # taken apart once, not in each layer; as no views: compiled code would check bases
             self._layers = [(k.data, v.data) for k, v in zip(self.keys.unbind(), self.values.unbind(), strict=True)]
         return self._layers[layer]
 
