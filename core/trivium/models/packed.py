@@ -31,7 +31,7 @@ from trivium.models.protocol import CausalLM
 multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
 GROUP = {"int8": 64, "int4": 32}
 ORDERED = 16
-"""Rows for which oneDNN puts weights in order: it takes half the time then for 4 to 16, and no more for one (LOG.md)."""
+"""Rows for which oneDNN puts weights in order: 4 to 16 take half the time then, and one no more (LOG.md)."""
 KINDS = ("fp32", "bf16", "int8", "int4")
 FEW = {"int8": 8, "int4": 16}
 """Rows up to which reading fewer bits beats restoring them (LOG.md)."""
@@ -176,7 +176,7 @@ _numbered: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionar
 
 
 def _product(x: Tensor, number: Tensor, dtype: torch.dtype, outputs: int) -> Tensor:
-    """A layer's product as compiled code calls it: what it is compiled from knows no weights in a kernel's own order."""
+    """A layer's product, for compiled code: what it is compiled from knows no weights in a kernel's own order."""
     return _numbered[int(number)](x)
 
 
