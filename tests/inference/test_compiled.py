@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from trivium.errors import BackendError, ConfigError
 from trivium.inference.config import NativeConfig
 from trivium.inference.native.engine import NativeBackend, collect
-from trivium.models import attention
+from trivium.models import attention, compiled
 from trivium.models.config import LlamaConfig, MistralConfig
 from trivium.models.llama import Llama
 from trivium.models.mistral import Mistral
@@ -158,6 +158,18 @@ def test_a_compiled_block_that_is_wrong_is_found(monkeypatch):
     with pytest.raises(
         BackendError, match=r"block 0 computes something else when it is compiled, off by [\d.]+ of its"
     ):
+        packed(model_of(), "fp32", compiled=True)
+
+
+@compiler
+def test_keys_of_several_rows_in_wrong_slots_are_found(monkeypatch):
+    right = compiled.Slots.update
+
+    def update(self, layer, keys, values, positions):
+        return right(self, layer, keys, values, positions if positions.shape[0] == 1 else positions.flip(0))
+
+    monkeypatch.setattr(compiled.Slots, "update", update)
+    with pytest.raises(BackendError, match="block 0 computes something else when it is compiled, off by "):
         packed(model_of(), "fp32", compiled=True)
 
 

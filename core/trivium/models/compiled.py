@@ -121,8 +121,9 @@ def _prove(model: CausalLM, run: Callable[..., Tensor], cache: KVCache, length: 
         return x
 
     place = torch.arange(length // 2, length // 2 + rows)[:, None]  # what lies in later slots must not be seen
+    part = cache.part(slice(0, rows), length)
     model.token = noted
-    dtype = model(torch.zeros_like(place), place, cache=cache.part(slice(0, rows), length)).dtype
+    dtype = model(torch.zeros_like(place), place, cache=part).dtype
     model.token = None
     if len(inputs) != len(model.blocks):
         raise BackendError(f"inference.compile=true: {type(model).__name__} does not run single tokens block by block")
@@ -134,7 +135,9 @@ def _prove(model: CausalLM, run: Callable[..., Tensor], cache: KVCache, length: 
         for tensor in (given, *more) if rows > 1 else ():
             torch._dynamo.decorators.mark_dynamic(tensor, 0)
     for number, (block, more) in enumerate(zip(model.blocks, inputs, strict=True)):
-        found, wanted = (how(block, given, *more).float() - given.float() for how in (run, _token))
+        found = run(block, given, *more).float() - given.float()  # first: it must not find what the other wrote
+        cos, sin, mask, positions, *_ = more
+        wanted = block(given, (cos, sin), mask, positions, number, part).float() - given.float()
         if not wanted.isfinite().all():
             raise BackendError(f"block {number} gives values that are not finite: its weights are not sound")
         size = wanted.norm().item() or 1.0  # a block that adds nothing
