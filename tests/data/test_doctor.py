@@ -1,5 +1,6 @@
 """The doctor: every animal of the zoo is caught by its rule and by no other, and nothing good is taken for one."""
 
+import dataclasses
 import json
 import os
 import re
@@ -177,6 +178,17 @@ def test_pad_masked_by_id_is_found(batch):
     assert [(f.rule, f.example_id) for f in check_batch(made, table, rows, 320)] == [
         ("pad_by_mask", "a"), ("pad_by_mask", "b"), ("pad_by_mask", "c"),
     ]  # fmt: skip
+
+
+def test_a_row_whose_last_token_is_cut_is_found(batch):
+    """The first row has 7 tokens in 8 places, the second 5: of 6 places one is missing, of 4 one in the second, too."""
+    made, table, rows = batch
+    for width, wanted in ((7, []), (6, ["b"]), (4, ["b", "c"])):
+        tensors = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        cut = {n: t[:, :width] for n, t in tensors.items() if isinstance(t, torch.Tensor) and t.dim() == 2}
+        found = list(check_batch(dataclasses.replace(made, **cut), table, rows, 320))
+        assert [(f.rule, f.example_id) for f in found] == [("pad_by_mask", name) for name in wanted]
+    assert found[0].message == "its end is cut off: 7 tokens in a row of 4"
 
 
 def broken(batch, field, place, value):

@@ -276,6 +276,19 @@ def test_broken_parquet_and_arrow_are_named(tmp_path):
     refused(tmp_path / "empty.parquet", None, "empty.parquet is empty")
 
 
+def test_a_page_of_a_parquet_file_that_is_not_what_was_written_is_found(tmp_path):
+    """A letter changed within a page, which has a checksum: nothing but that tells."""
+    sink = pa.BufferOutputStream()
+    plain = {"compression": "none", "use_dictionary": False}
+    pq.write_table(pa.Table.from_pylist(GOOD), sink, write_page_checksum=True, **plain)
+    whole = sink.getvalue().to_pybytes()
+    path = tmp_path / "a.parquet"
+    path.write_bytes(whole)
+    assert [r["text"] for r in read(path)] == [r["text"] for r in GOOD]
+    path.write_bytes(whole.replace(b"row 17", b"rov 17"))
+    refused(path, None, "a.parquet cannot be read as parquet: .*CRC checksum verification failed")
+
+
 @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
 def test_flipped_bits_never_end_the_process(kind, tmp_path):
     """120 damaged files: each is refused, or read as what its bytes now say."""

@@ -1,5 +1,7 @@
 """Licence texts: what is read, that near twins stand on one side, and how answers are judged."""
 
+import random
+import re
 from collections import Counter
 
 import pytest
@@ -7,9 +9,9 @@ import pytest
 from trivium.errors import ConfigError, DataError
 from trivium.testing import SourceContract
 from trivium_plugins.legal.config import LegalConfig
-from trivium_plugins.legal.questions import CATEGORIES, kind_of
+from trivium_plugins.legal.questions import CATEGORIES, asked, kind_of, runs
 from trivium_plugins.legal.source import Legal
-from trivium_plugins.legal.texts import Licence, families, licences, of_split, parse
+from trivium_plugins.legal.texts import SPLITS, Licence, families, licences, parse, sides
 
 
 class TestSample(SourceContract):
@@ -26,7 +28,7 @@ def fetched():
 
 
 def test_the_sample_has_every_split():
-    found = {split: [one.key for one in of_split(licences(True), split)] for split in ("train", "validation", "test")}
+    found = {split: [one.key for one in texts] for split, texts in sides(licences(True)).items()}
     assert found["test"] == ["boost-1.0", "psf-2.0", "wtfpl-2.0", "zlib"]
     assert found["validation"] == ["beerware", "x11-lucent-variant"]
     assert len(found["train"]) == 6
@@ -78,7 +80,40 @@ def test_the_real_licences(fetched):
     """2,615 files less 145 deprecated, 41 in other languages, and those that hold no text, with overlaps."""
     assert len(fetched) == 2400
     assert {one.category for one in fetched} == set(CATEGORIES)
-    splits = {split: of_split(fetched, split) for split in ("train", "validation", "test")}
+    splits = sides(fetched)
     assert {split: len(texts) for split, texts in splits.items()} == {"train": 1937, "validation": 238, "test": 225}
     owners = Counter(one.category for one in splits["test"])
     assert owners["Permissive"] == 77 and owners["Proprietary Free"] == 83
+
+
+def shared(words, others, length):
+    """Whether `length` of these words in a row stand in one of the others."""
+    told = [f" {' '.join(other)} " for other in others]
+    return any(
+        f" {' '.join(words[i : i + length])} " in one for i in range(max(1, len(words) - length + 1)) for one in told
+    )
+
+
+def test_no_held_out_clause_shares_thirteen_words_with_one_that_is_trained_on(fetched):
+    """Half of 507 did, 21 of them in every word: families share no long paragraph, but short ones and parts."""
+    found = {split: Legal(LegalConfig(parts=["clauses"], split=split)) for split in SPLITS}
+    assert {split: len(source) for split, source in found.items()} == {"train": 3787, "validation": 297, "test": 256}
+    words = {
+        split: [re.findall(r"\w+", e["messages"][0]["content"].rsplit("\n\n", 1)[0].lower()) for e in source]
+        for split, source in found.items()
+    }
+    rng = random.Random(0)
+    for split, before in (("validation", ("train",)), ("test", ("train", "validation"))):
+        others = [w for side in before for w in words[side]]
+        for clause in rng.sample(words[split], 60):
+            assert not shared(clause, others, 13)
+
+
+def test_a_clause_that_training_asks_about_is_passed_over_for_the_next():
+    """Fourteen words, of which thirteen in a row stand in the seen clause; then one of another wording."""
+    near = "No warranty is given for this work by any of its many authors anywhere."
+    other = "The work comes as is, and whoever uses it in whatever way bears every risk of that alone, come what may."
+    one = Licence("x", "CLA", "me", f"{near} At all times.\n\n{other}")
+    assert asked(one) == {"warranty": f"{near} At all times."}
+    assert asked(one, runs(near)) == {"warranty": other}
+    assert asked(one, runs(near) | runs(other)) == {}

@@ -104,7 +104,10 @@ def arrow_of_parquet(path: Path, held: Path, most: int) -> Path:
 
     def write(temporary: Path) -> None:
         made = checked = 0
-        with pq.ParquetFile(held) as file, pa.ipc.new_file(str(temporary), file.schema_arrow) as writer:
+        with (
+            pq.ParquetFile(held, page_checksum_verification=True) as file,
+            pa.ipc.new_file(str(temporary), file.schema_arrow) as writer,
+        ):
             waiting: list[pa.RecordBatch] = []
             for batch in _in_groups(file):
                 made += batch.nbytes

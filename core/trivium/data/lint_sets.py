@@ -138,6 +138,10 @@ def check_batch(batch: TokenBatch, table: TokenTable, rows: Sequence[Sequence[in
         )
     for b, row in enumerate(rows):
         starts = np.cumsum([0, *(table.lengths[d] for d in row)])
+        if starts[-1] > tokens.shape[1]:
+            message = f"its end is cut off: {starts[-1]} tokens in a row of {tokens.shape[1]}"
+            yield found("pad_by_mask", table.ids[row[-1]] if table.ids else "", message)
+            continue
         for number, d in enumerate(row):
             here = slice(starts[number], starts[number + 1])
             _, trained = table.document(d)

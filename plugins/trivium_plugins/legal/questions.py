@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from typing import Any
 
 from trivium_plugins.legal.texts import Licence, paragraphs
@@ -24,6 +25,8 @@ CLAUSES = {
     "fees": r"\bfees?\b|\broyalt(?:y|ies)\b",
 }
 """What a clause is about, by the words that say so. A paragraph in which two of these are found is no question."""
+WORDS = 13
+"""Words in a row that a held-out clause shares with none that training asks about: as many as make a leak."""
 SHORTEST, LONGEST = 80, 600
 """Characters of a clause that a question shows whole."""
 
@@ -45,14 +48,32 @@ def category(one: Licence, excerpt: int) -> dict[str, Any]:
     return _example(f"category/{one.key}", "category", asked, one.category)
 
 
-def clauses(one: Licence) -> list[dict[str, Any]]:
-    """What is each clause about? At most the first of each kind."""
+def asked(one: Licence, seen: Set[str] = frozenset()) -> dict[str, str]:
+    """Subject -> its clause: the first of each. seen: runs of words, of which a clause must have others only; one that
+    is too short to have any is left out then."""
     first: dict[str, str] = {}
     for paragraph in paragraphs(one.text):
         if SHORTEST <= len(paragraph) <= LONGEST and (kind := kind_of(paragraph)):
-            first.setdefault(kind, paragraph)
+            mine = runs(paragraph) if seen else set()
+            if not seen or (mine and not mine & seen):
+                first.setdefault(kind, paragraph)
+    return first
+
+
+def runs(paragraph: str) -> set[str]:
+    """Every WORDS words in a row of it.
+
+    >>> len(runs("one two " * 7)), runs("No warranty.")
+    (2, set())
+    """
+    words = re.findall(r"\w+", paragraph.lower())
+    return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+
+
+def clause(one: Licence, kind: str, shown: str) -> dict[str, Any]:
+    """What is a clause about?"""
     ask = f"What is this clause about: {', '.join(CLAUSES)}?"
-    return [_example(f"clause/{one.key}/{kind}", "clause", f"{p}\n\n{ask}", kind) for kind, p in first.items()]
+    return _example(f"clause/{one.key}/{kind}", "clause", f"{shown}\n\n{ask}", kind)
 
 
 def _example(name: str, task: str, asked: str, answer: str) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from trivium import DataError, Example, Score, Source
 from trivium_plugins.legal.config import LegalConfig
-from trivium_plugins.legal.questions import category, clauses, is_right
-from trivium_plugins.legal.texts import Licence, licences, of_split
+from trivium_plugins.legal.questions import asked, category, clause, is_right, runs
+from trivium_plugins.legal.texts import SPLITS, Licence, licences, sides
 
 
 class Legal(Source):
@@ -17,8 +17,8 @@ class Legal(Source):
 
     def __init__(self, config: LegalConfig) -> None:
         super().__init__(config)
-        texts = of_split(licences(config.sample), config.split)
-        self._examples = [example for part in config.parts for example in _part(part, texts, config.excerpt)]
+        texts = sides(licences(config.sample))
+        self._examples = [e for part in config.parts for e in _part(part, texts, config.split, config.excerpt)]
         if not self._examples:
             raise DataError(f"data.parts={list(config.parts)} has no examples of split {config.split}; name more parts")
 
@@ -42,9 +42,16 @@ class Legal(Source):
         return Score(float(correct), correct)
 
 
-def _part(name: str, texts: list[Licence], excerpt: int) -> list[dict[str, Any]]:
+def _part(name: str, texts: dict[str, list[Licence]], split: str, excerpt: int) -> list[dict[str, Any]]:
     if name == "texts":
-        return [{"id": f"text/{one.key}", "text": one.text} for one in texts]
+        return [{"id": f"text/{one.key}", "text": one.text} for one in texts[split]]
     if name == "categories":
-        return [category(one, excerpt) for one in texts]
-    return [example for one in texts for example in clauses(one)]
+        return [category(one, excerpt) for one in texts[split]]
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()  # families share no long paragraph, but short ones and parts of long ones
+    for side in SPLITS[: SPLITS.index(split) + 1]:
+        chosen = [asked(one, frozenset(seen)) for one in texts[side]]
+        seen |= {run for kinds in chosen for shown in kinds.values() for run in runs(shown)}
+        asking = zip(texts[side], chosen, strict=True)
+        found = [clause(one, kind, shown) for one, kinds in asking for kind, shown in kinds.items()]
+    return found

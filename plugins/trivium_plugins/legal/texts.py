@@ -30,6 +30,7 @@ SAMPLE = Path(__file__).with_name("data") / "licences"
 HEAD = re.compile(r"---\n(.*?)\n---\n?(.*)", re.S)
 SHARED = 200
 """Characters of a paragraph beyond which two texts that have it are one family."""
+SPLITS = ("train", "validation", "test")
 SHORTEST = 100
 """Characters of a text that says something; the database also holds names without a text."""
 
@@ -104,7 +105,9 @@ def families(texts: Sequence[Licence]) -> dict[str, str]:
     return {one.key: root(one.key) for one in texts}
 
 
-def of_split(texts: Sequence[Licence], split: str) -> list[Licence]:
-    """The texts whose family belongs to the split, a tenth of the families in each held-out one."""
-    family = families(texts)
-    return [one for one in texts if split_of(family[one.key], 0.1, 0.1) == split]
+def sides(texts: Sequence[Licence]) -> dict[str, list[Licence]]:
+    """The texts by split, a tenth of the families in each held-out one."""
+    family, found = families(texts), {split: [] for split in SPLITS}
+    for one in texts:
+        found[split_of(family[one.key], 0.1, 0.1)].append(one)
+    return found
