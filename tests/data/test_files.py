@@ -78,6 +78,13 @@ def test_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     assert all(DOCUMENT <= len(p) < DOCUMENT + 600 for p in pieces[:-1])
 
 
+@pytest.mark.parametrize("name", ["UP.JSONL", "a.ndjson"])
+def test_other_spellings_of_a_kind(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
+    source = Files(FilesConfig(path=str(tmp_path), validation_share=0.0))
+    assert [source[i]["text"] for i in range(len(source))] == ["one", "two"]
+
+
 def test_folder_and_glob_name_the_same_files(tmp_path):
     for name in ("b.txt", "a.md", "c.bin"):
         (tmp_path / name).write_text("some text")

@@ -71,13 +71,16 @@ def test_what_computes_beside_the_engine_leaves_no_helpers_behind():
 
 
 INTERRUPTED = """
-import time, torch
+import sys, threading, torch
 from trivium.inference.loop import aside
 
+told = threading.Thread(target=sys.stdin.read, daemon=True)
+told.start()
+
 def compute():
-    x, end = torch.ones(400, 400), time.monotonic() + 1.5
+    x = torch.ones(400, 400)
     print("begun", flush=True)
-    while time.monotonic() < end:
+    while told.is_alive():  # until the test has sent its signal, however long that takes
         x = (x @ x).tanh()
 
 aside(compute)
@@ -87,11 +90,13 @@ aside(compute)
 def test_an_interrupt_while_loading_waits_for_what_is_computed():
     """Python that ends in the middle of it is aborted, with a core dump."""
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", INTERRUPTED],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None, "it waits for what is computed"
     said = process.communicate(timeout=60)[1]
     assert process.returncode == -signal.SIGINT and said.rstrip().endswith("KeyboardInterrupt"), said
 

@@ -22,6 +22,7 @@ KINDS = {
     ".md": "text",
     ".rst": "text",
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
     ".parquet": "parquet",
@@ -39,7 +40,7 @@ csv.field_size_limit(2**31 - 1)  # data.max_chars is the limit
 def kind_of(path: Path) -> str:
     """The kind of a file by its name, without .gz or .zst; "" if it is none."""
     name = path.with_suffix("") if path.suffix in PACKED else path
-    return KINDS.get(name.suffix, "")
+    return KINDS.get(name.suffix.lower(), "")
 
 
 def open_rows(path: Path, max_chars: int, max_unpacked: int) -> Rows:
