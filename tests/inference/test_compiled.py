@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import importlib
 import re
 import shutil
 
@@ -102,7 +101,7 @@ def test_neighbours_come_and_go(name, kind):
 @compiler
 def test_a_layer_that_is_gone_takes_its_number_along():
     """Layers are found by number from compiled code, which must not keep a model that nobody uses any more."""
-    numbered = importlib.import_module("trivium.models.packed")._numbered
+    numbered = compiled._numbered
     gc.collect()
     before = len(numbered)
     model = packed(model_of(), "fp32", compiled=True)

@@ -20,7 +20,6 @@ CODE = frozenset(
     ".sol .tcl .vb .pas .adb .cob".split()
 )
 """Endings of source files."""
-TEXT = tuple(suffix for suffix, kind in KINDS.items() if kind == "text")
 ASIDE = ("node_modules", "__pycache__")
 BESIDE = ("dataset_info.json", "state.json", "dataset_dict.json")
 """What `datasets` writes beside its Arrow files."""
@@ -76,7 +75,7 @@ def find_files(path: str, code: bool = False, every: bool = False) -> Found:
             raise DataError(f"no file under {path} can be read as text{f' ({said})' if said else ''}")
         return Found(kept, +left_out)
     if code or (sources and not known):
-        sources = sorted([*sources, *(p for p in known if p.suffix in TEXT)])
+        sources = sorted([*sources, *(p for p in known if kind_of(p) == "text" and p.suffix not in PACKED)])
         kept = [p for p in sources if not _aside(p, left_out)]
         if kept:
             left_out["files of other kinds"] += len(found) - len(sources)

@@ -9,21 +9,23 @@ what a compiler makes is not taken on trust.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import shutil
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from trivium.errors import BackendError, ConfigError
 from trivium.models.cache import KVCache
 from trivium.models.experts import SparseFFN
+from trivium.models.packed import Packed
 from trivium.models.protocol import CausalLM
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -46,6 +48,25 @@ def check_compiler(device: torch.device, option: str) -> None:
         )
 
 
+_numbers = itertools.count()
+_numbered: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
+
+
+def _product(x: Tensor, number: Tensor, dtype: torch.dtype, outputs: int) -> Tensor:
+    """A layer's product, for compiled code: what it is compiled from knows no weights in a kernel's own order."""
+    return _numbered[int(number)](x)
+
+
+_library = torch.library.Library("trivium", "DEF")
+_library.define("packed(Tensor x, Tensor number, ScalarType dtype, int outputs) -> Tensor")
+_library.impl("packed", _product, "CPU")  # custom_op's checks would take as long as a product of few rows
+
+
+@torch.library.register_fake("trivium::packed")
+def _(x: Tensor, number: Tensor, dtype: torch.dtype, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs, dtype=dtype)
+
+
 class Slots:
     """A layer's part of a KVCache, for a token of each row."""
 
@@ -55,7 +76,7 @@ class Slots:
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """As KVCache's."""
         for slots, new in ((self.keys, keys.to(self.dtype)), (self.values, values.to(self.dtype))):
-            if statically_known_true(positions.shape[0] == 1):
+            if positions.shape[0] == 1:
                 slots.index_copy_(2, positions[0], new)
             else:
                 rows = torch.arange(positions.shape[0], device=positions.device)
@@ -88,6 +109,10 @@ def compile_tokens(model: CausalLM) -> None:
     if any(isinstance(module, SparseFFN) for module in model.blocks.modules()):
         raise BackendError("inference.compile=true is not for models with experts: which of them compute is not fixed")
     check_compiler(model.embed.weight.device, "inference.compile=true")
+    for layer in [m for m in model.blocks.modules() if isinstance(m, Packed)]:
+        layer.plain = layer.weight.to_dense() if layer.kind in ("fp32", "bf16") else None
+        layer.number = torch.tensor(next(_numbers))
+        _numbered[int(layer.number)] = layer
     one, several = (torch.compile(_own(name), fullgraph=True) for name in ("token", "tokens"))
     try:
         for length in (48, 80):

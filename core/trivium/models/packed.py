@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import copy
 import importlib
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from trivium.errors import BackendError
 from trivium.models import adapters
@@ -66,8 +63,6 @@ def packed(model: CausalLM, kind: str, *, compiled: bool = False) -> CausalLM:
             sizes = f"inputs must be multiples of {GROUP[kind]}, outputs of 32"
             raise BackendError(f"no layer of this model can be held as {kind}: {sizes}")
     if compiled:
-        for layer in [m for m in made.blocks.modules() if isinstance(m, Packed)]:
-            layer.prepare()
         importlib.import_module("trivium.models.compiled").compile_tokens(made)
     return made
 
@@ -134,7 +129,7 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         if torch.compiler.is_compiling():
-            if not statically_known_true(x.shape[0] == 1):
+            if x.shape[0] > 1:
                 return torch.ops.trivium.packed(x, self.number, self.dtype, self.out_features)
             if self.kind != "int4":
                 return self.streamed(x)
@@ -152,13 +147,6 @@ class Packed(nn.Module):
             out = out if self.bias is None else out + self.bias
         return self.cap * (out / self.cap).tanh() if self.cap else out
 
-    def prepare(self) -> None:
-        """For compilation."""
-        if self.kind in ("fp32", "bf16"):
-            self.plain = self.weight.to_dense()
-        self.number = torch.tensor(next(_numbers))
-        _numbered[int(self.number)] = self
-
     def streamed(self, x: Tensor) -> Tensor:
         """(1, K) -> (1, N) in fp32, as sums of which torch.compile makes loops."""
         if self.kind == "int8":
@@ -169,25 +157,6 @@ class Packed(nn.Module):
             out = (self.plain.float() * x.float()).sum(-1)[None]
         out = out if self.bias is None else out + self.bias.float()
         return self.cap * (out / self.cap).tanh() if self.cap else out
-
-
-_numbers = itertools.count()
-_numbered: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
-
-
-def _product(x: Tensor, number: Tensor, dtype: torch.dtype, outputs: int) -> Tensor:
-    """A layer's product, for compiled code: what it is compiled from knows no weights in a kernel's own order."""
-    return _numbered[int(number)](x)
-
-
-library = torch.library.Library("trivium", "DEF")
-library.define("packed(Tensor x, Tensor number, ScalarType dtype, int outputs) -> Tensor")
-library.impl("packed", _product, "CPU")  # custom_op's checks would take as long as a product of few rows
-
-
-@torch.library.register_fake("trivium::packed")
-def _(x: Tensor, number: Tensor, dtype: torch.dtype, outputs: int) -> Tensor:
-    return x.new_empty(x.shape[0], outputs, dtype=dtype)
 
 
 def together(layers: Sequence[nn.Linear], kind: str) -> Packed:

@@ -53,10 +53,10 @@ def asked(one: Licence, seen: Set[str] = frozenset()) -> dict[str, str]:
     is too short to have any is left out then."""
     first: dict[str, str] = {}
     for paragraph in paragraphs(one.text):
-        if SHORTEST <= len(paragraph) <= LONGEST and (kind := kind_of(paragraph)):
-            mine = runs(paragraph) if seen else set()
+        if SHORTEST <= len(paragraph) <= LONGEST and (kind := kind_of(paragraph)) and kind not in first:
+            mine = runs(paragraph)
             if not seen or (mine and not mine & seen):
-                first.setdefault(kind, paragraph)
+                first[kind] = paragraph
     return first
 
 
