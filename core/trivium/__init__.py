@@ -19,6 +19,7 @@ _PUBLIC = {
     "SourceConfig": "trivium.data.config",
     "split_of": "trivium.data.source",
     "fingerprint_of": "trivium.data.source",
+    "copied": "trivium.data.contamination",
     "MEASURES": "trivium.evaluation.measures",
     "fetch": "trivium.data.fetch",
     "FetchEntry": "trivium.data.fetch",

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trivium.compose import Component, component, compose, options, run_config
+from trivium.compose import Component, component, compose, data_option, options, run_config
 from trivium.data.cleaning import Cleaned
 from trivium.data.config import BPEConfig, CleaningConfig, MixtureConfig
 from trivium.data.fetch import CATALOGUE, fetch, fetch_folder
@@ -55,7 +55,7 @@ from trivium.models.weights import (
 )
 from trivium.objectives.protocol import Objective
 from trivium.registry import BACKENDS, MODELS, OBJECTIVES, SOURCES, Registry, extra, load, near_misses
-from trivium.schema import EncoderSettings
+from trivium.schema import EncoderSettings, RunConfig
 from trivium.training.checkpoint import MODEL, RECORD, CheckpointStore, model_tensors, read_checkpoint_json, verify
 from trivium.training.schedule import Schedule
 from trivium.training.tensorfile import write_tensors
@@ -92,6 +92,23 @@ def build_held_out(path: str) -> Source:
         return build(SOURCES, Component("files", settings))
     except DataError as error:
         raise DataError(f"data.held_out={path}: {error}") from error
+
+
+def evaluation_data(config: RunConfig) -> Component | None:
+    """What phase=evaluate reads of a run's domain, with the settings of its data that the run itself changes; None
+    where the domain says nothing of it, or the run's data is of another source."""
+    if config.data is None or f"{config.domain}/evaluate" not in options("data"):
+        return None
+    usual, judged = (data_option(f"{config.domain}/{phase}") for phase in (config.phase, "evaluate"))
+    if judged.name != config.data.name:
+        return None
+    changed = {
+        f.name: mine
+        for f in dataclasses.fields(config.data.config)
+        if (mine := getattr(config.data.config, f.name)) != (said := getattr(usual.config, f.name))
+        and getattr(judged.config, f.name) == said
+    }
+    return Component(judged.name, dataclasses.replace(judged.config, **changed))
 
 
 def _part(config: MixtureConfig, name: str, phase: str) -> Component:

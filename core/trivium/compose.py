@@ -156,6 +156,17 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
+def data_option(name: str) -> Component:
+    """An option of the group `data` alone, such as `books/evaluate`, as it is without overrides."""
+    install()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(main_conf(), version_base=VERSION_BASE, job_name="trivium"):
+        plain: Any = OmegaConf.to_container(hydra_compose(f"data/{name}").data, resolve=True)
+    found = component("data", plain)
+    assert found is not None
+    return found
+
+
 def options(group: str) -> list[str]:
     """Every option of a config group, from files and registries."""
     names = set(groups()[group]) if group in groups() else set()

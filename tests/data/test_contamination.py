@@ -5,7 +5,7 @@ import pytest
 from helpers import Listed
 
 from trivium.data import contamination
-from trivium.data.contamination import Hasher, Overlap, find_overlap, overlap, shared_grams
+from trivium.data.contamination import Hasher, Overlap, copied, find_overlap, overlap, shared_grams
 from trivium_plugins.primer.config import PrimerConfig
 from trivium_plugins.primer.source import Primer
 
@@ -49,6 +49,33 @@ def test_short_texts_are_compared_whole_and_with_their_signs():
     found = find_overlap(texts("What is 3 + 5?", "a  HERON", "A heron flew"), held, 13)
     assert [(f.held_out, f.train) for f in found.worst] == [("h1", "t1")]
     assert (found.examples, found.contaminated) == (3, 1)
+
+
+def test_a_text_is_found_by_a_fifth_that_several_examples_have_together():
+    """22 words have 10 n-grams. One has the first, another the last: two of ten; either alone is one of ten."""
+    held = texts(numbered(0, 22), name="h")
+    first, last = numbered(0, 13), numbered(9, 13)
+    both = find_overlap(texts(first, "x", last), held, 13, 0.2)
+    assert (both.contaminated, both.touched) == (1, 1)
+    (worst,) = both.worst
+    assert (worst.train, worst.shared, worst.of) == ("t0", 1, 10)
+    for one in (first, last):
+        found = find_overlap(texts(one), held, 13, 0.2)
+        assert (found.contaminated, found.touched) == (0, 1)
+        assert find_overlap(texts(one), held, 13, 0.0).contaminated == 1
+    assert copied([{"id": "a", "text": first}, {"id": "b", "text": last}], [held[0]]) == {"h0"}
+    assert copied([{"id": "a", "text": first}], [held[0]]) == set()
+
+
+def test_whole_examples_and_prompts_are_compared_whatever_n_is(monkeypatch):
+    """By content and not by id; a prompt only where the answer is another; the first training example is named."""
+    monkeypatch.setattr(contamination, "BATCH", 2)
+    train = chats(("a?", "b."), ("a?", "b."), ("c?", "d."), ("a?", "e."))
+    held = chats(("c?", "d."), ("a?", "b."), ("a?", "x."), ("a? ", "b."), ("c?", "d."), name="h")
+    found = find_overlap(train, held, 0)
+    assert (found.same.count, found.same.told) == (3, (("h0", "t2"), ("h1", "t0"), ("h4", "t2")))
+    assert (found.prompts.count, found.prompts.told) == (1, (("h2", "t0"),))
+    assert (found.contaminated, found.touched, found.worst) == (0, 0, ())
 
 
 def test_a_conversation_is_found_by_nine_tenths_of_its_ngrams():

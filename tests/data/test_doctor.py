@@ -25,12 +25,10 @@ from trivium.data.lint import RULES, Finding, check_names, judged, verdict
 from trivium.data.lint_examples import How, look, look_at_prompts, spans
 from trivium.data.lint_sets import (
     check_batch,
-    check_held_out,
     check_overlap,
-    check_set,
     check_vocabulary,
-    sample,
     spread,
+    survey,
 )
 from trivium.data.packing import table_of
 from trivium.data.shown import Stretch, exchanges, plain, stretches, visible
@@ -55,9 +53,9 @@ def found_in(animal, tokenizer):
     how = How(
         animal.tokenizer(tokenizer) if animal.tokenizer else tokenizer, animal.form, animal.train_on, animal.length
     )
-    held = find_overlap(Listed(animal.examples), Listed(animal.held), 13)
-    sets = [*check_held_out(animal.examples, animal.held), *check_overlap("held.jsonl", held, 0.0, fails=animal.fails)]
-    return judged([*check_set(animal.examples), *look(animal.examples, how)[1], *sets], [])
+    source = Listed(animal.examples)
+    held = check_overlap("held.jsonl", find_overlap(source, Listed(animal.held), 13), 0.0, fails=animal.fails)
+    return judged([*survey(source, len(source))[1], *look(animal.examples, how)[1], *held], [])
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -235,17 +233,32 @@ def test_held_out_examples_that_are_trained_on_are_found():
     train = [*zoo.text("hello"), {"id": "b", **talk(zoo.ASK, zoo.ANSWER)[0] | {"id": "b"}}]
     held = [{"id": "x", "text": "hello"}, {"id": "y", "text": "hello "}, {"id": "z", "messages": [zoo.ASK, zoo.ANSWER]},
             {"id": "w", "messages": [zoo.ASK, bot("it is 5.")]}]  # fmt: skip
-    assert [(f.rule, f.fatal, f.example_id) for f in check_held_out(train, held)] == [
+    found = check_overlap("held", find_overlap(Listed(train), Listed(held), 13), 1.0, fails=True)
+    assert [(f.rule, f.fatal, f.example_id) for f in found] == [
         ("held_out_seen", True, "x"), ("held_out_seen", True, "z"), ("same_prompt", False, "w"),
     ]  # fmt: skip
 
 
+def test_all_that_is_held_out_is_compared_and_ten_are_told():
+    """5,000 examples; 12 of them, of which no sample of 1,000 has one, are held out."""
+    train = [{"id": f"t{i}", "text": f"text {i}"} for i in range(5000)]
+    held = [{"id": f"h{i}", "text": f"text {405 * i + 1}"} for i in range(12)] + [{"id": "new", "text": "new"}]
+    assert not {405 * i + 1 for i in range(12)} & set(spread(5000, 1000))
+    found = list(check_overlap("held", find_overlap(Listed(train), Listed(held), 0), 0.0, fails=True))
+    assert [f.example_id for f in found] == [*(f"h{i}" for i in range(10)), ""] and {f.rule for f in found} == {
+        "held_out_seen"
+    }
+    assert found[3].message.endswith("trained on as example t1216; take it out of one of the two")
+    assert found[10].message == "2 more are such (held)"
+
+
 def test_sample_has_the_first_the_longest_and_an_even_spread():
     rows = [{"id": str(i), "text": "a" * (100 if i == 77 else 1)} for i in range(100)]
-    chosen, read = sample(Listed(rows), 9)
-    assert len(read) == 100
+    chosen, _ = survey(Listed(rows), 9)
     assert [e["id"] for e in chosen] == ["0", "12", "24", "37", "49", "61", "74", "77", "87"]
-    assert [e["id"] for e in sample(Listed(rows), 3, among=4)[1]] == ["0", "25", "50", "75"]
+    read = []
+    survey(Listed(rows), 3, 4, lambda example: read.append(example["id"]) or ())
+    assert read == ["0", "25", "50", "75"]
     assert spread(3, 3) == [0, 1, 2]
 
 
@@ -446,7 +459,7 @@ def test_the_real_template_raises_no_alarm():
     examples = [{**e, "id": str(i)} for i, e in enumerate(examples)]
     config = run_config(compose(["phase=sft"]))
     source = build_source(config.data, "sft")
-    examples += sample(source, 50, among=500)[0]
+    examples += survey(source, 50, among=500)[0]
     seen, findings = look(examples, How(tokenizer, "chat", "assistant", 256))
     assert findings == [] and len(seen) == len(examples)
     (finding,) = look(talk(user("hi"), bot("no<|im_end|>")), How(tokenizer, "chat", "assistant", 256))[1]
@@ -469,19 +482,19 @@ def test_the_doctor_and_the_run_find_a_planted_leak(main, rows, tmp_path):
     base = ("validation.every_steps=0", "data.validation_share=0.0")
     asked = settings(path, *base, f"data.held_out=[{held}]")
     one_of_two = f"1 of 2 held-out examples ({held}) are in the training data, such as {held}:2 in {path}:61"
-    said = main("doctor", *asked)
+    said = main("doctor", *asked, "data.contamination=warn")
     assert said.code == 0 and f"! [leak] {one_of_two}" in said.out and "1 warned" in said.out
-    said = main("doctor", *asked, "data.contamination=fail")
+    said = main("doctor", *asked)
     assert said.code == 1 and f"✗ [leak] {one_of_two}" in said.out and "1 fatal" in said.out
-    said = main("doctor", *asked, "data.contamination=fail", "doctor.ignore=[leak]")
+    said = main("doctor", *asked, "doctor.ignore=[leak]")
     assert said.code == 0 and "1 warned (ignored)" in said.out
     for off in (("data.contamination=off",), ("data.contamination_share=0.5",)):
         assert "held-out examples" not in main("doctor", *asked, *off).out
     run = (*asked, f"runs={tmp_path}", "name=r")
     for more in ((), ("doctor.preflight=false",)):
-        said = main(*run, *more, "data.contamination=fail")
+        said = main(*run, *more)
         assert said.code == 1 and one_of_two in said.err and said.err.count("\n") == 1
-    said = main(*run)
+    said = main(*run, "data.contamination=warn")
     facts = json.loads((tmp_path / "r" / "MANIFEST.json").read_text())
     assert said.code == 0 and facts["doctor"]["counts"] == {"leak": 1}
     assert facts["contamination"][str(held)]["contaminated"] == 1

@@ -83,9 +83,10 @@ class SourceConfig:
     clean: list[str] = field(default_factory=list)  # steps in order, such as [unicode, whitespace, pii, exact, near]
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)  # what those steps go by
     held_out: list[str] = field(default_factory=list)  # files that must not be trained on, beside the validation split
-    contamination: str = "warn"  # warn | fail | off: when training data holds what is held out
+    contamination: str = "fail"  # warn | fail | off: when training data holds what is held out
     contamination_share: float = 0.0  # of held-out examples that may be in the training data before it warns or fails
-    contamination_words: int = 13  # words in a row that make two texts the same; fewer raise more false alarms
+    contamination_words: int = 13  # words in a row that are compared; fewer raise more false alarms
+    contamination_text: float = 0.2  # of a held-out text that makes it one of the training data; 0: any such words
 
     def __post_init__(self) -> None:
         one_of(self, "split", SPLITS)
@@ -100,6 +101,8 @@ class SourceConfig:
             raise ConfigError(f"data.clean={list(self.clean)} names a step twice; name each once")
         if not 0 <= self.contamination_share < 1:
             raise ConfigError(f"data.contamination_share={self.contamination_share} must be at least 0 and less than 1")
+        if not 0 <= self.contamination_text <= 1:
+            raise ConfigError(f"data.contamination_text={self.contamination_text} must be at least 0 and at most 1")
         positive(self, "contamination_words")
 
 

@@ -69,9 +69,9 @@ RULES: dict[str, Rule] = {
     "first_label": Rule("the first token of a document is no target", LEARNT),
     "segments": Rule("positions restart with a document, only there", LEARNT),
     # train against held-out data
-    "leak": Rule("no held-out set is in the training data", fatal=False),  # data.contamination=fail makes it fatal
-    "held_out_seen": Rule("no held-out example is trained on", LEARNT),
-    "same_prompt": Rule("no held-out prompt has another answer in training", ANSWERED, fatal=False),
+    "leak": Rule("no held-out set is in the training data"),  # data.contamination=warn makes it a warning
+    "held_out_seen": Rule("no held-out example is trained on"),
+    "same_prompt": Rule("no held-out prompt has another answer in training", TALKS, fatal=False),
 }
 """In the order in which they are shown."""
 

@@ -6,7 +6,6 @@ itself refuses an example, that is a finding like any other, so that a person se
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -437,9 +436,3 @@ def look_at_prompts(examples: Sequence[Example], source: Source, how: How) -> tu
             findings.append(found("prompt_room", id_, message))
         seen.append(Seen(example, [example], [Encoded(ids, [False] * len(ids))]))
     return seen, findings
-
-
-def content_of(example: Example) -> str:
-    """What an example teaches, without its id and name: equal text is equal content."""
-    kept = ("text", "messages", "prompt", "completion", "chosen", "rejected", "label")
-    return json.dumps({k: example[k] for k in kept if k in example}, sort_keys=True, default=str)

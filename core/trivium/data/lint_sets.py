@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from trivium.data.contamination import Overlap
+from trivium.data.contamination import Overlap, Twins, hashed
 from trivium.data.lint import Finding, found
-from trivium.data.lint_examples import content_of, words_of
-from trivium.data.source import Example, Source, form_of, prompt_of
+from trivium.data.lint_examples import words_of
+from trivium.data.source import Example, Source, form_of
 from trivium.data.table import TokenTable
 from trivium.data.tokenizer import Tokenizer
 from trivium.types import IGNORE, TokenBatch
 
 LOOKED_AT = 1000
-"""Examples among which a bounded look searches the longest, and held-out examples that it compares with."""
+"""Examples that a bounded look reads."""
 
 LONGEST = 4
 """Of them: enough to see what does not fit, few enough that a share of what is looked at is one of the data."""
@@ -26,23 +24,45 @@ MOST_CHARACTERS = 2_000_000
 """Read in a bounded look, about: longer texts leave fewer of them."""
 
 
-def sample(source: Source, count: int, among: int = 0) -> tuple[list[Example], list[Example]]:
-    """`count` examples to look at closely, and all that were read to choose them.
+def survey(
+    source: Source, count: int, among: int = 0, each: Callable[[Example], Iterable[Finding]] = lambda example: ()
+) -> tuple[list[Example], list[Finding]]:
+    """`count` examples to look at closely, and what is wrong with those that were read to choose them.
 
     Evenly spread, the first and the longest few (by characters) included; the same at every call. among: how
-    many are read; 0 is all of them.
+    many are read; 0 is all of them. each: what is looked at in every one. Of those that are read 17 bytes each are
+    kept.
     """
     size = len(source)
-    read = spread(size, among or size)
-    examples = [source[i] for i in read]
-    lengths = [sum(len(text) for _, text in _words(e)) for e in examples]
-    long = sorted(range(len(examples)), key=lambda i: -lengths[i])[:LONGEST]
+    read = np.array(spread(size, among or size))
+    lengths, ids = np.zeros(len(read), np.int64), np.zeros(len(read), np.uint64)
+    verdicts, findings = [0, 0], []
+    for number, index in enumerate(read):
+        example = source[int(index)]
+        lengths[number] = sum(len(text) for _, text in _words(example))
+        ids[number] = hashed(str(example["id"]))
+        findings += each(example)
+        if form_of(example) == "labels" and isinstance(example["label"], int):
+            verdicts[bool(example["label"])] += 1
+    findings += _check_ids(source, read, ids)
+    if sum(verdicts) and not all(verdicts):
+        kind = "desirable" if verdicts[True] else "undesirable"
+        findings.append(found("one_sided", "", f"all {sum(verdicts)} verdicts are {kind}; KTO learns from both kinds"))
+    long = np.argsort(-lengths, kind="stable")[:LONGEST].tolist()
     if among:
-        count = min(count, max(1, MOST_CHARACTERS * len(lengths) // max(1, sum(lengths))))
+        count = min(count, max(1, MOST_CHARACTERS * len(lengths) // max(1, int(lengths.sum()))))
     long = long[: max(1, count // 8)]
-    others = sorted({*range(len(examples))} - {*long})
-    even = [others[i] for i in spread(len(others), max(1, count - len(long)))]
-    return [examples[i] for i in sorted([*long, *even])], examples
+    others = np.delete(np.arange(len(read)), long)
+    even = others[spread(len(others), max(1, count - len(long)))]
+    return [source[int(read[i])] for i in sorted([*long, *even.tolist()])], findings
+
+
+def _check_ids(source: Source, read: np.ndarray, ids: np.ndarray) -> Iterator[Finding]:
+    order = np.argsort(ids, kind="stable")
+    again = np.sort(order[1:][ids[order][1:] == ids[order][:-1]])
+    for number in again:
+        id_ = str(source[int(read[number])]["id"])
+        yield found("same_id", id_, "another example has this id; a source must give each its own")
 
 
 def _words(example: Example) -> Iterator[tuple[str, str]]:
@@ -61,41 +81,18 @@ def spread(size: int, count: int) -> list[int]:
     return list(range(size)) if count >= size else [i * size // count for i in range(count)]
 
 
-def check_set(examples: Sequence[Example]) -> Iterator[Finding]:
-    """Ids, and verdicts of both kinds."""
-    seen: set[str] = set()
-    for example in examples:
-        if example["id"] in seen:
-            yield found("same_id", example["id"], "another example has this id; a source must give each its own")
-        seen.add(example["id"])
-    labels = [bool(e["label"]) for e in examples if form_of(e) == "labels" and isinstance(e["label"], int)]
-    if labels and len(set(labels)) == 1:
-        kind = "desirable" if labels[0] else "undesirable"
-        yield found("one_sided", "", f"all {len(labels)} verdicts are {kind}; KTO learns from both kinds")
-
-
-def check_held_out(train: Iterable[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
-    """Content that is on both sides, by its hash; and prompts that are, with other answers."""
-    train = list(train)
-    contents = {_digest(content_of(e)): e["id"] for e in train}
-    prompts = {_prompt(e): e["id"] for e in train if form_of(e) != "text"}
-    for example in held_out:
-        twin = contents.get(_digest(content_of(example)))
-        if twin is not None:
-            message = f"it is held out, and trained on as example {twin}; take it out of one of the two"
-            yield found("held_out_seen", example["id"], message)
-        elif form_of(example) != "text" and (twin := prompts.get(_prompt(example))) is not None:
-            message = f"its prompt is held out, and trained on with another answer in example {twin}"
-            yield found("same_prompt", example["id"], message)
-
-
 def check_overlap(name: str, overlap: Overlap, allowed: float, *, fails: bool) -> Iterator[Finding]:
-    """More of the held-out set `name` in the training data than the share `allowed`; fatal if `fails`."""
+    """What training data has of the held-out set `name`: whole examples, prompts, and more of them for the most part
+    than the share `allowed`, which is fatal if `fails`."""
+    seen = "it is held out ({}), and trained on as example {}; take it out of one of the two"
+    yield from _twins("held_out_seen", name, overlap.same, seen)
+    asked = "its prompt is held out ({}), and trained on with another answer in example {}"
+    yield from _twins("same_prompt", name, overlap.prompts, asked)
     if overlap.share <= allowed:
         return
     worst = overlap.worst[0]
     then = (
-        "take them out of either (data.contamination=fail)"
+        "take them out of either, or set data.contamination=warn"
         if fails
         else "a figure on them is of what was learned by heart"
     )
@@ -106,12 +103,12 @@ def check_overlap(name: str, overlap: Overlap, allowed: float, *, fails: bool) -
     yield found("leak", "", message, fatal=fails)
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-
-
-def _prompt(example: Example) -> bytes:
-    return _digest(json.dumps(prompt_of(example), sort_keys=True, default=str))
+def _twins(rule: str, name: str, twins: Twins, message: str) -> Iterator[Finding]:
+    """A finding for each that is told of, and one for the others."""
+    for held_out, trained in twins.told:
+        yield found(rule, held_out, message.format(name, trained))
+    if twins.count > len(twins.told):
+        yield found(rule, "", f"{twins.count - len(twins.told):,} more are such ({name})")
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from trivium.data.collate import collate
 from trivium.data.lint import RULES, Finding, check_names, found, judged, verdict
-from trivium.data.lint_examples import How, Seen, look, look_at_prompts
-from trivium.data.lint_sets import LOOKED_AT, check_batch, check_held_out, check_set, check_vocabulary, sample, spread
+from trivium.data.lint_examples import How, Seen, check_form, check_words, look, look_at_prompts
+from trivium.data.lint_sets import LOOKED_AT, check_batch, check_vocabulary, spread, survey
 from trivium.data.packing import plan, tokenise
 from trivium.data.shown import stretches, visible
 from trivium.data.source import Example, Source, prompt_of
@@ -19,7 +19,7 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.errors import DataError
 from trivium.models.protocol import CausalLM
 from trivium.objectives.protocol import Objective
-from trivium.phases.checks import leaks, validates
+from trivium.phases.checks import leaks
 from trivium.phases.run import Run
 
 COLLATED = 32
@@ -88,15 +88,14 @@ def examine(
     count: int,
     among: int = LOOKED_AT,
 ) -> Examination:
-    """Look closely at `count` of the source's examples, and at their batches; at the ids and words of `among`.
+    """Look closely at `count` of the source's examples, and at their batches; at the ids and words of `among` (0: all).
 
-    among: 0 is all of them, and all that is held out.
+    All of them are compared with what is held out.
     """
     start = time.monotonic()
     check_names(this.config.doctor.ignore)
     how = how_of(this, objective, tokenizer, model)
-    chosen, read = sample(source, count, among)
-    findings = list(check_set(read))
+    chosen, findings = survey(source, count, among, lambda e: [*check_form(e, how)] or check_words(e, how))
     if model is not None:
         findings += check_vocabulary(tokenizer, model.vocab_size)
     if how.form == "answers":
@@ -109,15 +108,8 @@ def examine(
     findings += more
     shared, more = leaks(this, objective, source)
     findings += more
-    if validates(this, objective):
-        findings += check_held_out(read, _held_out(this, among))
     findings = judged(findings, this.config.doctor.ignore)
     return Examination(how, seen, findings, len(chosen), len(source), time.monotonic() - start, shared)
-
-
-def _held_out(this: Run, among: int) -> list[Example]:
-    source = this.source("validation")
-    return [source[i] for i in spread(len(source), among or len(source))]
 
 
 def _check_batches(

@@ -64,6 +64,7 @@ UNGUARDED = (
     *("trainer.recompute", "trainer.devices", "trainer.nodes", "trainer.strategy"),
     "trainer.tensor_parallel",
     *("data.held_out", "data.contamination", "data.contamination_share", "data.contamination_words"),
+    "data.contamination_text",
     *("trainer.workers", "trainer.prefetch", "trainer.loader_timeout"),
     *("feedback", "promote"),
     *ASIDE,

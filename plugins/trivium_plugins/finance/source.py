@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from trivium import DataError, Example, Score, Source
+from trivium import DataError, Example, Score, Source, copied
 from trivium_plugins.finance.config import FinanceConfig
 from trivium_plugins.finance.economies import Economy, Line, economies, lines, of_split, text_of
 from trivium_plugins.finance.figures import is_right
@@ -19,11 +19,15 @@ class Finance(Source):
 
     def __init__(self, config: FinanceConfig) -> None:
         super().__init__(config)
-        chosen = of_split(economies(config.sample), config.split)
+        read = economies(config.sample)
+        chosen = of_split(read, config.split)
         self._examples: list[dict[str, Any]] = []
         for part in config.parts:
             if part == "economies":
-                self._examples += [{"id": f"economy/{one.code}", "text": text_of(one)} for one in chosen]
+                self._examples += _texts(chosen)
+                if config.split != "train":  # small islands are told of in the same words
+                    twins = copied(_texts(of_split(read, "train")), self._examples)
+                    self._examples = [e for e in self._examples if e["id"] not in twins]
             else:
                 self._examples += [question for one in chosen for question in _questions(one, config)]
         if not self._examples:
@@ -47,6 +51,10 @@ class Finance(Source):
             raise DataError(f"example {example.get('id')!r} has no answer to score against; only figures have one")
         correct = is_right(example["answer"], completion, example["year"])
         return Score(float(correct), correct)
+
+
+def _texts(chosen: Sequence[Economy]) -> list[dict[str, Any]]:
+    return [{"id": f"economy/{one.code}", "text": text_of(one)} for one in chosen]
 
 
 def _questions(economy: Economy, config: FinanceConfig) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from trivium import DataError, Example, Score, Source
 from trivium_plugins.legal.config import LegalConfig
 from trivium_plugins.legal.questions import asked, category, clause, is_right, runs
-from trivium_plugins.legal.texts import SPLITS, Licence, licences, sides
+from trivium_plugins.legal.texts import SPLITS, Licence, apart, licences, sides
 
 
 class Legal(Source):
@@ -17,8 +17,7 @@ class Legal(Source):
 
     def __init__(self, config: LegalConfig) -> None:
         super().__init__(config)
-        texts = sides(licences(config.sample))
-        self._examples = [e for part in config.parts for e in _part(part, texts, config.split, config.excerpt)]
+        self._examples = [e for part in config.parts for e in _part(part, config)]
         if not self._examples:
             raise DataError(f"data.parts={list(config.parts)} has no examples of split {config.split}; name more parts")
 
@@ -42,16 +41,21 @@ class Legal(Source):
         return Score(float(correct), correct)
 
 
-def _part(name: str, texts: dict[str, list[Licence]], split: str, excerpt: int) -> list[dict[str, Any]]:
-    if name == "texts":
-        return [{"id": f"text/{one.key}", "text": one.text} for one in texts[split]]
-    if name == "categories":
-        return [category(one, excerpt) for one in texts[split]]
+def _part(name: str, config: LegalConfig) -> list[dict[str, Any]]:
+    if name != "clauses":
+        texts = apart(config.sample)[config.split]
+        shown = config.excerpt
+        return [_text(one) if name == "texts" else category(one, shown) for one in texts]
+    texts = sides(licences(config.sample))
     found: list[dict[str, Any]] = []
     seen: set[str] = set()  # families share no long paragraph, but short ones and parts of long ones
-    for side in SPLITS[: SPLITS.index(split) + 1]:
+    for side in SPLITS[: SPLITS.index(config.split) + 1]:
         chosen = [asked(one, frozenset(seen)) for one in texts[side]]
         seen |= {run for kinds in chosen for shown in kinds.values() for run in runs(shown)}
         asking = zip(texts[side], chosen, strict=True)
         found = [clause(one, kind, shown) for one, kinds in asking for kind, shown in kinds.items()]
     return found
+
+
+def _text(one: Licence) -> dict[str, Any]:
+    return {"id": f"text/{one.key}", "text": one.text}
