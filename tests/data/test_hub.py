@@ -1,9 +1,12 @@
 """The hub as a source, through `datasets` itself, on local folders in the hub's layout and with its sets' columns."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -144,6 +147,129 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path):
             "error: data.dataset=openai/gsm8k (split train) cannot be had from the Hugging Face hub ("
         )
         assert line.endswith("or fetch it elsewhere and set data.dataset to that folder") and len(line) < 500
+
+
+FIRST, SECOND = "a" * 40, "b" * 40
+COMMITS = {FIRST: ["one heron", "two herons"], SECOND: ["three herons", "four herons", "five herons"]}
+NAMES = {"main": SECOND, "old": FIRST}
+
+
+class Played(BaseHTTPRequestHandler):
+    """The few of the hub's endpoints that reading a data set meets: one file, of which each commit has other rows."""
+
+    def answer(self, data=b"", code=200, **headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def do_GET(self):
+        size = int(self.headers.get("Content-Length") or 0)
+        asked = self.rfile.read(size).decode()
+        place = self.path.partition("?")[0].strip("/")
+        kind, _, rest = place.removeprefix("api/").removeprefix("datasets/me/mine").strip("/").partition("/")
+        name = rest.split("/")[0] or "main"
+        commit = NAMES.get(name, name)
+        if self.server.closed:
+            return self.answer(code=403)
+        if "datasets/me/mine" not in place:
+            return self.answer(code=404, X_Error_Code="EntryNotFound")
+        if commit not in COMMITS:
+            return self.answer(code=404, X_Error_Code="RevisionNotFound")
+        data = "".join(json.dumps({"text": text}) + "\n" for text in COMMITS[commit]).encode()
+        mark = hashlib.sha1(data).hexdigest()
+        entry = {"type": "file", "path": "train.jsonl", "size": len(data), "oid": mark}
+        if not place.startswith("api/"):
+            if not rest.endswith("/train.jsonl"):
+                return self.answer(code=404, X_Error_Code="EntryNotFound")
+            return self.answer(data, ETag=f'"{mark}"', X_Repo_Commit=commit)
+        if kind in ("tree", "paths-info"):
+            wanted = kind == "tree" or "train.jsonl" in asked
+            return self.answer(json.dumps([entry] * wanted).encode())
+        facts = {"id": "me/mine", "sha": commit, "siblings": [{"rfilename": "train.jsonl"}], "tags": []}
+        return self.answer(json.dumps({**facts, "private": False}).encode())
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def played():
+    """A hub that is played here, over real HTTP."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Played)
+    server.closed = False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+READ = """
+import json, sys
+from trivium.cli import main
+from trivium.data.config import HubConfig
+from trivium.data.hub import Hub
+from trivium.errors import DataError
+for line in sys.stdin:
+    said = json.loads(line)
+    if isinstance(said, list):
+        answer = main(said)
+    else:
+        try:
+            source = Hub(HubConfig(dataset="me/mine", validation_share=0.0, **said))
+            answer = [source.notes["commit"], [source[i]["text"] for i in range(len(source))]]
+        except DataError as error:
+            answer = str(error)
+    print("=", json.dumps(answer), flush=True)
+"""
+
+
+def test_the_revision_that_is_asked_for_is_read_and_kept(played, tmp_path):
+    """A branch's commit, or a commit itself, whole and streamed, is what the rows are of and what the manifest names.
+    When the hub is away, `datasets` gives whatever it fetched last: that is no other commit than was asked for."""
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{played.server_port}", "HF_HOME": str(tmp_path / "home"),
+           "HF_TOKEN": "hf_secret", "NO_PROXY": "*", "TRIVIUM_CACHE": str(tmp_path / "cache")}  # fmt: skip
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READ], cwd=ROOT, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+    def read(said):
+        reader.stdin.write(json.dumps(said) + "\n")
+        reader.stdin.flush()
+        return json.loads(next(line for line in reader.stdout if line.startswith("= "))[2:])
+
+    with reader:
+        first, second = [FIRST, COMMITS[FIRST]], [SECOND, COMMITS[SECOND]]
+        for how in ({}, {"streaming": True, "max_rows": 9}):
+            assert read({"revision": "old", **how}) == first
+            assert read({"revision": FIRST, **how}) == first
+            assert read({"revision": "main", **how}) == second
+            assert read(how) == second
+            assert "'new'" in (said := read({"revision": "new", **how})) or "404" in said
+        command = ["phase=tokenizer", "domain=hub", "data.dataset=me/mine", "data.revision=old",
+                   "data.validation_share=0", "tokenizer.vocab_size=300", f"runs={tmp_path}", "name=kept"]  # fmt: skip
+        assert read(command) == 0
+        kept = json.loads((tmp_path / "kept/MANIFEST.json").read_text())["read"]
+        assert kept == {"train": {"rows": 2, "dataset": "me/mine", "commit": FIRST}}
+        played.closed = True
+        found = [read({"revision": commit}) for commit in (FIRST, SECOND)]
+        assert found[1] == second and found[0].startswith(
+            f"data.dataset=me/mine (split train) cannot be had from the Hugging Face hub (not commit {FIRST}, only "
+        ), found
+        reader.stdin.close()
+
+
+def test_a_folder_has_no_commit(settings):
+    """It is not said to be of one; asking for one is refused, and the name of a branch is of the hub it came from."""
+    with pytest.raises(DataError, match="is a folder, which has no commits; leave data.revision away"):
+        Hub(HubConfig(**settings, revision=FIRST))
+    source = Hub(HubConfig(**settings, revision="refs/convert/parquet"))
+    assert source.notes["commit"] == "" and len(source) > 2000
 
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

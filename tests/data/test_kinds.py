@@ -166,6 +166,21 @@ def test_a_tree_of_code_gives_each_file_under_its_path(tmp_path):
     assert [source.origin(source[i]) for i in range(3)] == [".md", ".py", ".rs"]
 
 
+def test_a_tree_of_code_is_read_by_any_spelling(tmp_path):
+    """Text beside the code as the code itself: .R is how R is spelled, .F90 how Fortran often is."""
+    names = ["README.MD", "NOTES.Txt", "model.R", "solve.F90", "Main.PY", "blob.BIN"]
+    for name in names:
+        (tmp_path / name).write_text(f"this is {name}")
+    source = Files(FilesConfig(path=str(tmp_path), code=True, validation_share=0.0))
+    assert {e["id"]: e["text"] for e in map(source.__getitem__, range(len(source)))} == {
+        f"{tmp_path}/{name}": f"this is {name}" for name in names[:-1]
+    }
+    assert source.notes == {"rows": 5, "left_out": {"files of other kinds": 1}}
+    assert read(tmp_path / "model.R")[0]["text"] == "this is model.R"
+    found = find_files(str(tmp_path), every=True)
+    assert [p.name for p in found.files] == sorted(names[:-1])
+
+
 def test_code_is_read_without_being_asked_for_where_nothing_else_is(tmp_path):
     (tmp_path / "a.py").write_text("a = 1")
     assert find_files(str(tmp_path)).code and [r["text"] for r in read(tmp_path)] == ["a = 1"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trivium.build import load_artifact
+from trivium.compose import compose, run_config
 from trivium.models.config import LlamaConfig, RopeScaling
 from trivium.models.llama import Llama
 from trivium.plugin import discover
@@ -69,3 +70,21 @@ def test_what_cannot_be_stretched_is_refused(main, trained, tmp_path, overrides,
 def test_only_training_stretches(main, trained, tmp_path):
     done = main("phase=generate", f"init_from={trained}", "prompt=x", "stretch_context=512", f"runs={tmp_path}")
     assert done.code == 2 and "for phases that train" in done.err
+
+
+def test_the_experiment_of_a_long_context_is_run(main, trained, corpus, tmp_path):
+    """As it stands, but for its start, data and number of steps: 256 tokens become 1,024, and a step is four rows."""
+    stands = run_config(compose(["phase=pretrain", "experiment=long_context"]))
+    before = run_config(compose(["phase=pretrain"]))  # the first command of its page
+    assert stands.init_from == f"runs/{before.phase}-{before.domain}"
+    done = main("phase=pretrain", "experiment=long_context", f"init_from={trained}", "domain=files",
+                f"data.path={corpus}", "data.validation_share=0.2", f"runs={tmp_path}", "trainer.max_steps=2",
+                "precision=fp32")  # fmt: skip
+    assert done.code == 0, done.err
+    folder = tmp_path / "long_context"
+    said = json.loads((folder / "checkpoints/step-2/model.json").read_text())["config"]
+    scaling = said["rope_scaling"]
+    assert said["context"] == 1024
+    assert (scaling["kind"], scaling["factor"], scaling["original_context"]) == ("yarn", 4.0, 256)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["tokens"]) for r in rows] == [(1, 4 * 1024), (2, 8 * 1024)] and rows[-1]["val/loss"] > 0

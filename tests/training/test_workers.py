@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -111,6 +112,18 @@ def test_workers_end_with_the_iteration():
     assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
     loader.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_items_are_made_before_they_are_asked_for():
+    """While training holds one, the next of each worker comes by itself: a step waits for what is there already."""
+    loader = StepLoader(steps_of(table()), range(12), workers=2)
+    found = iter(loader)
+    for item in range(12):
+        if item > 1:  # the first of each worker is waited for
+            channel = loader._fleet[item % 2].channel
+            assert select.select([channel], [], [], 60)[0], f"item {item} is only made when somebody asks"
+        next(found)
+    loader.close()
 
 
 def test_data_is_shared_not_copied():

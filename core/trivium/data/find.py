@@ -19,7 +19,7 @@ CODE = frozenset(
     ".el .scm .dart .zig .nim .d .f90 .f95 .sh .bash .zsh .ps1 .sql .proto .tf .cmake .asm .s .v .sv .vhd .css .scss "
     ".sol .tcl .vb .pas .adb .cob".split()
 )
-"""Endings of source files."""
+"""Endings of source files, however they are spelled: R's are mostly .R, Fortran's often .F90."""
 ASIDE = ("node_modules", "__pycache__")
 BESIDE = ("dataset_info.json", "state.json", "dataset_dict.json")
 """What `datasets` writes beside its Arrow files."""
@@ -42,14 +42,9 @@ def find_files(path: str, code: bool = False, every: bool = False) -> Found:
     place = Path(path).expanduser()
     if place.is_file():
         packed_or_rows = place.suffix in PACKED or kind_of(place) not in ("", "text")
-        if (
-            every
-            and (place.suffix in CODE or kind_of(place))
-            and not packed_or_rows
-            and _aside(place, aside := Counter())
-        ):
+        if every and (_is_code(place) or kind_of(place)) and not packed_or_rows and _aside(place, aside := Counter()):
             raise DataError(f"{place} is {'empty' if aside['empty files'] else 'binary, which is no text'}")
-        if place.suffix in CODE:
+        if _is_code(place):
             return Found([place], Counter(), code=True)
         if not kind_of(place):
             raise DataError(
@@ -65,7 +60,7 @@ def find_files(path: str, code: bool = False, every: bool = False) -> Found:
         if not found:
             raise DataError(f"data.path={path} does not exist and matches no file")
     known = sorted(p for p in found if kind_of(p) and p.name not in BESIDE)
-    sources = sorted(p for p in found if p.suffix in CODE)
+    sources = sorted(filter(_is_code, found))
     if every:
         both = sorted([*known, *sources])
         kept = [p for p in both if kind_of(p) not in ("", "text") or p.suffix in PACKED or not _aside(p, left_out)]
@@ -85,6 +80,10 @@ def find_files(path: str, code: bool = False, every: bool = False) -> Found:
         raise DataError(f"no file under {path} is of a known kind ({', '.join(KINDS)}, or source code)")
     left_out["files of other kinds"] += len(found) - len(known)
     return Found(known, +left_out)
+
+
+def _is_code(path: Path) -> bool:
+    return path.suffix.lower() in CODE
 
 
 def _walk(place: Path, left_out: Counter[str]) -> Iterator[Path]:

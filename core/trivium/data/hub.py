@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from trivium.errors import DataError, TriviumError
 SHARD = 10_000
 """Streamed rows in one file: what a fetch that was stopped reads again at most."""
 BATCH = 500
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class HubRows(ArrowRows):
@@ -48,6 +49,11 @@ class Hub(Adapted):
         if not config.dataset:
             raise DataError(
                 "domain=hub needs data.dataset=OWNER/NAME or a folder, or one of the known, such as dataset=gsm8k"
+            )
+        if COMMIT.fullmatch(config.revision) and Path(config.dataset).is_dir():
+            raise DataError(
+                f"data.dataset={config.dataset} is a folder, which has no commits; leave data.revision away, or name "
+                "the data set as OWNER/NAME"
             )
         for name in ("datasets", "huggingface_hub", "fsspec"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what is wrong is said once, by us
@@ -82,20 +88,23 @@ class Hub(Adapted):
         """Rows as of every source, and which commit of the data set they are of, where that is known."""
         return {**super().notes, "dataset": self.config.dataset, "commit": self._commit}
 
-    def _load(self, **more: Any) -> Any:
+    def _load(self, revision: str, **more: Any) -> Any:
         config = self.config
         return datasets.load_dataset(
             config.dataset,
             config.subset or None,
             split=self._split,
-            revision=config.revision or None,
+            revision=revision or None,
             cache_dir=str(cache_folder() / "datasets"),
             **more,
         )
 
     def _loaded(self) -> list[pa.RecordBatch]:
-        found = self._load()
-        self._commit = commit_of(found.info.download_checksums or {}) or self.config.revision
+        wanted = self.config.revision
+        found = self._load(wanted)
+        self._commit = commit_of(file["filename"] for file in found.cache_files)
+        if COMMIT.fullmatch(wanted) and self._commit != wanted:  # out of reach, `datasets` takes what it fetched last
+            raise DataError(self._unreachable(LookupError(f"not commit {wanted}, only {self._commit or 'another'}")))
         table = found.data.table
         return table.slice(0, self.config.max_rows or None).to_batches()
 
@@ -116,7 +125,8 @@ class Hub(Adapted):
 
     def _fetch(self, folder: Path) -> None:
         """Shards, each with the state of the stream behind it; those that are whole are not read again."""
-        stream = self._load(streaming=True).with_format("arrow")
+        revision = self._commit if COMMIT.fullmatch(self._commit) else self.config.revision
+        stream = self._load(revision, streaming=True).with_format("arrow")
         number = done = 0
         while (state := folder / f"{number:05d}.json").is_file():
             said = json.loads(state.read_bytes())
@@ -136,7 +146,7 @@ class Hub(Adapted):
             files = sorted(p for p in place.rglob("*") if p.is_file())
             said = [[p.relative_to(place).as_posix(), *digest_file(p)] for p in files]
             return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-        if re.fullmatch("[0-9a-f]{40}", config.revision):
+        if COMMIT.fullmatch(config.revision):
             return config.revision
         return HfApi().dataset_info(config.dataset, revision=config.revision or None).sha or config.revision
 
@@ -178,11 +188,13 @@ def _as_file(batches: list[pa.RecordBatch]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def commit_of(files: dict[str, Any]) -> str:
-    """The commit in the addresses that `datasets` fetched.
+def commit_of(files: Iterable[str]) -> str:
+    """The commit whose rows these files are: `datasets` keeps those of each in a folder of its own.
 
-    >>> commit_of({"hf://datasets/openai/gsm8k@e53f048856ff4f594e959d75785d2c2d37b678ee/main/train.parquet": {}})
+    >>> commit_of(["datasets/openai___gsm8k/main/0.0.0/e53f048856ff4f594e959d75785d2c2d37b678ee/gsm8k-train.arrow"])
     'e53f048856ff4f594e959d75785d2c2d37b678ee'
+    >>> commit_of(["datasets/sums/main-9f86d081884c7d65/0.0.0/f01aad97f78cdfbb/sums-train.arrow"])  # of a folder
+    ''
     """
-    found = (re.search(r"@([0-9a-f]{40})/", address) for address in files)
-    return next((match.group(1) for match in found if match), "")
+    names = (Path(file).parent.name for file in files)
+    return next((name for name in names if COMMIT.fullmatch(name)), "")

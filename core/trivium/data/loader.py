@@ -41,6 +41,12 @@ main(*map(int, sys.argv[2:]))
 
 ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """A worker's libraries start no threads: there are as many workers as somebody wanted at work."""
+PLACES = frozenset(
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE "
+    "MASTER_ADDR MASTER_PORT".split()
+)
+"""Variables that tell a process its place in a group: a worker has none, and what it imports must not take it for the
+process that started it."""
 
 
 class Items(Protocol):
@@ -185,11 +191,12 @@ class _Worker:
         self.channel, theirs = socket.socketpair()
         gone, self._alive = os.pipe()  # theirs is readable once ours is closed, as it is when this process has ended
         handed = (theirs.fileno(), gone, shared)
+        environment = {name: value for name, value in os.environ.items() if name not in PLACES}
         command = [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), *map(str, (*handed, os.getpid()))]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # a child inherits it, from its first instruction
         try:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=handed, env={**os.environ, **ALONE}
+                command, stdin=subprocess.DEVNULL, pass_fds=handed, env={**environment, **ALONE}
             )
         except OSError as error:
             raise DataError(f"data worker {number} cannot be started: {error.strerror}") from error
