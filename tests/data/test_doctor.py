@@ -68,7 +68,7 @@ def test_zoo_is_caught_by_its_rule_and_no_other(name, tokenizer):
 
 
 def test_zoo_has_the_promised_animals():
-    assert len(ZOO) >= 45
+    assert len(ZOO) >= 75
 
 
 GOOD = {
@@ -97,6 +97,81 @@ def test_good_generation_blocks_and_special_ends_raise_no_alarm(tokenizer):
     assert look(zoo.text("hello there"), How(like_gpt2, "text", "all", 128))[1] == []
 
 
+HONEST = {
+    "a call and its result, which the answer repeats": (
+        talk(zoo.ASK, zoo.called("add_up", id="c1"), zoo.result(tool_call_id="c1"), zoo.ANSWER, tools=zoo.ADDS),
+        zoo.TOOLS,
+    ),
+    "two calls at once and their results": (
+        talk(zoo.ASK, bot("", tool_calls=zoo.called("add_up")["tool_calls"] * 2), zoo.result(), zoo.result("no"),
+             bot("no"), tools=zoo.ADDS), zoo.TOOLS,
+    ),
+    "a turn and then a call": (
+        talk(zoo.ASK, bot("hello"), zoo.called("add_up"), zoo.result(), zoo.ANSWER, tools=zoo.ADDS), zoo.TOOLS
+    ),
+    "a call written as text": (
+        talk(zoo.ASK, bot('{"name": "add_up"}'), zoo.result("no", tool_call_id="c1"), bot("no")), zoo.TOOLS
+    ),
+    "calls where no tools are given": (talk(zoo.ASK, zoo.called("divide"), zoo.result("no"), bot("no")), zoo.TOOLS),
+    "an environment that speaks first": (
+        talk({"role": "environment", "content": "no"}, zoo.ASK, zoo.ANSWER),
+        zoo.turns(zoo.LETTERS, prompt="[assistant]"),
+    ),
+    "a prompt without a mark of its own": (  # Mistral's: an answer follows the end of the instruction
+        zoo.GOOD, zoo.turns("{% if message.role == 'user' %}<|user|>{{ message.content }}<|assistant|>"
+                            "{% else %}{{ message.content }}<|end|>{% endif %}", prompt=""),
+    ),
+    "a mark that the model writes itself": (  # as thoughts begin with
+        zoo.GOOD, zoo.turns("<|{{ message.role }}|>{% if message.role == 'assistant' %}[no]{% endif %}"
+                            "{{ message.content }}<|end|>"),
+    ),
+    "a template whose system message is short": (
+        zoo.GOOD, zoo.turns("{% if message.role == 'system' %}S: {{ message.content }} {% elif message.role == "
+                            "'user' %}the question: {{ message.content }}{% else %}<|assistant|>{{ message.content }}"
+                            "<|end|>{% endif %}", before=""),
+    ),
+    "a system message where the template has one": (
+        talk({"role": "system", "content": "be brief"}, zoo.ASK, zoo.ANSWER), zoo.POLITE
+    ),
+    "an empty system message": (talk({"role": "system", "content": ""}, zoo.ASK, zoo.ANSWER), zoo.TEMPLATE),
+    "None to who asks for it": (talk(user("is it None, or nan?"), bot("None"), user("?"), bot("nan")), zoo.TEMPLATE),
+    "None among words": (talk(zoo.ASK, bot("None of them"), zoo.ASK, bot("none")), zoo.TEMPLATE),
+    "a lost letter that a user asks about": (talk(user("what is \ufffd?"), bot("a letter")), zoo.TEMPLATE),
+    "one example in ten again": ([*zoo.numbered(9), {**zoo.numbered(1)[0], "id": "again"}], zoo.TEMPLATE),
+    "the same answer to all": (zoo.numbered(20, "no."), zoo.TEMPLATE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_neighbours_of_broken_data_raise_no_alarm(name, tokenizer):
+    examples, template = HONEST[name]
+    assert look(examples, How(zoo.with_template(template)(tokenizer), "chat", "assistant", 500))[1] == []
+
+
+def test_a_bad_answer_may_call_what_there_is_not(tokenizer):
+    """The rejected one of a pair, and a turn that is labelled undesirable; the same as a good one may not."""
+    tools, made_up = zoo.with_template(zoo.TOOLS)(tokenizer), [zoo.ASK, zoo.called("divide")]
+    one = {"id": "a", "tools": zoo.ADDS}
+    for good, bad in ((zoo.ANSWER, made_up[1]), (made_up[1], zoo.ANSWER)):
+        pair = {**one, "chosen": [zoo.ASK, good], "rejected": [zoo.ASK, bad]}
+        found = look([pair], How(tools, "pairs", "last_turn", 400))[1]
+        assert [f.rule for f in found] == ["unknown_tool"] * (good is made_up[1])
+        label = {**one, "messages": made_up, "label": good is made_up[1]}
+        found = look([label], How(tools, "labels", "last_turn", 400))[1]
+        assert [f.rule for f in found] == ["unknown_tool"] * (good is made_up[1])
+
+
+def test_answers_that_are_checked_may_be_none_and_copies(tokenizer):
+    """What a function returns may well be None, and small tasks are drawn again: warnings, to sft and to rlhf."""
+    rows = [{"id": str(i), "task": "t", "messages": [user("what does it give?"), bot("None")], "answer": "none"}
+            for i in range(4)]  # fmt: skip
+    how = How(tokenizer, "answers", "all", 64, room=40)
+    found = look_at_prompts(rows, Scored(rows), how)[1]
+    assert {(f.rule, f.fatal) for f in found} == {("repeated", False), ("none_text", False)}
+    found = look(rows[:1], How(tokenizer, "chat", "assistant", 64))[1]
+    assert [(f.rule, f.fatal) for f in found] == [("none_text", False)]
+
+
 def test_short_marks_are_html_but_where_they_end_a_text(tokenizer):
     how = How(tokenizer.add_tokens(["<s>", "</s>"]), "chat", "assistant", 128)
     assert look(talk(user("what is <s>this</s> here?"), bot("is <s>struck</s> out.")), how)[1] == []
@@ -122,7 +197,7 @@ def test_cut_conversations_are_fatal_above_one_in_ten(tokenizer):
     """1 of 11 is a warning; 1 of 9 is more than one in ten."""
     long = {"id": "long", "messages": [zoo.ASK, bot("no" * 100)]}
     for others, fatal in ((10, False), (8, True)):
-        short = [{"id": str(i), "messages": [zoo.ASK, zoo.ANSWER]} for i in range(others)]
+        short = zoo.numbered(others)
         (finding,) = look([*short, long], How(tokenizer, "chat", "assistant", 30))[1]
         assert (finding.rule, finding.fatal, finding.example_id) == ("cut_end", fatal, "long")
         assert "to the first 30" in finding.message and "right" in finding.message
@@ -373,6 +448,16 @@ def test_doctor_tells_all_that_is_wrong(main, rows):
     assert "Traceback" not in said.out + said.err
 
 
+def test_copies_stop_a_run_until_they_are_cleaned_away(main, rows):
+    """60 chats, and 20 times the first of them: a fourth are copies."""
+    asked = settings(rows([*CHATS, *CHATS[:1] * 20]), "data.validation_share=0.0", "validation.every_steps=0")
+    said = main("doctor", *asked)
+    assert said.code == 1 and "✗ [repeated] 20 of the 80 examples looked at are copies of others, such as " in said.out
+    assert "data.clean=[exact] leaves them out" in said.out
+    said = main("doctor", *asked, "data.clean=[exact]")
+    assert said.code == 0 and "60 of 60 examples" in said.out and "repeated" not in said.out
+
+
 def test_preflight_stops_a_run_and_says_how_to_go_on(main, rows, tmp_path):
     """A completion of white space was trained on without a word before there was a doctor."""
     path = rows([{"prompt": f"what is {i}? ", "completion": f"{i}."} for i in range(60)] +
@@ -461,8 +546,11 @@ def test_the_real_template_raises_no_alarm():
     source = build_source(config.data, "sft")
     examples += survey(source, 50, among=500)[0]
     seen, findings = look(examples, How(tokenizer, "chat", "assistant", 256))
-    assert findings == [] and len(seen) == len(examples)
-    (finding,) = look(talk(user("hi"), bot("no<|im_end|>")), How(tokenizer, "chat", "assistant", 256))[1]
+    named = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert [(f.rule, f.fatal, named in f.message) for f in findings] == [("system_added", False, True)]
+    assert len(seen) == len(examples)
+    given = talk({"role": "system", "content": "be brief"}, user("hi"), bot("no<|im_end|>"))
+    (finding,) = look(given, How(tokenizer, "chat", "assistant", 256))[1]
     assert finding.rule == "special_spelling" and finding.fatal
 
 

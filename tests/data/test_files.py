@@ -106,7 +106,7 @@ def test_fingerprint_follows_the_content(tmp_path):
         (b'{"text": "a"}\n{"text": b}\n', "line 2 is not JSON"),
         (b'{"text": "a"}\n[1, 2]\n', "line 2 is not a JSON object"),
         (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2 is not UTF-8"),
-        (b'{"txt": "a"}\n', "has the columns txt; known are .* Did you mean text"),
+        (b'{"txt": "a"}\n', r"columns txt; known are .*; nearest: text .text.; set 'data.columns=..text=txt..'$"),
         (b'{"messages": "a"}\n', "row 1: messages must be a list"),
         (b'{"text": "a"}\n{"text": null}\n', "row 2: text is None, not text"),
         (b'{"prompt": "a", "completion": 3}\n', "row 1: completion is 3, not text"),

@@ -1,7 +1,9 @@
-"""Every kind of file gives the rows that were written, plain, .gz and .zst; a tree of code gives its files."""
+"""Every kind of file gives the rows that were written, plain and compressed; a tree of code gives its files."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import re
 import subprocess
@@ -50,10 +52,10 @@ def parquet(rows):
     return sink.getvalue().to_pybytes()
 
 
-def table(rows):
+def table(rows, separator=","):
     cell = '"{}"'.format
-    said = [",".join(cell(v.replace('"', '""')) for v in r.values()) for r in rows]
-    return "\r\n".join(["prompt,completion", *said]).encode()
+    said = [separator.join(cell(v.replace('"', '""')) for v in r.values()) for r in rows]
+    return "\r\n".join([f"prompt{separator}completion", *said]).encode()
 
 
 WRITTEN = {
@@ -66,11 +68,12 @@ WRITTEN = {
     "lines.json": lines(PAIRS),
     "a.csv": table(PAIRS),
     "mark.csv": b"\xef\xbb\xbf" + table(PAIRS) + b"\r\n",
+    "a.tsv": table(PAIRS, "\t"),
     "a.parquet": parquet(PAIRS),
     "a.arrow": arrow(PAIRS, pa.ipc.new_file, max_chunksize=70),
     "stream.arrow": arrow(PAIRS, pa.ipc.new_stream, max_chunksize=70),
 }
-PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 @pytest.mark.parametrize("packed", PACK)
@@ -94,10 +97,11 @@ def test_text_of_every_kind(name, packed, tmp_path):
 
 def test_frames_and_members_one_after_the_other_are_one_file(tmp_path):
     """As `cat a.gz b.gz` makes them, and compressors that work on several cores."""
-    for suffix, pack in ((".gz", gzip.compress), (".zst", zstandard.compress)):
+    for suffix, pack in PACK.items():
         path = tmp_path / f"a.jsonl{suffix}"
-        path.write_bytes(pack(lines(PAIRS[:100])) + pack(lines(PAIRS[100:])))
-        assert len(read(path)) == 300
+        for padding in (b"", b"\0" * 8) if suffix == ".xz" else (b"",):
+            path.write_bytes(pack(lines(PAIRS[:100])) + padding + pack(lines(PAIRS[100:])) + padding)
+            assert len(read(path)) == 300
 
 
 def cut(text):

@@ -1,12 +1,18 @@
 """Schemas in use, by their columns: what each row becomes, by hand; the same from JSON, Parquet and Arrow."""
 
+import csv
 import json
+import re
+import shlex
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
+from trivium.compose import compose, run_config
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
 from trivium.data.schemas import ADAPTERS, COLUMNS, FORM_OF
@@ -242,6 +248,156 @@ def test_the_most_specific_schema_is_read_and_another_can_be_named(tmp_path):
     assert read(path, schema="text") == [{"text": "d"}]
     with pytest.raises(DataError, match="has the columns prompt, completion, answer, text; known are alpaca: instruction, output"):  # fmt: skip # noqa: E501
         read(path, schema="alpaca")
+
+
+# ---- what fits no schema
+
+
+def refusal(path, **settings):
+    with pytest.raises(DataError) as error:
+        read(path, **settings)
+    said = str(error.value)
+    assert said.startswith(f"{path} has ") and "\n" not in said
+    return said
+
+
+def as_told(path, said, **stands_for):
+    """The examples after setting what the error says, as a shell and the command line read it."""
+    (told,) = re.findall(r"'data\.columns=\[.*?\]'", said)
+    for word, meant in stands_for.items():
+        told = told.replace(word, meant)
+    config = run_config(compose(["phase=sft", "domain=files", f"data.path={path}", *shlex.split(told)]))
+    return read(path, columns=config.data.config.columns)
+
+
+ASKED = [user("a"), bot("b")]
+NEAREST = {
+    "alpaca (instruction, input, output)": (
+        {"instruct": "a", "inputs": "c", "outputs": "b"}, {"messages": [user("a\n\nc"), bot("b")]}
+    ),
+    "alpaca (instruction, system, output)": (
+        {"system_prompt": "Be short.", "question": "a", "response": "b"}, {"messages": [SYSTEM, *ASKED]}
+    ),
+    "alpaca (instruction, output)": ({"the query": "a", "Response": "b"}, {"messages": ASKED}),
+    "answers (question, answer)": (
+        {"Question": "a", "Answer": "b"}, {"messages": ASKED, "answer": "b", "task": "a"}
+    ),
+    "prompt_completion (prompt, completion)": (
+        {"promt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}
+    ),
+    "messages (messages)": ({"dialog": ASKED}, {"messages": ASKED}),
+    "sharegpt (conversations)": (
+        {"conversation": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"messages": ASKED}
+    ),
+    "text (text)": ({"content": "a", "content_length": 1}, {"text": "a"}),
+    "pairs (chosen, prompt, rejected)": (
+        {"prompts": "q", "completion": "", "chosen_answer": "b", "rejected_answer": "a"},
+        {"prompt": "q", "chosen": "b", "rejected": "a"},
+    ),
+    "labels (prompt, completion, label)": (
+        {"query": "a", "response": "b", "label": True}, {"prompt": "a", "completion": "b", "label": True}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", NEAREST)
+def test_the_nearest_schema_is_named_with_a_setting_that_works(schema, tmp_path):
+    row, example = NEAREST[schema]
+    path = write(tmp_path / "a.jsonl", [row])
+    said = refusal(path)
+    assert f"has the columns {', '.join(row)}; known are pairs: chosen, rejected; " in said
+    assert f"; nearest: {schema}; set 'data.columns=" in said
+    assert as_told(path, said) == [example]
+
+
+def test_a_setting_for_names_that_a_shell_would_read_works(tmp_path):
+    names = ["the 'query' $x", 'my "output", b]=c']
+    path = write(tmp_path / "a.jsonl", [dict(zip(names, "ab", strict=True))])
+    with pytest.raises(DataError) as error:
+        read(path)
+    told = shlex.split(str(error.value).partition("; set ")[2])
+    config = run_config(compose(["phase=sft", "domain=files", f"data.path={path}", *told]))
+    assert config.data.config.columns == [f"instruction={names[0]}", f"output={names[1]}"]
+    assert read(path, columns=config.data.config.columns) == [{"messages": ASKED}]
+
+
+def test_what_the_nearest_schema_lacks_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"chosen_text": [*ASKED], "other": [user("a"), bot("c")]}])
+    said = refusal(path)
+    assert "nearest: pairs (chosen, rejected), but there is no rejected: name what it is, as in" in said
+    assert as_told(path, said, COLUMN="other") == [{"chosen": ASKED, "rejected": [user("a"), bot("c")]}]
+    path = write(tmp_path / "b.jsonl", [{"instruction": "a"}])
+    said = refusal(path)
+    assert "nearest: alpaca (instruction, output), but there is no output: add what is missing, or data.text_column=" in said  # fmt: skip # noqa: E501
+    assert read(path, text_column="instruction") == [{"text": "a"}]
+
+
+def test_columns_that_are_like_none_get_the_general_way(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"x": "a", "y": "b"}])
+    said = refusal(path)
+    assert "nearest" not in said and "or data.text_column=COLUMN to read one column as text" in said
+    assert as_told(path, said, KNOWN="text", FOUND="y") == [{"text": "b"}]
+    assert read(path, text_column="y") == [{"text": "b"}]
+
+
+def test_the_setting_keeps_what_is_set_and_mends_what_is_misspelt(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"frage": "a", "outputs": "b", "notiz": "Be short."}])
+    said = refusal(path, columns=["instructions=frage", "system=notiz", "input=nothing"])
+    assert """set 'data.columns=["instruction=frage","system=notiz","output=outputs"]'""" in said
+    assert as_told(path, said) == [{"messages": [SYSTEM, *ASKED]}]
+
+
+def test_a_schema_of_another_phase_is_said_to_be_one(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"instruct": "a", "output": "b"}])
+    said = refusal(path, forms=["text"])
+    assert "nearest: alpaca (instruction, output), which is read with phase=sft or distill; set" in said
+    assert "which is read" not in refusal(path, forms=["chat"])
+
+
+def test_a_named_schema_is_the_nearest(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "a", "response": "b", "content": "c"}])
+    said = refusal(path, schema="prompt_completion")
+    assert "known are prompt_completion: prompt, completion; nearest: prompt_completion (prompt, completion); " in said
+    assert as_told(path, said) == [{"prompt": "a", "completion": "b"}]
+
+
+ROWS = [["prompt", "completion"], ["a, b", "c"], ['two\nlines; "quoted"', "d\te"]]
+READ = [{"prompt": p, "completion": c} for p, c in ROWS[1:]]
+
+
+def table(path, delimiter, rows=ROWS):
+    with open(path, "w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return path
+
+
+def test_tabs_are_read_in_tsv_and_pointed_out_in_csv(tmp_path):
+    assert read(table(tmp_path / "a.tsv", "\t")) == READ
+    said = refusal(path := table(tmp_path / "b.csv", "\t"))
+    assert r"has one column, 'prompt\tcompletion': it is separated by tabs, and read as separated by commas" in said
+    assert said.endswith("; name it .tsv")
+    assert read(path.rename(path.with_suffix(".tsv"))) == READ
+    said = refusal(path := table(tmp_path / "c.tsv", ","))
+    assert "is separated by commas, and read as separated by tabs; name it .csv" in said
+    assert read(path.rename(path.with_suffix(".csv"))) == READ
+
+
+@pytest.mark.parametrize("mark, name", [(";", "semicolons"), ("|", "bars")])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_other_separators_are_pointed_out_with_a_command_that_works(mark, name, kind, tmp_path):
+    """Rows with commas would otherwise be told to have too many cells."""
+    said = refusal(path := table(tmp_path / f"a.{kind}", mark))
+    assert f"it is separated by {name}, and read as separated by {'commas' if kind == 'csv' else 'tabs'}; " in said
+    command = said.rpartition("; write it anew: python ")[2].replace("OLD.csv", str(path))
+    new = tmp_path / "new.csv"
+    subprocess.run(f"{sys.executable} {command.replace('NEW.csv', str(new))}", shell=True, check=True)
+    assert read(new) == READ
+
+
+def test_a_column_that_is_called_so_can_be_read(tmp_path):
+    path = table(tmp_path / "a.csv", ",", [["a;b"], ["c"]])
+    assert read(path, text_column="a;b") == read(path, columns=["text=a;b"]) == [{"text": "c"}]
+    assert read(table(tmp_path / "b.csv", ",", [["text"], ["a;b"]])) == [{"text": "a;b"}]
 
 
 @pytest.mark.parametrize("phase", READS)

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from trivium.data.config import BPEConfig
-from trivium.data.tokenizer import SPECIAL, TEMPLATE, Tokenizer, train_bpe
+from trivium.data.tokenizer import CHATML_TEMPLATES, SPECIAL, TEMPLATE, Tokenizer, train_bpe
 
 TEXTS = ["hello there, how are you? fine thanks, and you? the answer is no. what is 2 + 2? it is 4."] * 3
 
@@ -114,6 +114,31 @@ class Broken:
     """Whether data.contamination is fail."""
 
 
+SILENT = turns(LETTERS, prompt="")
+POLITE = turns(
+    WRITE, before="{{ bos_token }}{% if messages[0].role != 'system' %}<|system|>be helpful<|end|>{% endif %}"
+)
+
+
+def called(name, **more):
+    """An assistant's turn that calls a tool."""
+    return bot("hello", tool_calls=[{"type": "function", "function": {"name": name, "arguments": {}}, **more}])
+
+
+def result(content="4", **more):
+    return {"role": "tool", "content": content, **more}
+
+
+ADDS = [{"type": "function", "function": {"name": "add_up"}}]
+TOOLS = CHATML_TEMPLATES["chatml_tools"].replace("<|im_start|>", "<|bos|>").replace("<|im_end|>", "<|end|>")
+"""With calls and results, in marks that the small tokenizer has."""
+
+
+def numbered(count, content="it is {}."):
+    """Examples of one form and of different content."""
+    return [{"id": str(i), "messages": [user(f"what is {i}?"), bot(content.format(i))]} for i in range(count)]
+
+
 def pair(chosen, rejected, **prompt):
     return [{"id": "a", **prompt, "chosen": chosen, "rejected": rejected}]
 
@@ -139,11 +164,59 @@ ZOO = {
     "a prompt that is None": Broken("form", completion(None, "it is 4.")),
     "texts where conversations are read": Broken("form", text("hello there")),
     "a verdict in words": Broken("form", [{**GOOD[0], "label": "false"}], form="labels", train_on="last_turn"),
+    "an empty question": Broken("empty_turn", talk(ASK, ANSWER, user(" \n"), ANSWER)),
     "no assistant turn": Broken("no_answer", talk(ASK)),
     "the assistant first": Broken("assistant_first", talk(ANSWER, ASK, ANSWER)),
+    "two answers in a row": Broken("assistant_twice", talk(ASK, ANSWER, bot("you?"))),
+    "two answers in a row in a pair's prompt": Broken(
+        "assistant_twice", pair([ASK, bot("a"), ANSWER, ASK, ANSWER], [ASK, bot("a"), ANSWER, ASK, bot("5")]),
+        form="pairs", train_on="last_turn", length=99,
+    ),
+    "a result without a call": Broken(
+        "tool_orphan", talk(ASK, bot("hello"), result(), ANSWER), with_template(TOOLS), length=400
+    ),
+    "a result that a user asks for": Broken(
+        "tool_orphan", talk(ASK, result(), ANSWER), with_template(TOOLS), length=400
+    ),
+    "a result of a call that nobody made": Broken(
+        "tool_orphan", talk(ASK, called("add_up", id="c1"), result(tool_call_id="c2"), ANSWER, tools=ADDS),
+        with_template(TOOLS), length=400,
+    ),
+    "two results of one call": Broken(
+        "tool_orphan", talk(ASK, called("add_up"), result(), result(), ANSWER, tools=ADDS), with_template(TOOLS),
+        length=400,
+    ),
+    "a second result behind words in brackets": Broken(
+        "tool_orphan", talk(ASK, called("add_up"), result(), bot("(no)"), result(), ANSWER, tools=ADDS),
+        with_template(TOOLS), length=500,
+    ),
+    "a call of a tool that there is not": Broken(
+        "unknown_tool", talk(ASK, called("divide"), result(), ANSWER, tools=ADDS), with_template(TOOLS), length=400
+    ),
     "a user turn at the end": Broken("unanswered", talk(ASK, ANSWER, ASK), fatal=False),
     "the word None as a prompt": Broken("none_text", talk(user("None"), ANSWER)),
     "the word nan after a label": Broken("none_text", completion("hello there\nInput: nan", "it is 4.")),
+    "the word nan as a completion": Broken("none_text", completion("what is 2 + 2?", "nan")),
+    "the word None as an answer": Broken("none_text", talk(ASK, bot(" None\n"))),
+    "the word nan as a text": Broken("none_text", text("nan"), form="text"),
+    "missing answers among many": Broken("none_text", [*numbered(90), *talk(ASK, bot("None"))]),
+    "one missing answer among very many": Broken(
+        "none_text", [*numbered(110), *talk(ASK, bot("None"))], fatal=False
+    ),
+    "a letter that was lost": Broken("replacement", talk(ASK, bot("caf\ufffd")), length=99),
+    "a text in the wrong encoding": Broken("replacement", text("caf\ufffd \ufffd"), form="text", length=99),
+    "a lost letter in one text of very many": Broken(
+        "replacement", [*numbered(110), *talk(ASK, bot("\ufffd"))], fatal=False, length=99
+    ),
+    "sixty of two hundred alike": Broken(
+        "repeated", [*numbered(140), *({**numbered(1)[0], "id": f"again {i}"} for i in range(60))]
+    ),
+    "one example in eight again": Broken(
+        "repeated", [*numbered(7), {**numbered(1)[0], "id": "again"}], fatal=False
+    ),
+    "a text that is there twice": Broken(
+        "repeated", [*text("hello there"), {**text("hello there")[0], "id": "b"}], form="text"
+    ),
     "the word None in a system message": Broken(
         "none_text", talk({"role": "system", "content": "None"}, ASK, ANSWER)
     ),
@@ -164,6 +237,8 @@ ZOO = {
         "double_bos", GOOD, with_template(turns(LETTERS, before="{{ bos_token }}<|bos|>", prompt="[assistant]"))
     ),
     "a template that begins each turn anew": Broken("double_bos", GOOD, with_template(turns(APART))),
+    "a template that asks for no answer": Broken("generation_prompt", GOOD, with_template(SILENT)),
+    "a template with a system message of its own": Broken("system_added", GOOD, with_template(POLITE), fatal=False),
     "a template that ends answers twice": Broken("double_end", GOOD, with_template(turns(TWICE))),
     "a template that ends no answer": Broken("end_of_turn", GOOD, with_template(turns(ENDLESS))),
     "a template with a line break before the end": Broken("content_altered", GOOD, with_template(turns(NEWLINE))),
@@ -204,8 +279,12 @@ ZOO = {
     "text that a tokenizer changes": Broken("round_trip", text("Hello There"), lower_case, form="text"),
     "a completion that melts into its prompt": Broken("border", completion("what is 2 + 2? it is ", "no"), fatal=False),
     "a tool's result that is trained on": Broken(
-        "tool_trained", talk(ASK, bot("hello"), {"role": "tool", "content": "4 it says"}, ANSWER),
+        "tool_trained", talk(ASK, bot("hello", tool_calls=[{}]), {"role": "tool", "content": "4 it says"}, ANSWER),
         with_template(turns(WRITE)), train_on="all",
+    ),
+    "a short result that is trained on": Broken(
+        "tool_trained", talk(ASK, bot("hello", tool_calls=[{}]), result("4"), ANSWER), with_template(turns(WRITE)),
+        train_on="all",
     ),
     "prompts that fill the row": Broken(
         "nothing_trained", talk(user(LONG), ANSWER), length=24, more={"cut_end"}

@@ -1,7 +1,9 @@
 """Broken, hostile and endless files: one sentence with the file and the row, in seconds, and nothing is filled up."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import resource
 import shutil
@@ -219,6 +221,8 @@ def test_skipped_rows_are_told_once_and_kept_in_the_manifest(main, pretraining, 
 
 # ---- broken and hostile archives
 
+PACKERS = {".gz": gzip, ".zst": zstandard, ".bz2": bz2, ".xz": lzma}
+
 
 def test_cut_and_damaged_archives_are_refused_whole(tmp_path):
     """Cut at every tenth byte, and with one bit changed: never half of the rows."""
@@ -226,6 +230,8 @@ def test_cut_and_damaged_archives_are_refused_whole(tmp_path):
     for suffix, content in (
         (".gz", gzip.compress(lines)),
         (".zst", zstandard.ZstdCompressor(write_checksum=True).compress(lines)),
+        (".bz2", bz2.compress(lines)),
+        (".xz", lzma.compress(lines)),
     ):
         path = tmp_path / f"a.jsonl{suffix}"
         for end in range(len(content) // 10, len(content), len(content) // 10):
@@ -234,15 +240,17 @@ def test_cut_and_damaged_archives_are_refused_whole(tmp_path):
         damaged[len(content) // 2] ^= 1
         refused(path, bytes(damaged), "is broken")
         refused(path, lines, "is broken")
-        refused(path, (gzip if suffix == ".gz" else zstandard).compress(b""), "is empty")
+        refused(path, PACKERS[suffix].compress(b""), "is empty")
+    for suffix in (".bz2", ".xz"):
+        path = tmp_path / f"a.jsonl{suffix}"
+        refused(path, PACKERS[suffix].compress(lines) + b"something else", "is broken")
     assert not list((tmp_path / "cache").rglob("*.tmp-*"))
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", PACKERS)
 def test_a_bomb_is_found_in_seconds_and_fills_no_disk(suffix, tmp_path, cache_of_files):
-    """10 GB of zeros in 10 MB (gzip), and in under 100 kB (zstd)."""
-    pack = gzip.compress if suffix == ".gz" else zstandard.compress
-    part = pack(b"\0" * 100_000_000)
+    """10 GB of zeros in 10 MB (gzip), in under 100 kB (zstd), 1.5 MB (xz), and 10 kB (bzip2)."""
+    part = PACKERS[suffix].compress(b"\0" * 100_000_000)
     (tmp_path / f"a.txt{suffix}").write_bytes(part * 100)
     began, free = time.monotonic(), shutil.disk_usage(tmp_path).free
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -250,6 +258,20 @@ def test_a_bomb_is_found_in_seconds_and_fills_no_disk(suffix, tmp_path, cache_of
     assert time.monotonic() - began < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300_000
     assert free - shutil.disk_usage(tmp_path).free < 500_000_000 and not list(cache_of_files.rglob("a.txt*"))
+
+
+@pytest.mark.parametrize("suffix, pieces", [(".bz2", converted._unbz2), (".xz", converted._unxz)])
+def test_one_stream_of_a_bomb_is_never_in_memory_whole(suffix, pieces, tmp_path):
+    """30 MB of zeros are 4 kB or fewer, so one reading of the file would give them all."""
+    (tmp_path / "a").write_bytes(PACKERS[suffix].compress(b"\0" * 30_000_000))
+    sizes = [len(piece) for piece, _ in pieces(tmp_path / "a")]
+    assert sum(sizes) == 30_000_000 and max(sizes) == converted.PIECE
+
+
+def test_an_archive_that_asks_for_much_memory_is_refused(tmp_path):
+    """A dictionary of 1.5 GB, for one line."""
+    big = lzma.compress(LINES, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1_500_000_000}])
+    refused(tmp_path / "a.jsonl.xz", big, "cannot be unpacked as .xz .*[Mm]emory")
 
 
 def test_what_is_unpacked_has_a_limit_in_bytes_and_leaves_room(tmp_path, monkeypatch):

@@ -108,8 +108,9 @@ def reader(tmp_path):
         f"  - split: {split}\n    path: main/{split}.jsonl\n" for split in ("train", "test")
     )
     (place / "mirror/gsm8k/README.md").write_text(f"{card}---\n")
-    tools = example_rows()["Tools"]
-    more = {"sums": sums, "tools": [tools] * 60, "dirty": [*rows, {"messages": 1}]}
+    tools = json.dumps(example_rows()["Tools"])
+    calls = [json.loads(tools.replace("Rain in Ulm?", f"Rain in Ulm, day {i}?")) for i in range(60)]
+    more = {"sums": sums, "tools": calls, "dirty": [*rows, {"messages": 1}]}
     more |= {"mirror/gsm8k/main/train": sums, "mirror/gsm8k/main/test": sums[:9]}
     for name, what in ((f"{name}.jsonl", what) for name, what in more.items()):
         (place / name).write_text("".join(json.dumps(r) + "\n" for r in what))

@@ -44,7 +44,7 @@ def test_every_pack_can_be_given_to_processes_that_make_tokens_of_it(case):
 @pytest.mark.slow  # minutes in all
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_found_in_what_is_shipped(case, tmp_path_factory, monkeypatch, capsys):
-    """Rows of 2,048 tokens, so that with a vocabulary of 1,000 whole documents fit; all 35 rules, and what is told of
+    """Rows of 2,048 tokens, so that with a vocabulary of 1,000 whole documents fit; all rules, and what is told of
     rows and tokens."""
     if case.startswith("reasoning"):
         pytest.importorskip("reasoning_gym", reason="NOT TESTED ON REASONING: pip install reasoning-gym")

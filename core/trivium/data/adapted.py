@@ -65,7 +65,7 @@ class Adapted(Source):
         self._left_out: Counter[str] = Counter()
         self._first_bad: RowError | None = None
         self._num_read = 0
-        self._renamed = [tuple(pair.split("=", 1)) for pair in config.columns]
+        self._renamed = [(new, old) for new, _, old in (pair.partition("=") for pair in config.columns)]
         self._digest = hashlib.sha256()
         left_out = self._open()
         if not self._tables:
@@ -204,6 +204,10 @@ class Adapted(Source):
 
     def _schemas(self, rows: Rows, columns: list[str] | None) -> list[str]:
         """What the rows are, by their columns; text has none."""
+        if isinstance(rows, CsvRecords) and rows.misread:
+            chosen = [self.config.text_column, *(old for _, old in self._renamed)]
+            if not set(chosen) & set(rows.columns):  # somebody's column may be called so
+                raise DataError(rows.misread)
         found = dict.fromkeys(columns or ())
         if columns is None:
             for row in islice(range(len(rows)), PEEKED):
@@ -226,8 +230,7 @@ class Adapted(Source):
                     f"data.text_column={self.config.text_column}.{near_misses(self.config.text_column, found)}"
                 )
             return ["text"]
-        known = {old: new for new, old in self._renamed}
-        return schemas_of(self.config.schema, [known.get(c, c) for c in found], str(rows.path))
+        return schemas_of(self.config.schema, list(found), str(rows.path), self._renamed, self.config.forms)
 
     def _example(self, table: Table, row: int) -> dict[str, Any] | None:
         rows, schema = table

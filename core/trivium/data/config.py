@@ -152,7 +152,7 @@ class RowsConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class FilesConfig(RowsConfig):
-    """A user's own files: text, JSON, CSV, Parquet and Arrow, also as .gz and .zst, and trees of source code."""
+    """A user's own files: text, JSON, CSV, Parquet and Arrow, also compressed, and trees of source code."""
 
     path: str = ""  # a file, a folder or a glob
     validation_path: str = ""  # held-out files; without it a share of `path` is held out

@@ -6,13 +6,16 @@ has and how much room is left are looked at while it is unpacked.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -20,7 +23,7 @@ from trivium.data.rows import RowError, UnreadableError
 from trivium.disk import alone, cache_folder, digest_file, make_folder, sweep, sync_file, sync_folder, write_pieces
 from trivium.errors import DataError
 
-PACKED = (".gz", ".zst")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
 MOST_TIMES = 200
 """As many bytes may come of one; text has 3 to 10, logs 50, an archive of zeros 1,000 and more."""
 SMALL = 64_000_000
@@ -28,6 +31,8 @@ SMALL = 64_000_000
 SPARE = 1_000_000_000
 """Bytes of disk that are left to others."""
 PIECE = 1 << 20
+MOST_DICTIONARY = 1 << 28
+"""Bytes that an .xz file may have its reader hold; `xz -9` asks for a fourth of them."""
 
 
 def converted(path: Path, name: str, write: Callable[[Path], None]) -> Path:
@@ -52,15 +57,15 @@ def converted(path: Path, name: str, write: Callable[[Path], None]) -> Path:
 
 
 def unpacked(path: Path, most: int) -> Path:
-    """A .gz or .zst file's content as a file. most: its bytes. Raises DataError for a broken one, or a bomb."""
-    pieces = {".gz": _gunzip, ".zst": _unzstd}[path.suffix]
+    """A compressed file's content as a file. most: its bytes. Raises DataError for a broken one, or a bomb."""
+    pieces = {".gz": _gunzip, ".zst": _unzstd, ".bz2": _unbz2, ".xz": _unxz}[path.suffix]
 
     def write(temporary: Path) -> None:
         write_pieces(temporary, _watched(path, temporary.parent, pieces(path), most), path.stat().st_size)
 
     try:
         return converted(path, path.stem, write)
-    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
         raise UnreadableError(f"{path} is broken: it cannot be unpacked as {path.suffix} ({error})") from error
 
 
@@ -121,6 +126,38 @@ def _unzstd(path: Path) -> Iterator[tuple[bytes, int]]:
                     frame = reader.decompressobj()
     if begun:
         raise EOFError("it ends in the middle of a frame")
+
+
+def _unbz2(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The same, stream by stream."""
+    try:
+        yield from _streams(path, bz2.BZ2Decompressor)
+    except OSError as error:
+        if error.errno is None:  # not one of the disk
+            raise EOFError(str(error)) from error
+        raise
+
+
+def _unxz(path: Path) -> Iterator[tuple[bytes, int]]:
+    """The same, stream by stream; between them there may be zeros."""
+    yield from _streams(path, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_DICTIONARY), b"\0")
+
+
+def _streams(path: Path, new: Callable[[], Any], padding: bytes = b"") -> Iterator[tuple[bytes, int]]:
+    """Pieces, each with the packed bytes that were read until then; none is longer than PIECE, bomb or not."""
+    stream, begun = new(), False
+    with open(path, "rb") as file:
+        while packed := file.read(4096):
+            while packed := packed if begun else packed.lstrip(padding):
+                piece, begun = stream.decompress(packed, PIECE), True
+                while piece:
+                    yield piece, file.tell()
+                    piece = b"" if stream.eof or stream.needs_input else stream.decompress(b"", PIECE)
+                packed = stream.unused_data if stream.eof else b""
+                if stream.eof:
+                    stream, begun = new(), False
+    if begun:
+        raise EOFError("it ends in the middle of a stream")
 
 
 def listed_as_lines(path: Path, held: Path, max_chars: int) -> Path:

@@ -49,7 +49,7 @@ def find_files(path: str, code: bool = False, every: bool = False) -> Found:
         if not kind_of(place):
             raise DataError(
                 f"{place}: {place.suffix or 'no suffix'} is not a known kind; known are {', '.join(KINDS)}, each also "
-                "with .gz or .zst, and source code"
+                f"with {' or '.join(PACKED)}, and source code"
             )
         return Found([place], Counter())
     left_out: Counter[str] = Counter()

@@ -1,7 +1,8 @@
 """What can be wrong with data before anything is learnt from it: the doctor's rules, by name.
 
 They look at what training itself makes (`Chat`, `packing`, `collate`), and check it by another way than it was made by.
-Those about one example are in `lint_examples`, those about batches and data sets in `lint_sets`.
+Those about one example are in `lint_examples`, those about turns and the template as such in `lint_turns`, those about
+batches and data sets in `lint_sets`.
 """
 
 from __future__ import annotations
@@ -34,14 +35,21 @@ RULES: dict[str, Rule] = {
     # the examples as they come
     "form": Rule("examples have the fields their phase reads"),
     "same_id": Rule("no two examples have one id"),
-    "empty_turn": Rule("no answer or text is empty or only white space"),
+    "repeated": Rule("at most one in five examples is a copy of another"),
+    "empty_turn": Rule("no question, answer or text is empty or white space"),
     "no_answer": Rule("conversations have an assistant turn", TALKS),
     "assistant_first": Rule("no conversation begins with the assistant", TALKS),
+    "assistant_twice": Rule("no assistant turn follows another", TALKS),
     "unanswered": Rule("conversations end with the assistant", TALKS, fatal=False),
-    "none_text": Rule("no prompt is, or ends in, the word None or nan", TALKS),
+    "tool_orphan": Rule("every tool's result answers an earlier call", TALKS),
+    "unknown_tool": Rule("tools that are called are among those given", TALKS),
+    "none_text": Rule("no prompt ends in None or nan, no answer is it"),
+    "replacement": Rule("no trained text has U+FFFD, a letter that was lost", LEARNT),
     "special_spelling": Rule("no text spells a special token"),
     # the template and the tokenizer
     "template": Rule("the template can write every conversation", TALKS),
+    "generation_prompt": Rule("answers begin where the template asks for them", TALKS),
+    "system_added": Rule("the template adds no system message of its own", TALKS, fatal=False),
     "rewrites_history": Rule("turns stay as they are when others follow", ANSWERED),
     "generation_marks": Rule("generation blocks are what the assistant writes", ANSWERED),
     "message_dropped": Rule("messages and tools are all in the rendered text", TALKS),
@@ -77,6 +85,11 @@ RULES: dict[str, Rule] = {
 
 MOST_CUT = 0.1
 """The share of conversations that may be cut at a row's end before it is no longer a matter of a few."""
+COPIES, MOST_COPIES = 0.1, 0.2
+"""The shares of examples that are copies from which it is a warning, and stops a run. Small tasks are drawn twice (4 in
+100 of the primer's), crawls hold pages twice; of a file joined to itself it is half."""
+FEW = 0.01
+"""The share that may have what an honest example has now and then; above it, something has happened to the data."""
 
 
 @dataclass(frozen=True)

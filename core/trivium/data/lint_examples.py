@@ -14,7 +14,9 @@ from itertools import groupby
 from typing import Any
 
 from trivium.data.chat import Chat, Encoded, _checked
-from trivium.data.lint import MOST_CUT, Finding, found
+from trivium.data.contamination import content_of
+from trivium.data.lint import COPIES, FEW, MOST_COPIES, MOST_CUT, Finding, found
+from trivium.data.lint_turns import check_order, check_results, check_template, check_tools
 from trivium.data.packing import _encode_texts, encode_turns, pair_sides
 from trivium.data.source import FORM_WORDS, Example, Source, form_of
 from trivium.data.tokenizer import Tokenizer
@@ -26,9 +28,15 @@ FOREIGN = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start
 
 NONE = re.compile(r"(?:^|[\n:]) *(?:None|nan)\s*$")
 """A prompt that is, or ends in, what Python and pandas write for a missing value."""
+MISSING = re.compile(r"\s*(None|nan)\s*")
+"""An answer that is nothing else."""
+LOST = "\ufffd"
+"""What decoders write in place of bytes that they could not read."""
 
 SPEAKERS = ("tool", "function", "ipython", "environment")
 """Roles of what neither a person nor the model has written."""
+
+PROBE = "probe of a turn"
 
 ANSWERS = ("assistant", "completion", "text")
 
@@ -69,13 +77,15 @@ class Seen:
 
 def look(examples: Sequence[Example], how: How) -> tuple[list[Seen], list[Finding]]:
     """Every example that can be encoded, and everything that the rules find in all of them."""
-    findings: list[Finding] = []
+    findings = list(check_copies(examples))
     readable = []
     for example in examples:
         wrong = list(check_form(example, how)) or list(check_words(example, how))
         findings += wrong
         if not any(f.rule in ("form", "empty_turn", "no_answer") for f in wrong):
             readable.append(example)
+    findings += check_rare(readable, how)
+    findings += check_template(readable, how.chat)
     seen = []
     try:
         seen = _encoded(readable, how)
@@ -177,7 +187,12 @@ def check_words(example: Example, how: How) -> Iterator[Finding]:
     id_ = example["id"]
     for key in ("messages", "chosen", "rejected"):
         if isinstance(example.get(key), (list, tuple)):
-            yield from _check_turns(id_, _checked(example[key]))
+            messages = _checked(example[key])
+            yield from _check_turns(id_, messages)
+            yield from check_order(id_, messages)
+            yield from check_results(id_, messages)
+            if key != "rejected" and example.get("label", True):  # a bad answer may call what there is not
+                yield from check_tools(id_, messages, example.get("tools") or ())
     for who, text in words_of(example):
         if who in ("completion", "text") and not text.strip():
             yield found("empty_turn", id_, f"its {who} is {'only white space' if text else 'empty'}; leave it out")
@@ -195,6 +210,8 @@ def _check_turns(id_: str, messages: Sequence[Mapping[str, Any]]) -> Iterator[Fi
     for m in messages:
         if m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls"):
             yield found("empty_turn", id_, "an assistant turn is empty; leave the conversation out or cut it before")
+        if m["role"] == "user" and not m["content"].strip():
+            yield found("empty_turn", id_, "a user turn is empty, so its answer answers nothing; leave it out")
     if next((r for r in roles if r not in ("system", "developer")), "") == "assistant":
         yield found("assistant_first", id_, "the assistant speaks first, to nobody; begin with a user turn")
     if roles[-1] != "assistant":
@@ -210,6 +227,48 @@ def _check_marks(id_: str, who: str, text: str, how: How) -> Iterator[Finding]:
             what = "it is trained as letters, not as that token" if who in ANSWERS else "it is read as letters"
             message = f"the {who} spells {mark}: {what}; take it out where a template or exporter left it"
             yield found("special_spelling", id_, message, fatal=who in ANSWERS)
+
+
+def check_rare(examples: Sequence[Example], how: How) -> Iterator[Finding]:
+    """What stands in an honest answer now and then, and in more of them only by mistake: fatal above FEW.
+
+    A function returns None, and a page about encodings shows U+FFFD; a script that wrote missing values, or read a
+    file in the wrong encoding, does it all over.
+    """
+    missing, lost = [], []
+    for example in examples:
+        words = list(words_of(example))
+        said = [(who, text) for who, text in words if who in ANSWERS]
+        for who, text in said:
+            nothing = MISSING.fullmatch(text)
+            if nothing and not any(re.search(rf"\b{nothing[1]}\b", other) for _, other in words if other != text):
+                missing.append(
+                    (example, f"its {who} is '{nothing[1]}', which looks like a missing value; leave it out")
+                )
+        trained = words if how.train_on == "all" else said
+        broken = next((text for _, text in trained if LOST in text), "") if how.form != "answers" else ""
+        if broken:
+            at = broken.index(LOST)
+            here = broken[max(0, at - 10) : at + 10]
+            lost.append((example, f"it is trained on U+FFFD in {here!r}; read the data again in its own encoding"))
+    for example, message in missing:  # what is asked for may rightly be None, where answers are checked
+        fatal = len(missing) > FEW * len(examples) and form_of(example) != "answers"
+        yield found("none_text", example["id"], message, fatal)
+    for example, message in lost:
+        yield found("replacement", example["id"], message, len(lost) > FEW * len(examples))
+
+
+def check_copies(examples: Sequence[Example], *, fatal: bool = True) -> Iterator[Finding]:
+    """Examples that are others again, as a whole: short answers may well be alike."""
+    first: dict[str, str] = {}
+    copies = [(e["id"], twin) for e in examples if (twin := first.setdefault(content_of(e), e["id"])) != e["id"]]
+    if len(copies) > COPIES * len(examples):
+        copy, twin = copies[0]
+        message = (
+            f"{len(copies):,} of the {len(examples):,} examples looked at are copies of others, such as {copy} of "
+            f"{twin}; data.clean=[exact] leaves them out"
+        )
+        yield found("repeated", "", message, fatal and len(copies) > MOST_COPIES * len(examples))
 
 
 # ---- tokens
@@ -307,7 +366,12 @@ def _check_talk(example: Example, document: Encoded, how: How) -> Iterator[Findi
     yield from _check_rendered(id_, messages, tools, text, how)
     shown = how.tokenizer.decode([i for i, t in zip(document.ids, document.trained, strict=True) if t])
     for m in messages:
-        if m["role"] in SPEAKERS and m["content"].strip() and m["content"].strip() in shown:
+        if (
+            m["role"] in SPEAKERS
+            and m["content"].strip()
+            and m["content"].strip() in shown
+            and _learnt(example, m, how)
+        ):
             yield found("tool_trained", id_, "a tool's result is trained on as if the model wrote it; set "
                         "objective.train_on=assistant")  # fmt: skip
             break
@@ -328,6 +392,14 @@ def _check_talk(example: Example, document: Encoded, how: How) -> Iterator[Findi
         yield found("border", id_, "the tokens before the first answer are not those that a chat asks with")
     for (start, stop), number in zip(trained, wanted, strict=True):
         yield from _check_answer(id_, messages[number], document.ids[start:stop], how.tokenizer)
+
+
+def _learnt(example: Example, spoken: Mapping, how: How) -> bool:
+    """Whether a turn itself is trained on, not an answer that says the same: another word in its place is."""
+    messages = [{**m, "content": PROBE} if m == spoken else m for m in _checked(example["messages"])]
+    (documents,) = encode_turns([{**example, "messages": messages}], how.tokenizer, how.train_on, how.turns)
+    trained = [i for d in documents for i, t in zip(d.ids, d.trained, strict=True) if t]
+    return PROBE in how.tokenizer.decode(trained)
 
 
 def _check_rendered(id_: str, messages: Sequence[Mapping], tools: Any, text: str, how: How) -> Iterator[Finding]:
@@ -412,14 +484,16 @@ def check_lengths(seen: Sequence[Seen], how: How) -> Iterator[Finding]:
 
 def look_at_prompts(examples: Sequence[Example], source: Source, how: How) -> tuple[list[Seen], list[Finding]]:
     """Verifiable examples, of which the policy is given the prompt: nothing of them is trained on."""
-    findings: list[Finding] = []
-    seen = []
+    # tasks are drawn again and again anyway, and no answer of theirs is learnt by heart
+    findings = list(check_copies(examples, fatal=False))
+    seen, readable = [], []
     for example in examples:
         id_ = example["id"]
         wrong = list(check_form(example, how)) or list(check_words(example, how))
         findings += wrong
         if any(f.rule in ("form", "no_answer") for f in wrong):
             continue
+        readable.append(example)
         messages = _checked(example["messages"])
         try:
             ids = how.chat.prompt_ids(messages[:-1])
@@ -435,4 +509,4 @@ def look_at_prompts(examples: Sequence[Example], source: Source, how: How) -> tu
             message = f"its prompt of {len(ids)} tokens leaves no room for the answer; {how.room} is the most"
             findings.append(found("prompt_room", id_, message))
         seen.append(Seen(example, [example], [Encoded(ids, [False] * len(ids))]))
-    return seen, findings
+    return seen, [*findings, *check_rare(readable, how), *check_template(readable, how.chat)]

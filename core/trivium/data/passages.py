@@ -21,7 +21,7 @@ from trivium.errors import DataError
 VERSION = 1
 """Of how files are cut; raise it when others come of the same bytes."""
 
-MAYBE_TEXT = ("json", "jsonl", "csv")
+MAYBE_TEXT = ("json", "jsonl", "csv", "tsv")
 """Kinds of rows whose names settings, manifests and lists have, too."""
 EMPTY, UNKNOWN = "empty files", "tables of unknown columns"
 

@@ -8,7 +8,7 @@ import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -25,20 +25,23 @@ KINDS = {
     ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-"""Each may also end in .gz or .zst."""
+"""Each may also end in one of PACKED."""
 DOCUMENT = 4000
 """Characters after which a plain text file is cut, at the next blank line."""
 PATIENCE = 25
 """Where no blank line comes within so many times as many, the end of a line will do."""
 
+SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}
+
 csv.field_size_limit(2**31 - 1)  # data.max_chars is the limit
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a file by its name, without .gz or .zst; "" if it is none."""
+    """The kind of a file by its name, without what says how it is compressed; "" if it is none."""
     name = path.with_suffix("") if path.suffix in PACKED else path
     return KINDS.get(name.suffix.lower(), "")
 
@@ -58,7 +61,7 @@ def open_rows(path: Path, max_chars: int, max_unpacked: int) -> Rows:
             return open_arrow(path, max_chars, held)
         if kind == "json" and _is_list(held):
             held = listed_as_lines(path, held, max_chars)
-        kinds = {"text": Documents, "csv": CsvRecords, "json": JsonLines, "jsonl": JsonLines}
+        kinds = {"text": Documents, "csv": CsvRecords, "tsv": TsvRecords, "json": JsonLines, "jsonl": JsonLines}
         return kinds[kind](path, max_chars, held)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -103,6 +106,8 @@ class JsonLines(Slices):
 class CsvRecords(Slices):
     """A record a row, the first one names the columns. Cells are text as they stand: "5", "NA" and "null" too."""
 
+    separator: ClassVar[str] = ","
+
     def __init__(self, path: Path, max_chars: int, held: Path | None = None) -> None:
         super().__init__(path, max_chars, held)
         self._places = array("q")
@@ -131,7 +136,7 @@ class CsvRecords(Slices):
                         return
                     yield line.decode("latin-1")  # a letter a byte: only quotes and commas matter here
 
-        reader = csv.reader(lines(), strict=True)
+        reader = csv.reader(lines(), strict=True, delimiter=self.separator)
         while True:
             try:
                 record = next(reader, None)
@@ -160,7 +165,7 @@ class CsvRecords(Slices):
         end = self._places[row + 2] if row + 2 < len(self._places) else self._size
         text = self.text_at(row, start, end)
         try:
-            return next(csv.reader(io.StringIO(text, newline="\n"), strict=True))
+            return next(csv.reader(io.StringIO(text, newline="\n"), strict=True, delimiter=self.separator))
         except csv.Error as error:
             raise RowError("not CSV", f"{self.at(row)} is not CSV: {error}") from error
 
@@ -175,6 +180,28 @@ class CsvRecords(Slices):
                 f"{self.at(row)} has {len(cells)} cells, the header {len(self.columns)} ({', '.join(self.columns)})",
             )
         return dict(zip(self.columns, cells, strict=True))
+
+    @property
+    def misread(self) -> str:
+        """What to do where the one column found is a row of names with something else between them; else empty."""
+        (name,) = self.columns if len(self.columns) == 1 else ("",)
+        other = next((mark for mark in SEPARATORS if mark in name and mark != self.separator), "")
+        if not other:
+            return ""
+        named = {".csv": ",", ".tsv": "\t"}
+        kind = next((suffix for suffix, mark in named.items() if mark == other), "")
+        copy = f"csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter='{other}'))"
+        way = f"name it {kind}" if kind else f'write it anew: python -c "import csv, sys; {copy}" < OLD.csv > NEW.csv'
+        return (
+            f"{self.path} has one column, {name!r}: it is separated by {SEPARATORS[other]}, and read as separated by "
+            f"{SEPARATORS[self.separator]}; {way}"
+        )
+
+
+class TsvRecords(CsvRecords):
+    """The same with tabs."""
+
+    separator = "\t"
 
 
 class Documents(Slices):

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trivium.data.messages import messages_of, misfit, refuse_media, short, text_of, tools_of, with_system
-from trivium.data.source import prompt_of
+from trivium.data.nearest import Nearest, nearest, setting
+from trivium.data.source import READS, prompt_of
 from trivium.errors import DataError
-from trivium.registry import near_misses
 
 Values = Mapping[str, Any]
 COLUMNS = {
@@ -38,25 +38,51 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VERDICTS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def schemas_of(named: str, columns: Sequence[str], file: str) -> list[str]:
-    """The schemas that columns fit, the first of them the one to read. named: data.schema.
+def schemas_of(
+    named: str,
+    columns: Sequence[str],
+    file: str,
+    renamed: Sequence[tuple[str, str]] = (),
+    forms: Sequence[str] = (),
+) -> list[str]:
+    """The schemas that columns fit, the first of them the one to read. named: data.schema. renamed: data.columns.
 
-    Raises DataError with the columns found, the schemas known and the nearest.
+    Raises DataError with the columns found, the schemas known and the nearest; forms: those that the phase reads.
     """
+    new_of = {old: new for new, old in renamed}
+    read = [new_of.get(column, column) for column in columns]
     wanted = list(COLUMNS) if named == "auto" else [named]
-    fitting = [name for name in wanted if any(set(needed) <= set(columns) for needed in COLUMNS[name])]
+    fitting = [name for name in wanted if any(set(needed) <= set(read) for needed in COLUMNS[name])]
     if fitting:
         return fitting
     each = "; ".join(f"{name}: {' or '.join(', '.join(c) for c in COLUMNS[name])}" for name in wanted)
     some = "; ".join(f"{name}: {', '.join(COLUMNS[name][0])}" for name in wanted)
     known = each if len(wanted) == 1 else some
-    words = list(dict.fromkeys(c for name in wanted for needed in COLUMNS[name] for c in needed))
-    near = next(filter(None, (near_misses(c, words) for c in columns if c not in words)), "")
     shown = ", ".join(columns[:12]) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "")
-    raise DataError(
-        f"{file} has the columns {shown}; known are {known}.{near} Set data.columns=[KNOWN=FOUND] to rename, or "
-        "data.text_column"
-    )
+    near = nearest({name: COLUMNS[name] for name in wanted}, read)
+    kept = {new: old for new, old in renamed if old in columns}
+    way = _way_in(near, columns, kept, forms) if near else f"set {setting({'KNOWN': 'FOUND'})} to rename"
+    if named == "auto" and (near is None or near.missing):
+        way += ", or data.text_column=COLUMN to read one column as text"
+    raise DataError(f"{file} has the columns {shown}; known are {known}; {way}")
+
+
+def _way_in(near: Nearest, columns: Sequence[str], kept: Mapping[str, str], forms: Sequence[str]) -> str:
+    """The nearest schema, what it lacks and the setting that makes the columns fit. kept: what is renamed already."""
+    called = {new: kept.get(column, column) for new, column in near.columns.items() if column}
+    pairs = {new: old for new, old in kept.items() if old not in called.values()}
+    pairs |= {new: old for new, old in called.items() if new != old}
+    said = f"nearest: {near.schema} ({', '.join(near.columns)})"
+    form = FORM_OF[near.schema]
+    phases = [phase for phase, read in READS.items() if form in read]
+    if forms and form not in forms and phases:
+        said += f", which is read with phase={' or '.join(phases)}"
+    if not near.missing:
+        return f"{said}; set {setting(pairs)}"
+    said += f", but there is no {' and no '.join(near.missing)}"
+    if len(columns) - len(called) < len(near.missing):
+        return f"{said}: add what is missing"
+    return f"{said}: name what it is, as in {setting({**pairs, **dict.fromkeys(near.missing, 'COLUMN')})}"
 
 
 def _pair(values: Values, at: str) -> dict[str, Any]:
