@@ -221,6 +221,17 @@ def test_an_odd_file_is_read_as_text_or_left_out_and_stops_nothing(name, content
         assert "\n".join(p.text for p in found) == content.strip("\n")
 
 
+def test_a_file_with_a_damaged_row_group_is_left_out_or_with_skip_that_group(tmp_path):
+    texts, path = [f"the sea {i:02}" for i in range(30)], tmp_path / "a.parquet"
+    how = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=10, **how)
+    path.write_bytes(path.read_bytes().replace(b"the sea 15", b"the tea 15"))
+    assert read(path) == ([], {"damaged files": 1})
+    found, left_out = read(path, bad_rows="skip")
+    assert left_out == {"in a damaged row group": 10}
+    assert [(p.first, p.text) for p in found] == [(i + 1, texts[i]) for i in (*range(10), *range(20, 30))]
+
+
 @pytest.mark.parametrize("name", ["pretty.json", "empty.jsonl", "broken.parquet", "other.parquet", "ragged_text.csv"])
 def test_a_chosen_column_is_never_guessed_past(name, tmp_path):
     content = next(odd[1] for odd in ODD if odd[0] == name)

@@ -4,9 +4,11 @@ import bz2
 import gzip
 import json
 import lzma
+import pickle
 import random
 import resource
 import shutil
+import struct
 import time
 
 import pyarrow as pa
@@ -15,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from trivium.data import arrow as arrow_files
 from trivium.data import converted
 from trivium.data.config import FilesConfig
 from trivium.data.files import Files
+from trivium.data.position import Order
 from trivium.errors import ConfigError, DataError
 
 
@@ -308,7 +312,182 @@ def test_a_page_of_a_parquet_file_that_is_not_what_was_written_is_found(tmp_path
     path.write_bytes(whole)
     assert [r["text"] for r in read(path)] == [r["text"] for r in GOOD]
     path.write_bytes(whole.replace(b"row 17", b"rov 17"))
-    refused(path, None, "a.parquet cannot be read as parquet: .*CRC checksum verification failed")
+    says = r"a.parquet row 1 cannot be read: row group 1 of 1 \(rows 1 to 50\) is damaged: .*CRC checksum"
+    refused(path, None, says)
+    refused(path, None, says, bad_rows="skip")
+
+
+# ---- damaged parts of files whose numbers of rows are known
+
+TEXTS = [f"row {i:04}" for i in range(500)]
+
+
+def groups(size=100, **how):
+    """TEXTS as Parquet whose pages have checksums."""
+    sink, plain = pa.BufferOutputStream(), {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.table({"text": TEXTS}), sink, row_group_size=size, write_page_checksum=True, **plain, **how)
+    return sink.getvalue().to_pybytes()
+
+
+def batches(new, texts=None):
+    """TEXTS as Arrow, compressed, in batches of 100."""
+    table, sink = pa.table({"text": texts or TEXTS}), pa.BufferOutputStream()
+    with new(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return sink.getvalue().to_pybytes()
+
+
+def messages(content):
+    """What an Arrow file or stream holds, the schema first."""
+    return list(pa.ipc.MessageReader.open_stream(pa.py_buffer(content).slice(8 * content.startswith(b"ARROW1"))))
+
+
+def flipped(content, *rows):
+    """A letter of each of these rows is another."""
+    for row in rows:
+        assert content.count(TEXTS[row].encode()) == 1
+        content = content.replace(TEXTS[row].encode(), TEXTS[row].replace("r", "R").encode())
+    return content
+
+
+def torn(content, *numbers):
+    """The last 200 bytes of each of these messages behind the schema are inverted: of a batch, its text."""
+    for number in numbers:
+        body = messages(content)[1 + number].body.to_pybytes()
+        assert content.count(body) == 1
+        content = content.replace(body, body[:-200] + bytes(255 - b for b in body[-200:]))
+    return content
+
+
+def skipping(path):
+    return Files(FilesConfig(path=str(path), validation_share=0.0, bad_rows="skip"))
+
+
+def without(path, *lost):
+    """The examples of TEXTS but for those in the ranges `lost`, under their own numbers."""
+    gone = {row for rows in lost for row in rows}
+    return [{"id": f"{path}:{i + 1}", "text": text} for i, text in enumerate(TEXTS) if i not in gone]
+
+
+DAMAGED = {
+    "a.parquet": ("row group", groups, lambda whole: flipped(whole, 250)),
+    "file.arrow": ("record batch", lambda: batches(pa.ipc.new_file), lambda whole: torn(whole, 2)),
+    "stream.arrow": ("record batch", lambda: batches(pa.ipc.new_stream), lambda whole: torn(whole, 2)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_part_is_named_or_skipped_with_all_its_rows(name, tmp_path):
+    """The third of five parts of 100 rows; the rows behind it keep their numbers. Again from the cache."""
+    kind, make, damage = DAMAGED[name]
+    path = tmp_path / name
+    path.write_bytes(make())
+    whole = skipping(path)
+    assert whole.notes == {"rows": 500} and [whole[i] for i in range(500)] == without(path)
+    path.write_bytes(damage(make()))
+    for _ in range(2):
+        refused(
+            path, None, rf"{name} row 201 cannot be read: {kind} 3 of 5 \(rows 201 to 300\) is damaged: .*skip leaves"
+        )
+        source = skipping(path)
+        assert len(source) == 400 and source.notes == {
+            "rows": 400,
+            "skipped": {f"in a damaged {kind}": 100},
+            "lost": {f"in {kind} 3 of 5 of {path} (rows 201 to 300)": 100},
+        }
+        assert [source[i] for i in range(400)] == without(path, range(200, 300))
+    assert source.fingerprint != whole.fingerprint
+    orders = [Order(len(s), 0, s.fingerprint).rows(0, 400) for s in (source, whole)]
+    assert [source[i]["id"] for i in orders[0]] != [whole[i]["id"] for i in orders[1]]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_parts_side_by_side_at_the_start_and_at_the_end(name, tmp_path):
+    kind, make, _ = DAMAGED[name]
+    path = tmp_path / name
+    path.write_bytes(flipped(make(), 0, 199, 400) if kind == "row group" else torn(make(), 0, 1, 4))
+    source = skipping(path)
+    assert source.notes["skipped"] == {f"in a damaged {kind}": 300} and len(source.notes["lost"]) == 3
+    assert [source[i] for i in range(len(source))] == without(path, range(200), range(400, 500))
+
+
+def test_of_a_damaged_row_group_no_row_is_kept(tmp_path, monkeypatch):
+    """Its first rows can be read, and were written already when the damage in its last page was found."""
+    monkeypatch.setattr(arrow_files, "RESIDENT", 1000)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(flipped(groups(200, data_page_size=100, write_batch_size=10), 399))
+    source = skipping(path)
+    assert source.notes["skipped"] == {"in a damaged row group": 200}
+    assert [source[i] for i in range(len(source))] == without(path, range(200, 400))
+
+
+def test_what_a_file_says_itself_of_lost_rows_is_not_believed(tmp_path):
+    table = pa.table({"text": TEXTS}).replace_schema_metadata(
+        {arrow_files.LOST: '[[0, 9, "a", "b", "c"], [700, 1, 2]]'}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == without(tmp_path / "a.parquet")
+
+
+def test_a_file_of_nothing_but_damaged_parts_is_counted_among_others(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(flipped(groups(), 0, 100, 200, 300, 400))
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    source = skipping(tmp_path)
+    assert len(source) == source.notes["rows"] == 50 and source.notes["skipped"] == {"in a damaged row group": 500}
+    refused(tmp_path / "a.parquet", None, "a.parquet row 1 cannot be read: row group 1 of 5", bad_rows="skip")
+
+
+def one_fewer(content):
+    """The footer says of all rows, 500 as a field of Thrift, that they are 499."""
+    assert content.count(b"\x16\xe8\x07") == 1
+    return content.replace(b"\x16\xe8\x07", b"\x16\xe6\x07")
+
+
+def twice(content):
+    """A batch says of its column that it has one row less."""
+    metadata = messages(content)[3].metadata.to_pybytes()
+    at = metadata.rindex(struct.pack("<q", 100))
+    return content.replace(metadata, metadata[:at] + struct.pack("<q", 99) + metadata[at + 8 :], 1)
+
+
+def coded(content):
+    """The same with a dictionary of its texts for each batch."""
+    sink, schema = pa.BufferOutputStream(), pa.schema([("text", pa.dictionary(pa.int32(), pa.string()))])
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        for batch in pa.ipc.open_stream(content):
+            coded = batch.column(0).dictionary_encode()
+            writer.write_batch(pa.record_batch([coded], schema=schema))
+    content = sink.getvalue().to_pybytes()
+    assert [m.type for m in messages(content)].count("dictionary") == 5
+    return content
+
+
+@pytest.mark.parametrize("bad_rows", ["fail", "skip"])
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("a.parquet", one_fewer, "row groups of 500 rows are said to be 499"),
+        ("a.parquet", lambda c: one_fewer(flipped(c, 250)), "row groups of 500 rows are said to be 499"),
+        ("a.parquet", lambda c: c[:-9] + b"x" * 9, "cannot be read as parquet"),
+        ("a.parquet", lambda c: c[:-1], "cannot be read as parquet"),
+        ("file.arrow", lambda c: torn(c, 2)[:-1], "cannot be read as arrow"),
+        ("file.arrow", twice, "cannot be read as arrow: Array length did not match record batch length"),
+        ("stream.arrow", twice, "cannot be read as arrow: Array length did not match record batch length"),
+        ("stream.arrow", lambda c: torn(c, 2)[:-500], "cannot be read as arrow: Expected to be able to read"),
+        ("stream.arrow", lambda c: torn(coded(c), 4), "as arrow: it is damaged, and what its dictionaries say"),
+    ],
+)  # fmt: skip
+def test_what_nobody_can_count_is_refused_by_both_policies(name, damage, says, bad_rows, tmp_path):
+    content = DAMAGED[name][1]()
+    assert damage(content) != content
+    refused(tmp_path / name, damage(content), says, bad_rows=bad_rows)
+
+
+def test_a_source_that_has_skipped_rows_travels_to_other_processes(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES + b"{\n")
+    source = skipping(tmp_path / "a.jsonl")
+    again = pickle.loads(pickle.dumps(source))
+    assert [again[i] for i in range(50)] == [source[i] for i in range(50)] and again.notes == source.notes
 
 
 @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])

@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from trivium.data.arrow import ArrowRows
 from trivium.data.checkers import READERS, is_right
 from trivium.data.config import RowsConfig
 from trivium.data.messages import misfit
 from trivium.data.readers import CsvRecords
-from trivium.data.rows import RowError, Rows, Slices
+from trivium.data.rows import LostError, RowError, Rows, Slices
 from trivium.data.schemas import ADAPTERS, FORM_OF, VERDICTS, schemas_of
 from trivium.data.source import FORM_WORDS, READS, Example, Source, WrongForm, form_of, prompt_of, split_of
 from trivium.disk import cache_folder, digest_file, keep, kept
@@ -62,6 +63,7 @@ class Adapted(Source):
         self._mine: list[Sequence[int]] = []
         self._ends: list[int] = []
         self._skipped: Counter[str] = Counter()
+        self._lost: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
         self._first_bad: RowError | None = None
         self._num_read = 0
@@ -73,7 +75,7 @@ class Adapted(Source):
         if not len(self):
             raise self._first_bad if self._first_bad and not self._num_read else DataError(self._nothing())
         self._fingerprint = self._digest.hexdigest()
-        del self._digest  # no process can be given it, and tokens are made by several
+        del self._digest, self._first_bad  # no process can be given them, and tokens are made by several
 
     @abstractmethod
     def _open(self) -> list[list[str]]:
@@ -103,9 +105,10 @@ class Adapted(Source):
 
     @property
     def notes(self) -> dict[str, Any]:
-        """How many rows were read, which were skipped for what reason, and what was left out."""
+        """How many rows were read, which were skipped for what reason or lost in what part, and what was left out."""
         found: dict[str, Any] = {"rows": self._num_read}
         found |= {"skipped": dict(sorted(self._skipped.items()))} if self._skipped else {}
+        found |= {"lost": dict(self._lost)} if self._lost else {}
         return found | ({"left_out": dict(sorted(self._left_out.items()))} if self._left_out else {})
 
     def origin(self, example: Example) -> str:
@@ -151,8 +154,9 @@ class Adapted(Source):
     def _look_at(self, table: Table) -> Looked:
         """Read every row of a table. Raises DataError for a bad one, unless it may be skipped and counted."""
         rows, mine, digest = table.rows, array("q"), hashlib.sha256()
-        held_out, seen, bad, read = self.config.split != "train", False, 0, 0
-        for row in range(len(rows)):
+        held_out, seen, bad, read, following = self.config.split != "train", False, 0, 0, 0
+        while following < len(rows):
+            row, following = following, following + 1
             try:
                 example = self._example(table, row)
                 if example is None:
@@ -160,11 +164,14 @@ class Adapted(Source):
                 seen, said = True, self._written(table, row, example)
             except RowError as error:
                 if self.config.bad_rows == "fail":
-                    raise _with_way_out(error) from error
+                    raise error.with_way_out() from error
                 seen = True
                 self._first_bad = self._first_bad or error
-                self._skipped[error.reason] += 1
-                bad += 1
+                self._skipped[error.reason] += error.count
+                if isinstance(error, LostError):
+                    self._lost[error.where] += error.count
+                bad += error.count
+                following = row + error.count
                 continue
             read += 1
             if not self._shared or self._is_mine(example, held_out):
@@ -215,8 +222,10 @@ class Adapted(Source):
                     values = rows[row]
                 except RowError as error:
                     if self.config.bad_rows == "fail":
-                        raise _with_way_out(error) from error
+                        raise error.with_way_out() from error
                     self._first_bad = self._first_bad or error
+                    if isinstance(rows, ArrowRows):  # the file names them apart from its rows
+                        found |= dict.fromkeys(rows.columns)
                     continue
                 if isinstance(values, str):
                     return ["text"]
@@ -297,10 +306,6 @@ class Adapted(Source):
             f"no row of {self._where} is held out at data.validation_share={share}: raise it, set "
             "data.validation_path, or validation.every_steps=0 to train without validation"
         )
-
-
-def _with_way_out(error: RowError) -> RowError:
-    return RowError(error.reason, f"{error}; data.bad_rows=skip leaves such rows out and counts them")
 
 
 def _characters(value: Any) -> int:

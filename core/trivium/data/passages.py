@@ -18,7 +18,7 @@ from trivium.data.rows import RowError, UnreadableError
 from trivium.disk import digest_file
 from trivium.errors import DataError
 
-VERSION = 1
+VERSION = 2
 """Of how files are cut; raise it when others come of the same bytes."""
 
 MAYBE_TEXT = ("json", "jsonl", "csv", "tsv")

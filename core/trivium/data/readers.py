@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from trivium.data.arrow import arrow_of_parquet, open_arrow
+from trivium.data.arrow import open_arrow, open_parquet
 from trivium.data.converted import PACKED, listed_as_lines, unpacked
 from trivium.data.rows import BLOCK, RowError, Rows, Slices, after_mark, blocks
 from trivium.errors import DataError
@@ -56,7 +56,7 @@ def open_rows(path: Path, max_chars: int, max_unpacked: int) -> Rows:
             raise DataError(f"{path} is empty")
         kind = kind_of(path)
         if kind == "parquet":
-            return open_arrow(path, max_chars, arrow_of_parquet(path, held, max_unpacked))
+            return open_parquet(path, max_chars, held, max_unpacked)
         if kind == "arrow":
             return open_arrow(path, max_chars, held)
         if kind == "json" and _is_list(held):

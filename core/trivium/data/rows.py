@@ -16,18 +16,40 @@ from trivium.errors import DataError
 
 BLOCK = 1 << 22
 """Bytes read at once while looking for the places of rows."""
+WAY_OUT = "data.bad_rows=skip leaves such rows out and counts them"
 
 
 class RowError(DataError):
     """A row that cannot be used. reason: in a few words, under which data.bad_rows=skip counts it."""
 
+    count = 1
+    """How many rows, from that on, are lost with it."""
+
     def __init__(self, reason: str, said: str) -> None:
         super().__init__(said)
         self.reason = reason
 
+    def with_way_out(self) -> RowError:
+        """The same, with what to set."""
+        return RowError(self.reason, f"{self}; {WAY_OUT}")
+
 
 class UnreadableError(DataError):
     """A file that is not what its name says, or is damaged as a whole."""
+
+
+class LostError(RowError, UnreadableError):
+    """Rows in a damaged part of a file that says elsewhere how many they are.
+
+    where: the part, with its file and rows. count: of its rows from the one that was asked for on.
+    """
+
+    def __init__(self, reason: str, said: str, where: str, count: int) -> None:
+        super().__init__(reason, said)
+        self.where, self.count = where, count
+
+    def with_way_out(self) -> LostError:
+        return LostError(self.reason, f"{self}; {WAY_OUT}", self.where, self.count)
 
 
 class Rows(ABC):
