@@ -1,6 +1,10 @@
 """Mixtures: which rows a step reads, by hand-worked counts; limits, curricula, restoring at every element."""
 
+import itertools
 import json
+import pickle
+import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -68,11 +72,94 @@ def test_a_part_that_has_given_its_most_leaves_its_share_to_the_others():
     assert sorted(b[:5].tolist()) == [0, 1, 2, 3, 4]
 
 
+def by_the_rule(shares, size, steps):
+    """Rows read before each step, in fractions without rounding: what the shares owe in whole rows, no more than a step
+    or a part has, then row by row where most is owed."""
+    read, owed, found = [0] * len(shares), [Fraction(0)] * len(shares), []
+    for step in range(steps):
+        found.append(read)
+        weights = [level(named, step) * (n < max_) for (_, _, named, max_), n in zip(shares, read, strict=True)]
+        owed = [o + Fraction(w * size, sum(weights)) if w else Fraction(0) for o, w in zip(owed, weights, strict=True)]
+        taken = [min(max(0, o // 1), s[3] - n) for o, s, n in zip(owed, shares, read, strict=True)]
+        while sum(taken) > size:
+            most = max(range(len(shares)), key=lambda i: (taken[i], -i))
+            taken[most] -= min(sum(taken) - size, taken[most])
+        while sum(taken) < size:
+            may = [i for i, (s, w) in enumerate(zip(shares, weights, strict=True)) if w and read[i] + taken[i] < s[3]]
+            taken[max(may, key=lambda i: (owed[i] - taken[i], -i))] += 1
+        read = [n + k for n, k in zip(read, taken, strict=True)]
+        owed = [o - k for o, k in zip(owed, taken, strict=True)]
+    return found
+
+
+def level(named, step):
+    """A weight at a step, between those that are named for some."""
+    named = [(s, Fraction(w)) for s, w in named]
+    for (start, low), (end, high) in itertools.pairwise(named):
+        if start <= step <= end:
+            return low + (high - low) * Fraction(step - start, end - start)
+    return named[0][1] if step < named[0][0] else named[-1][1]
+
+
+ENDLESS = 10**12
+MIXTURES = {
+    "thirds of one row": ([(n, 9, always(1), ENDLESS) for n in "abc"], 1),
+    "small shares": ([("a", 9, always(7), ENDLESS), ("b", 9, always(2), ENDLESS), ("c", 9, always(0.25), ENDLESS)], 4),
+    "many parts": ([(f"p{i}", 9, always(1 + i % 5), ENDLESS) for i in range(11)], 16),
+    "limits": (
+        [("a", 9, always(3), ENDLESS), ("b", 9, always(2), 5001), ("c", 9, always(3), 77), ("d", 9, always(1), 1)],
+        8,
+    ),
+    "a curriculum": (
+        [
+            ("a", 9, ((0, 3.0), (900, 0.0), (2000, 0.0), (2500, 5.0)), ENDLESS),
+            ("b", 9, ((300, 1.0), (1700, 4.0)), ENDLESS),
+            ("c", 9, ((0, 0.0), (1000, 2.0)), 6000),
+        ],
+        7,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_counts_are_what_the_rule_says_wherever_one_asks(name):
+    """4,000 steps; asked for one by one, from the end backwards, at once and here and there."""
+    shares, size = MIXTURES[name]
+    wanted = np.array(by_the_rule(shares, size, 4000))
+    forwards = order(shares, size)
+    assert np.array_equal([forwards.read_before(k) for k in range(4000)], wanted)
+    backwards = order(shares, size)
+    for k in (3999, *range(3998, 0, -37), 0, 3999):
+        assert np.array_equal(backwards.read_before(k), wanted[k])
+    draw = random.Random(0)
+    for _ in range(20):
+        again = pickle.loads(pickle.dumps(order(shares, size)))
+        for k in draw.sample(range(4000), 3):
+            assert np.array_equal(again.read_before(k), wanted[k])
+
+
+def test_what_is_held_of_an_order_does_not_grow_with_its_steps(monkeypatch):
+    """Places are marked 256 steps apart, of 40,000 steps 1,024; from the nearest one any count is made again."""
+    shares, size = MIXTURES["small shares"]
+    mixed, take, taken, held = order(shares, size), MixedOrder._take, [], []
+    for step in (5_000, *range(5_001, 7_001), 40_000):  # one by one, as a run that goes on does
+        mixed.read_before(step)
+        held.append(len(pickle.dumps(mixed)))
+    assert max(held) < 40_000 and held[-1] < 2 * held[0], (held[0], max(held), held[-1])
+    monkeypatch.setattr(MixedOrder, "_take", lambda self, place, due: taken.append(1) or take(self, place, due))
+    for step in (39_990, 20_003, 20_004, 20_003, 1_000, 39_000):
+        before = len(taken)
+        mixed.read_before(step)
+        assert len(taken) - before <= 1024
+
+
 def test_when_nothing_is_left_a_sentence_says_so():
     mixed = order([("a", 4, always(3), 12.0), ("b", 5, always(1), 4.0)])
     assert taken(mixed, 2) == [[6, 2]] * 2
-    with pytest.raises(DataError, match="nothing left at step 3"):
-        mixed.rows(16, 8)
+    for _ in range(2):
+        with pytest.raises(DataError, match="nothing left at step 3"):
+            mixed.rows(16, 8)
+    assert taken(mixed, 2) == [[6, 2]] * 2
     with pytest.raises(DataError, match="too few rows left at step 2"):
         order([("a", 4, always(1), 9.0)]).rows(0, 16)
 

@@ -24,6 +24,13 @@ from trivium.errors import ConfigError, DataError
 from trivium.types import Score
 
 ROUNDING = 1e-9
+INF = float("inf")
+CHUNK = 256
+"""Steps whose shares are worked out at once."""
+RECENT = 128
+"""Steps up to one that was asked for whose counts are held."""
+MARKS = 64
+"""Places that are remembered, of a run of any length; twice as far apart whenever there are more."""
 
 
 class Mixture(Source):
@@ -88,10 +95,23 @@ class Share:
     weights: tuple[tuple[int, float], ...]
     most: float = float("inf")
 
-    def weight(self, step: int) -> float:
-        """Linear between the steps that are named, level before the first and after the last."""
+    def weight(self, step: float | np.ndarray) -> Any:
+        """Of a step, or of an array of them: linear between those that are named, level before and behind."""
         steps, values = zip(*self.weights, strict=True)
-        return float(np.interp(step, steps, values))
+        return np.interp(step, steps, values)
+
+
+@dataclass
+class Place:
+    """Where a run is after so many steps. read: rows of each part. owed: of each by the shares so far, and not read."""
+
+    step: int
+    read: list[int]
+    owed: list[float]
+
+    def copy(self) -> Place:
+        """One that can be moved on by itself."""
+        return Place(self.step, self.read.copy(), self.owed.copy())
 
 
 class MixedOrder:
@@ -99,49 +119,119 @@ class MixedOrder:
 
     Every epoch of a part is another permutation of its rows. A part that has given its most gives no more, and the
     others take its share. Raises DataError when none is left.
+
+    What is owed is rounded at every step, so counts come of those before: a few places are marked to go on from.
     """
 
     def __init__(self, shares: Sequence[Share], size: int, seed: int, fingerprint: str) -> None:
         self.shares, self.size, self.seed, self.fingerprint = tuple(shares), size, seed, fingerprint
         self._first = np.cumsum([0, *(share.rows for share in shares)])
         self._orders = [Order(s.rows, seed, f"{fingerprint}/{s.name}") for s in shares]
-        self._owed = np.zeros(len(shares))  # by the shares so far, and not read
-        self._read = [np.zeros(len(shares), np.int64)]  # before each step, of each part
+        self._most = [share.most for share in shares]
+        self._limited = [part for part, most in enumerate(self._most) if most < INF]
+        self._level_from = max(step for share in shares for step, _ in share.weights)
+        self._place = Place(0, [0] * len(shares), [0.0] * len(shares))
+        self._marks, self._apart = [self._place.copy()], CHUNK
+        self._recent = {0: tuple(self._place.read)}
 
     def read_before(self, step: int) -> np.ndarray:
         """(parts,) rows read of each before `step`."""
-        while len(self._read) <= step:
-            self._read.append(self._read[-1] + self._taken(len(self._read) - 1))
-        return self._read[step]
+        if step not in self._recent:
+            self._go_to(step)
+        return np.array(self._recent[step], np.int64)
 
-    def _taken(self, step: int) -> np.ndarray:
-        """Rows that `step` takes of each part: what is owed in whole rows, then one by one where most is owed."""
-        read, most = self._read[step], np.array([share.most for share in self.shares])
-        taken = np.zeros(len(self.shares), np.int64)
-        weights = np.array([share.weight(step) for share in self.shares])
-        weights[read >= most] = 0
-        if not weights.sum() > 0:
-            raise DataError(
-                f"the mixture has nothing left at step {step + 1}: every part has given its most (epochs, tokens) or "
+    def _go_to(self, step: int) -> None:
+        nearest = max((p for p in (*self._marks, self._place) if p.step <= step), key=lambda p: p.step)
+        place = nearest.copy()
+        while place.step < step:
+            used_up = self._used_up(place)
+            for due in self._due(place.step, min(step, (place.step // CHUNK + 1) * CHUNK), used_up):
+                self._take(place, due)
+                if place.step > step - RECENT:
+                    self._recent[place.step] = tuple(place.read)
+                if self._used_up(place) != used_up:
+                    break
+            self._mark(place)
+        self._place = place
+        self._recent[step] = tuple(place.read)
+        while len(self._recent) > 2 * RECENT:
+            del self._recent[next(iter(self._recent))]
+
+    def _mark(self, place: Place) -> None:
+        """Remember a place now and then; where there are too many, every second is forgotten."""
+        if place.step < self._marks[-1].step + self._apart:
+            return
+        self._marks.append(place.copy())
+        if len(self._marks) > MARKS:
+            self._marks, self._apart = self._marks[::2], 2 * self._apart
+
+    def _used_up(self, place: Place) -> list[int]:
+        """The parts that have given their most."""
+        return [part for part in self._limited if place.read[part] >= self._most[part]]
+
+    def _due(self, start: int, end: int, used_up: list[int]) -> list[list[float]]:
+        """Rows of each part, and fractions of such, that its share is of each step; -1 where it has none."""
+        steps = np.arange(start, start + 1 if start >= self._level_from else end)
+        weights = np.stack([share.weight(steps) for share in self.shares], axis=1)
+        weights[:, used_up] = 0
+        with np.errstate(invalid="ignore"):
+            due = weights / weights.sum(axis=1, keepdims=True) * self.size
+        found = np.where(weights > 0, due, -1.0).tolist()
+        return found if len(found) == end - start else found * (end - start)
+
+    def _take(self, place: Place, due: list[float]) -> None:
+        """A step takes of each part what is owed in whole rows, then one by one where most is owed.
+
+        In plain numbers: a few parts are no work for arrays, and long runs have many steps.
+        """
+        owed, taken, over = place.owed, [], -self.size
+        for part, add in enumerate(due):
+            owed[part] = have = owed[part] + add if add >= 0 else 0.0
+            taken.append(whole := int(have + ROUNDING) if have > 0 else 0)
+            over += whole
+        for part in self._limited:
+            if (less := taken[part] - int(self._most[part] - place.read[part])) > 0:
+                taken[part] -= less
+                over -= less
+        while over > 0:  # where some have given more than they owed, others less
+            most_taken = taken.index(max(taken))
+            less = min(over, taken[most_taken])
+            taken[most_taken] -= less
+            over -= less
+        if over < 0:
+            self._fill(place, due, taken, -over)
+        place.step += 1
+        for part, whole in enumerate(taken):
+            owed[part] -= whole
+            place.read[part] += whole
+
+    def _fill(self, place: Place, due: list[float], taken: list[int], missing: int) -> None:
+        """Add so many rows to those that a step takes."""
+        left = [round((n - k) * 1e9) if add >= 0 else -INF for n, k, add in zip(place.owed, taken, due, strict=True)]
+        while True:
+            for part in self._limited:
+                if place.read[part] + taken[part] >= self._most[part]:
+                    left[part] = -INF
+            part = left.index(most_owed := max(left))  # of those that are owed alike, the first
+            if most_owed == -INF:
+                raise DataError(self._nothing_left(place.step + 1, max(due) < 0))
+            taken[part] += 1
+            missing -= 1
+            if not missing:
+                return
+            left[part] = round((place.owed[part] - taken[part]) * 1e9)
+
+    @staticmethod
+    def _nothing_left(step: int, every: bool) -> str:
+        if every:
+            return (
+                f"the mixture has nothing left at step {step}: every part has given its most (epochs, tokens) or "
                 "has no weight; raise them, or lower trainer.max_steps"
             )
-        self._owed[weights == 0] = 0
-        self._owed += weights / weights.sum() * self.size
-        taken = np.minimum(np.floor(np.maximum(self._owed + ROUNDING, 0)), most - read).astype(np.int64)
-        while (over := int(taken.sum()) - self.size) > 0:  # where some have given more than they owed, others less
-            most_taken = int(np.argmax(taken))
-            taken[most_taken] -= min(over, int(taken[most_taken]))
-        for _ in range(self.size - int(taken.sum())):
-            owed = np.round(self._owed - taken, 9)  # of those that are owed alike, the first
-            left = np.where((read + taken < most) & (weights > 0), owed, -np.inf)
-            if not np.isfinite(left).any():
-                raise DataError(
-                    f"the mixture has too few rows left at step {step + 1}; raise epochs or tokens of a part, or lower "
-                    "trainer.max_steps"
-                )
-            taken[int(np.argmax(left))] += 1
-        self._owed -= taken
-        return taken
+        return (
+            f"the mixture has too few rows left at step {step}; raise epochs or tokens of a part, or lower "
+            "trainer.max_steps"
+        )
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Rows at global indices start..start+count-1."""
