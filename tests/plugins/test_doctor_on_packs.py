@@ -44,13 +44,12 @@ def test_every_pack_can_be_given_to_processes_that_make_tokens_of_it(case):
 @pytest.mark.slow  # minutes in all
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_found_in_what_is_shipped(case, tmp_path_factory, monkeypatch, capsys):
-    """Rows of 2,048 tokens, so that with a vocabulary of 1,000 whole documents fit; all rules, and what is told of
-    rows and tokens."""
+    """In rows of the pack's recipe, with the tokenizer that would be trained: all rules, and what is told of rows."""
     if case.startswith("reasoning"):
         pytest.importorskip("reasoning_gym", reason="NOT TESTED ON REASONING: pip install reasoning-gym")
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path_factory.getbasetemp() / "packs"))
     domain, _, phase = case.partition("/")
-    settings = [f"phase={phase}", f"domain={domain}", "batch.length=2048", "tokenizer.vocab_size=1000"]
+    settings = [f"phase={phase}", f"domain={domain}"]
     settings += ["batch.size=1", "batch.micro_size=1"]  # what a step takes is not asked here
     settings += ["data.sample=true"] * (domain in SAMPLED) + MORE.get(case, [])
     code = doctor([*settings, "--show", "5", "--rules"])
