@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,8 @@ from trivium.build import build_objective, build_source
 from trivium.compose import compose, run_config
 from trivium.data.chat import Encoded
 from trivium.data.collate import collate
-from trivium.data.contamination import find_overlap
+from trivium.data.config import SourceConfig
+from trivium.data.contamination import BATCH, find_overlap
 from trivium.data.gguf_tokenizer import tokenizer_of
 from trivium.data.lint import RULES, Finding, check_names, judged, verdict
 from trivium.data.lint_examples import How, look, look_at_prompts, spans
@@ -32,6 +34,7 @@ from trivium.data.lint_sets import (
 )
 from trivium.data.packing import table_of
 from trivium.data.shown import Stretch, exchanges, plain, stretches, visible
+from trivium.data.source import Source
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import ConfigError
 from trivium.lineage.report import write_report
@@ -325,6 +328,38 @@ def test_all_that_is_held_out_is_compared_and_ten_are_told():
     }
     assert found[3].message.endswith("trained on as example t1216; take it out of one of the two")
     assert found[10].message == "2 more are such (held)"
+
+
+class Made(Source):
+    """Examples that are made when they are asked for, each of 2.4 kB."""
+
+    fingerprint = "made"
+
+    def __init__(self, count):
+        super().__init__(SourceConfig())
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"id": f"example number {index} of many", "text": f"is odd {index} yes no " * 120}
+
+
+def test_memory_of_a_look_does_not_follow_the_data():
+    """All of 12 MB are read, 200 examples of them kept, and compared with ten that are held out: the most that is held
+    meanwhile grows by less than 200 bytes for each example of 2.4 kB."""
+    peaks = []
+    for count in (BATCH, 5000 + BATCH):
+        tracemalloc.start()
+        try:
+            chosen, findings = survey(Made(count), 200)
+            found = find_overlap(Made(count), Made(10), 13)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert (len(chosen), findings, found.contaminated, found.same.count) == (200, [], 10, 10)
+    assert peaks[1] - peaks[0] < 5000 * 200, peaks
 
 
 def test_sample_has_the_first_the_longest_and_an_even_spread():

@@ -30,8 +30,8 @@ def survey(
     """`count` examples to look at closely, and what is wrong with those that were read to choose them.
 
     Evenly spread, the first and the longest few (by characters) included; the same at every call. among: how
-    many are read; 0 is all of them. each: what is looked at in every one. Of those that are read 17 bytes each are
-    kept.
+    many are read; 0 is all of them. each: what is looked at in every one. Of those that are read some hundred
+    bytes each are held meanwhile.
     """
     size = len(source)
     read = np.array(spread(size, among or size))

@@ -24,6 +24,8 @@ CATALOGUE = {
 }
 SAMPLE = Path(__file__).with_name("data") / "economies.json"
 NAMED = re.compile(r"[\w-]+/\w+\.json")
+LOST = "\ufffd"
+"""What the package has in place of a sign; there is one, of pounds (the United Kingdom)."""
 DATED = re.compile(r"(?P<figure>[^()+;]+?)\s*\((?:[^()]*\b)?(?P<year>(?:19|20)\d\d)(?: est\.)?\)")
 MEASURES = {
     "GDP (purchasing power parity)": "GDP (purchasing power parity)",
@@ -115,4 +117,5 @@ def _paragraphs(section: dict[str, Any]) -> Iterator[str]:
         parts = [said["text"]] if "text" in said else []
         parts += [f"{key}: {v['text']}" for key, v in said.items() if isinstance(v, dict) and "text" in v]
         if parts:
-            yield f"{name}: {'; '.join(' '.join(part.replace('++', ';').split()) for part in parts)}"
+            told = "; ".join(" ".join(part.replace("++", ";").split()) for part in parts)
+            yield f"{name}: {told.replace(LOST, '£')}"
