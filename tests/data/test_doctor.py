@@ -303,6 +303,15 @@ def test_a_tokenizer_larger_than_its_model_is_found(tokenizer):
     assert finding.rule == "vocabulary" and finding.fatal
 
 
+def test_a_tokenizer_much_smaller_than_its_model_is_told(tokenizer):
+    """Rows that pad the vocabulary are nobody's mistake: a twentieth of it and 512."""
+    most = int(1.05 * tokenizer.vocab_size + 512)
+    assert list(check_vocabulary(tokenizer, most)) == []
+    (finding,) = check_vocabulary(tokenizer, most + 1)
+    assert finding.rule == "vocabulary" and not finding.fatal
+    assert f"so {most + 1 - tokenizer.vocab_size} rows are none" in finding.message
+
+
 # ---- data sets
 
 

@@ -17,6 +17,9 @@ from trivium.types import IGNORE, TokenBatch
 LOOKED_AT = 1000
 """Examples that a bounded look reads."""
 
+SPARE = 1.05
+"""Rows of a model to tokens of its tokenizer: fewer are padding (Qwen2.5: 152,064 to 151,665), more somebody else's."""
+
 LONGEST = 4
 """Of them: enough to see what does not fit, few enough that a share of what is looked at is one of the data."""
 
@@ -118,6 +121,13 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}; take the model's own tokenizer"
         )
         yield found("vocabulary", "", message)
+    elif rows > SPARE * tokenizer.vocab_size + 512:
+        rest = rows - tokenizer.vocab_size
+        message = (
+            f"the model has {rows} rows and the tokenizer {tokenizer.vocab_size} tokens, so {rest} rows are none; is it "
+            "another model's tokenizer?"
+        )
+        yield found("vocabulary", "", message, fatal=False)
 
 
 def check_batch(batch: TokenBatch, table: TokenTable, rows: Sequence[Sequence[int]], vocab: int) -> Iterator[Finding]:
