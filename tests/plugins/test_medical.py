@@ -4,10 +4,11 @@ import pytest
 
 from trivium.errors import ConfigError, DataError
 from trivium.testing import SourceContract
+from trivium_plugins.medical import source
 from trivium_plugins.medical.codes import Codes, is_right
 from trivium_plugins.medical.config import MedicalConfig
 from trivium_plugins.medical.source import Medical
-from trivium_plugins.medical.texts import Code, codes, manual, pages, split_of_code
+from trivium_plugins.medical.texts import Code, Finding, codes, manual, pages, split_of_code
 
 SPLITS = ("train", "validation", "test")
 
@@ -47,8 +48,8 @@ def test_without_options_the_code_must_be_known():
 
 def test_the_place_of_the_right_answer_says_nothing():
     """Of 20 questions with 4 options, each place holds the right answer between 1 and 10 times."""
-    source = Medical(MedicalConfig(sample=True, parts=["codes"]))
-    places = [e["messages"][0]["content"].split("\n- ")[1:].index(e["answer"]) for e in (source[i] for i in range(20))]
+    of = Medical(MedicalConfig(sample=True, parts=["codes"]))
+    places = [e["messages"][0]["content"].split("\n- ")[1:].index(e["answer"]) for e in (of[i] for i in range(20))]
     assert all(1 <= places.count(place) <= 10 for place in range(4))
 
 
@@ -76,6 +77,19 @@ def test_the_manual_is_cut_between_its_marks():
         manual("War and Peace")
 
 
+def test_what_is_held_out_is_not_in_training(monkeypatch):
+    """Definitions of every split; those that share thirteen words with training are not held out, but trained on."""
+    shared = "the presence of many small round spots on the skin of one or both"
+    found = [Finding(f"HP:{i}", f"finding {i}", f"{shared} {i}." if i % 2 else f"Spots {i}.") for i in range(400)]
+    monkeypatch.setattr(source, "definitions", lambda: tuple(found))
+    of = {split: Medical(MedicalConfig(split=split, parts=["definitions"])) for split in SPLITS}
+    said = {split: [of[split][i]["messages"][-1]["content"] for i in range(len(of[split]))] for split in SPLITS}
+    assert any(shared in one for one in said["train"])
+    assert len(set().union(*said.values())) == sum(map(len, said.values()))
+    assert not any(shared in one for split in SPLITS[1:] for one in said[split])
+    assert all(len(of[split]) >= 5 for split in SPLITS[1:]), {split: len(of[split]) for split in SPLITS}
+
+
 def test_mistakes_are_one_sentence():
     with pytest.raises(ConfigError, match="data.options=1 must be 0 or between 2 and 8"):
         MedicalConfig(options=1)
@@ -98,3 +112,8 @@ def test_the_real_codes_and_pages():
         "REPAIR\n\nIntroduction--Process of repair"
     )
     assert "Gutenberg" not in "".join(manual_of_surgery)
+
+
+def test_the_real_definitions():
+    of = {s: fetched(lambda s=s: Medical(MedicalConfig(split=s, parts=["definitions"]))) for s in SPLITS}
+    assert {split: len(found) for split, found in of.items()} == {"train": 15_284, "validation": 281, "test": 695}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from trivium import DataError, Example, Score, Source, split_of
 from trivium_plugins.medical.codes import Codes, is_right
 from trivium_plugins.medical.config import MedicalConfig
-from trivium_plugins.medical.texts import codes, definitions, pages, split_of_code
+from trivium_plugins.medical.texts import Finding, codes, definitions, pages, runs, split_of_code
 
 
 class Medical(Source):
@@ -49,11 +49,19 @@ def _part(name: str, config: MedicalConfig) -> Sequence[dict[str, Any]]:
             {"id": f"surgery/{i}", "text": page} for i, page in held_out if split_of(page, 0.05, 0.1) == config.split
         ]
     if name == "definitions":
-        read = definitions()
-        return [_defined(*one) for one in read if split_of(f"hpo/{one[2].lower()}", 0.02, 0.05) == config.split]
+        return [_defined(*one) for one in _findings(config.split)]
     of_split = [one for one in codes(config.sample) if split_of_code(one.code) == config.split]
     questions = Codes(of_split, config.num_codes, config.options, config.seed)
     return [questions[i] for i in range(len(questions))]
+
+
+def _findings(split: str) -> list[Finding]:
+    """The definitions of a split; a held-out one shares no WORDS words in a row with those that are trained on."""
+    sides: dict[str, list[Finding]] = {"train": [], "validation": [], "test": []}
+    for one in definitions():
+        sides[split_of(f"hpo/{one.definition.lower()}", 0.02, 0.05)].append(one)
+    trained = {run for one in sides["train"] for run in runs(one.definition)} if split != "train" else set()
+    return [one for one in sides[split] if trained.isdisjoint(runs(one.definition))]
 
 
 def _defined(number: str, name: str, definition: str) -> dict[str, Any]:

@@ -48,11 +48,23 @@ PAGE = 3000
 DEFINITION = re.compile(r'^def: "((?:[^"\\]|\\.)*)"', re.M)
 
 
+WORDS = 13
+"""Words in a row that a held-out definition does not share with training."""
+
+
 class Code(NamedTuple):
     """One code of ICD-10-CM and what it stands for."""
 
     code: str
     meaning: str
+
+
+class Finding(NamedTuple):
+    """A finding of the ontology and its definition."""
+
+    number: str
+    name: str
+    definition: str
 
 
 @cache  # a run reads its training and its held-out part, and reading takes seconds
@@ -76,8 +88,8 @@ def split_of_code(code: str) -> str:
 
 
 @cache
-def definitions() -> tuple[tuple[str, str, str], ...]:
-    """Number, name and definition of each finding that is not obsolete."""
+def definitions() -> tuple[Finding, ...]:
+    """Each finding that is defined and not obsolete."""
     terms = fetch("hpo", catalogue=CATALOGUE).read_text("utf8").split("\n[Term]\n")[1:]
     read = []
     for term in terms:
@@ -85,8 +97,18 @@ def definitions() -> tuple[tuple[str, str, str], ...]:
         defined = DEFINITION.search(term)
         if defined and "is_obsolete" not in fields:
             said = re.sub(r"\\(.)", r"\1", defined[1].replace("\\n", " "))
-            read.append((fields["id"], fields["name"], " ".join(said.split())))
+            read.append(Finding(fields["id"], fields["name"], " ".join(said.split())))
     return tuple(read)
+
+
+def runs(definition: str) -> set[str]:
+    """Every WORDS words in a row of it.
+
+    >>> len(runs("one two " * 7)), runs("A cleft lip.")
+    (2, set())
+    """
+    words = re.findall(r"\w+", definition.lower())
+    return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
 
 
 @cache
