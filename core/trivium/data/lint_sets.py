@@ -124,8 +124,8 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> Iterator[Finding]:
     elif rows > SPARE * tokenizer.vocab_size + 512:
         rest = rows - tokenizer.vocab_size
         message = (
-            f"the model has {rows} rows and the tokenizer {tokenizer.vocab_size} tokens, so {rest} rows are none; is it "
-            "another model's tokenizer?"
+            f"the model has {rows} rows and the tokenizer {tokenizer.vocab_size} tokens, so {rest} rows are none; is "
+            "it another model's tokenizer?"
         )
         yield found("vocabulary", "", message, fatal=False)
 
