@@ -292,7 +292,8 @@ def test_named_file_of_another_form_is_refused(folder, name, form, phase):
 
 def test_unknown_columns_and_settings_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"choosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match=r"known are pairs: chosen, rejected; labels: messages, label; .*mean chosen"):
+    nearest = r"nearest: pairs \(chosen, rejected\); set .data.columns=\[\"chosen=choosen\"\]."
+    with pytest.raises(DataError, match=rf"known are pairs: chosen, rejected; labels: messages, label; .*{nearest}"):
         read(path)
     with pytest.raises(ConfigError, match=r"data.forms=\['pair'\] has 'pair', .* Did you mean pairs"):
         FilesConfig(forms=["pair"])

@@ -93,13 +93,14 @@ def reader(tmp_path):
     turn = [{"role": "user", "content": "What is a heron?"}, {"role": "assistant", "content": "A long-legged bird."}]
     rows = [{"messages": [{**turn[0], "content": f"What is heron {i}?"}, turn[1]]} for i in range(300)]
     pairs = [
-        {"prompt": f"What is heron {i}?", "chosen": "A long-legged bird.", "rejected": "A fish."} for i in range(300)
+        {"prompt": f"Which bird is heron {i}?", "chosen": "A long-legged bird.", "rejected": "A fish."}
+        for i in range(300)
     ]
     (place / "mine").mkdir()
     for folder, name, what in ((place, "my.jsonl", rows), (place / "mine", "chats.jsonl", rows),
                                (place / "mine", "pairs.jsonl", pairs)):  # fmt: skip
         (folder / name).write_text("".join(json.dumps(r) + "\n" for r in what))
-    sums = [{"question": f"How much is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)]
+    sums = [{"question": f"How much is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(69)]
     (place / "tree").mkdir()
     for i in range(60):
         (place / f"tree/module_{i}.py").write_text(f"def heron_{i}(pond):\n    return pond[{i}]  # waits\n" * 20)
@@ -110,8 +111,8 @@ def reader(tmp_path):
     (place / "mirror/gsm8k/README.md").write_text(f"{card}---\n")
     tools = json.dumps(example_rows()["Tools"])
     calls = [json.loads(tools.replace("Rain in Ulm?", f"Rain in Ulm, day {i}?")) for i in range(60)]
-    more = {"sums": sums, "tools": calls, "dirty": [*rows, {"messages": 1}]}
-    more |= {"mirror/gsm8k/main/train": sums, "mirror/gsm8k/main/test": sums[:9]}
+    more = {"sums": sums[:60], "tools": calls, "dirty": [*rows, {"messages": 1}]}
+    more |= {"mirror/gsm8k/main/train": sums[:60], "mirror/gsm8k/main/test": sums[60:]}
     for name, what in ((f"{name}.jsonl", what) for name, what in more.items()):
         (place / name).write_text("".join(json.dumps(r) + "\n" for r in what))
     for block in re.findall(r"```yaml\n(name: mine\n.*?)```", (ROOT / "docs/improve.md").read_text(), flags=re.S):

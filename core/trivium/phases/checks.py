@@ -42,7 +42,7 @@ def leaks(this: Run, objective: Objective, train: Source) -> tuple[dict[str, Any
             except TriviumError as error:
                 if name != EVALUATE:
                     raise
-                this.say(f"nothing was compared with what phase=evaluate reads of {this.config.domain}: {error}")
+                this.say(_not_compared(this, error))
                 continue
         reports[name] = {
             "examples": found.examples,
@@ -57,13 +57,21 @@ def leaks(this: Run, objective: Objective, train: Source) -> tuple[dict[str, Any
     return reports, findings
 
 
+def _not_compared(this: Run, error: TriviumError) -> str:
+    return f"nothing was compared with what phase=evaluate reads of {this.config.domain}: {error}"
+
+
 def _held_out(this: Run, objective: Objective, paths: Sequence[str]) -> Iterator[tuple[str, Callable[[], Source]]]:
     """Each set by its name, and what builds it."""
     config = this.config
     assert config.data is not None
     if validates(this, objective):
         yield "validation", lambda: this.source("validation")
-    judged = evaluation_data(config)
+    try:
+        judged = evaluation_data(config)
+    except TriviumError as error:  # settings that it cannot have
+        this.say(_not_compared(this, error))
+        judged = None
     forms = {"forms": judged.config.forms} if judged and isinstance(judged.config, RowsConfig) else {}
     if judged and not (
         validates(this, objective)
